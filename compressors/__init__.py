@@ -1,0 +1,11 @@
+"""Compression: a task and a policy to a candidate, a candidate to an artifact. Knows no search."""
+
+from .compress import RUNGS, Candidate, compress
+from .parity import Parity
+from .prepared import Prepared, Schedule, prepare
+from .task import ClassificationTask, Task, load_task
+
+__all__ = [
+    "RUNGS", "Candidate", "ClassificationTask", "Parity", "Prepared", "Schedule", "Task",
+    "compress", "load_task", "prepare",
+]  # fmt: skip

@@ -1,0 +1,103 @@
+"""The frozen twin of a student: integer weights and biases, the arithmetic of the runtime.
+
+In PyTorch it computes what the runtime computes; under ``torch.onnx.export`` it writes
+QuantizeLinear and DequantizeLinear, which ONNX Runtime, OpenVINO and TensorRT fuse.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..spaces import Blueprint, Network
+from .quantize import ActivationQuantizer, QuantizedLayer, apply_layer, quantizer_name
+
+
+def onnx_op(name: str, inputs: tuple[Tensor, ...], dtype: Any, like: Tensor, **attrs: Any) -> Tensor:
+    """The ONNX operation ``name``; its output has ``dtype`` and the shape of ``like``."""
+    return torch.onnx.ops.symbolic(name, inputs, attrs=attrs, dtype=dtype, shape=like.shape)
+
+
+class FrozenQuantizer(nn.Module):
+    """Quantize and dequantize with a constant scale and zero point."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.register_buffer("scale", quantizer.scale.detach().clone())
+        self.register_buffer("zero", quantizer.zero.to(torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            q = onnx_op("QuantizeLinear", (x, self.scale, self.zero), torch.uint8, x)
+            return onnx_op("DequantizeLinear", (q, self.scale, self.zero), x.dtype, x)
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero.int(), 0, 255)
+
+
+class FrozenLayer(nn.Module):
+    """A layer with int8 weights and an int32 bias in units of (input scale x weight scale).
+
+    The float bias stays on a linear layer with more than two axes: there the runtime's kernel
+    wants it (FACTS: MatMulIntegerToFloat).
+    """
+
+    weight: Tensor  # int8
+    weight_scale: Tensor  # [out_channels]
+    weight_zero: Tensor  # [out_channels] int8
+    bias: Tensor | None  # int32, or float for a linear layer on sequences
+    bias_scale: Tensor
+    bias_zero: Tensor
+
+    def __init__(self, quantized: QuantizedLayer, input_scale: Tensor, sequences: bool) -> None:
+        super().__init__()
+        layer = quantized.layer
+        self.shell = copy.deepcopy(layer)  # strides and padding; its own weights go
+        for name in ("weight", "bias"):
+            setattr(self.shell, name, None)
+        scale = quantized.scale.detach().clone()
+        column = scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
+        integers = torch.round(layer.weight.detach() / column)
+        self.register_buffer("weight", integers.clamp(-quantized.limit, quantized.limit).to(torch.int8))
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero", torch.zeros(len(scale), dtype=torch.int8))
+        self.register_buffer("bias_scale", scale * input_scale)
+        self.register_buffer("bias_zero", torch.zeros(len(scale), dtype=torch.int32))
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        if bias is not None and not sequences:
+            steps = torch.round(bias.double() / self.bias_scale.double())
+            bias = steps.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias
+        if torch.onnx.is_in_onnx_export():
+            parts = (self.weight, self.weight_scale, self.weight_zero)
+            weight = onnx_op("DequantizeLinear", parts, x.dtype, self.weight, axis=0)
+            if bias is not None and bias.dtype == torch.int32:
+                parts = (bias, self.bias_scale, self.bias_zero)
+                bias = onnx_op("DequantizeLinear", parts, x.dtype, bias, axis=0)
+        else:
+            shape = (-1, *[1] * (self.weight.ndim - 1))
+            weight = self.weight.to(x.dtype) * self.weight_scale.reshape(shape)
+            if bias is not None and bias.dtype == torch.int32:
+                bias = bias.to(x.dtype) * self.bias_scale
+        return apply_layer(self.shell, x, weight, bias)
+
+
+def freeze(student: fx.GraphModule, network: Network, plan: Blueprint) -> fx.GraphModule:
+    """The frozen twin of a student with quantizers; ``student`` stays as it is."""
+    frozen = copy.deepcopy(student).eval().requires_grad_(False)
+    for name, layer in network.layers.items():
+        module = frozen.get_submodule(name)
+        if isinstance(module, QuantizedLayer):
+            op = network.op[layer.op]
+            source: Any = frozen.get_submodule(quantizer_name(plan.quantized[op.inputs[0]]))
+            sequences = layer.kind == "linear" and len(op.shape) > 2
+            frozen.set_submodule(name, FrozenLayer(module, source.scale, sequences))
+    for name, module in list(frozen.named_modules()):
+        if isinstance(module, ActivationQuantizer):
+            frozen.set_submodule(name, FrozenQuantizer(module))
+    return frozen

@@ -1,0 +1,152 @@
+"""What every compression of a task needs, worked out once per process."""
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import Runtime
+from ..spaces import BadInput, Network
+from ..spaces.tracing import trace
+from .data import Items, Splits, split
+from .distill import Epoch
+from .parity import run_module
+from .prune import importance
+from .task import Task
+
+MAX_VARIANTS = 8  # augmented copies of the training data whose teacher answers are kept
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much training a rung is worth. ``short``: share of ``full_epochs``; batch: samples."""
+
+    full_epochs: float = 2.0
+    short: float = 0.1
+    batch: int = 128
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task with its traced teacher, its splits and the target's runtime.
+
+    answers: the teacher's answers to each variant of the training data, [N, ...] each; those that
+    are missing are computed when they are needed.
+    """
+
+    task: Any
+    teacher: nn.Module
+    example: Any
+    network: Network
+    splits: Splits
+    runtime: Runtime
+    schedule: Schedule
+    answers: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def variants(self) -> int:
+        """How many different copies of the training data there are; 1 without ``augment``."""
+        if not hasattr(self.task, "augment"):
+            return 1
+        return min(MAX_VARIANTS, max(1, math.ceil(self.schedule.full_epochs)))
+
+    def epoch(self, number: int) -> Epoch:
+        """The training data of epoch ``number`` with the teacher's answers."""
+        variant = number % self.variants
+        items = self._variant(variant)
+        if variant not in self.answers:
+            self.answers[variant] = run_module(self.teacher, items)
+        return Epoch(items, self.answers[variant])
+
+    def _variant(self, variant: int) -> Items:
+        train = self.splits.train
+        if not hasattr(self.task, "augment"):
+            return train
+        generator = torch.Generator().manual_seed(variant)  # the same in every process
+        return Items(self.task.augment(train.inputs, generator), train.targets)
+
+    @functools.cached_property
+    def search_answers(self) -> Tensor:
+        """The teacher's answers on search validation, [N, ...]."""
+        return run_module(self.teacher, self.splits.search)
+
+    @functools.cached_property
+    def _importance(self) -> dict[str, dict[str, Tensor]]:
+        return {}
+
+    def importance(self, criterion: str) -> dict[str, Tensor]:
+        """Importance of the teacher's channels by ``criterion``: the same for every policy."""
+        if criterion not in self._importance:
+            self._importance[criterion] = importance(
+                self.teacher, self.network, self.example, criterion,
+                self.splits.calibration, self.task.loss,
+            )  # fmt: skip
+        return self._importance[criterion]
+
+
+def prepare(
+    task: Task, runtime: Runtime, schedule: Schedule, answers: dict[int, Tensor] | None = None
+) -> Prepared:
+    """Traces and checks ``task``. Raises BadInput (Untraceable) before anything is spent."""
+    model = task.model()
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"task: model() must be a torch.nn.Module, but got {type(model).__name__}")
+    teacher = model.eval().requires_grad_(False)
+    for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise BadInput(f"task: the model's {name!r} has values that are NaN or infinite")
+    example = task.example_input()
+    network = trace(teacher, example)
+    splits = split(task)
+    prepared = Prepared(
+        task, teacher, example, network, splits, runtime, schedule, dict(answers or {})
+    )
+    _check(prepared)
+    return prepared
+
+
+def _check(prepared: Prepared) -> None:
+    """Every rule whose breach would otherwise show up only after training."""
+    task, splits = prepared.task, prepared.splits
+    for name in ("train", "val", "test"):
+        dataset = getattr(task, name, None)
+        if dataset is None:
+            continue
+        first, again = dataset[0], dataset[0]
+        pairs = zip(_leaves(first), _leaves(again), strict=True)
+        if not all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs):
+            raise BadInput(
+                f"task: {name}[0] gives another item each time; move random variants into "
+                "augment(inputs, generator)"
+            )
+    some = splits.search.take(torch.arange(min(16, len(splits.search))))
+    try:
+        output = run_module(prepared.teacher, some)
+    except Exception as error:
+        raise BadInput(
+            f"task: the model does not take items of val as example_input() promises: {error}"
+        ) from error
+    if not torch.isfinite(output).all():
+        raise BadInput("task: the model answers NaN or infinity on items of val")
+    try:
+        loss = torch.as_tensor(task.loss(output, some.targets))
+        metric = task.metric(output, some.targets)
+    except Exception as error:
+        raise BadInput(
+            f"task: loss or metric fails on output {tuple(output.shape)}: {error}"
+        ) from error
+    if loss.ndim or not torch.isfinite(loss):
+        raise BadInput(f"task: loss must be one finite number, but got {loss.tolist()}")
+    if not isinstance(metric, int | float) or not math.isfinite(metric):
+        raise BadInput(f"task: metric must be one finite number, but got {metric!r}")
+
+
+def _leaves(item: Any) -> list[Any]:
+    if isinstance(item, dict):
+        return [leaf for value in item.values() for leaf in _leaves(value)]
+    if isinstance(item, tuple | list):
+        return [leaf for value in item for leaf in _leaves(value)]
+    return [item]

@@ -1,0 +1,156 @@
+"""Static int8 in core PyTorch arithmetic: calibrated, trainable (straight-through), exact.
+
+Weights: symmetric, per output channel. Activations: asymmetric uint8, per tensor. The scheme and
+its straight-through training follow Jacob et al. 2018, "Quantization and training of neural
+networks for efficient integer-arithmetic-only inference".
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from ..spaces import Blueprint, Impossible, Network
+from .data import Items
+from .observe import ACTIVATION_RANGES, Observer, weight_scale
+from .prune import call
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds a value to 256 steps between ``low`` and ``high``, which contain 0."""
+
+    scale: Tensor  # [] float32
+    zero: Tensor  # [] int32, 0 to 255
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero", torch.zeros((), dtype=torch.int32))
+        self.observer: Observer | None = None
+
+    def set_range(self, low: float, high: float) -> None:
+        low, high = min(low, 0.0), max(high, 0.0)
+        # A constant zero has no range: any scale is exact for it.
+        scale = max(high - low, 1e-8) / 255
+        self.scale.fill_(scale)
+        self.zero.fill_(min(max(round(-low / scale), 0), 255))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer.see(x)
+            return x
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero, 0, 255)
+
+
+class QuantizedLayer(nn.Module):
+    """A convolution or linear layer whose weights are rounded to ``bits`` bits per channel."""
+
+    scale: Tensor  # [out_channels] float32
+
+    def __init__(self, layer: nn.Module, bits: int, calibration: str) -> None:
+        super().__init__()
+        self.layer: Any = layer
+        self.limit = 2 ** (bits - 1) - 1
+        self.register_buffer("scale", weight_scale(self.layer.weight, self.limit, calibration))
+        self.register_buffer("zero", torch.zeros(len(self.scale), dtype=torch.int32))
+
+    def rounded_weight(self) -> Tensor:
+        zero: Any = self.zero
+        return torch.fake_quantize_per_channel_affine(
+            self.layer.weight, self.scale, zero, 0, -self.limit, self.limit
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return apply_layer(self.layer, x, self.rounded_weight(), self.layer.bias)
+
+
+def apply_layer(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What ``layer`` computes, with another weight and bias."""
+    if isinstance(layer, nn.Linear):
+        return nn.functional.linear(x, weight, bias)
+    convolve: dict[int, Callable[..., Tensor]] = {
+        1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d,
+    }  # fmt: skip
+    return convolve[len(layer.kernel_size)](
+        x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
+
+
+@torch.no_grad()
+def fold_norms(graph: fx.GraphModule, network: Network) -> fx.GraphModule:
+    """A copy in which every norm that directly follows a layer is part of it.
+
+    The nodes stay, as identities, so that every value keeps its name.
+    """
+    graph = copy.deepcopy(graph).eval()
+    for op in network.ops:
+        before = network.op[op.inputs[0]] if op.inputs else None
+        if op.kind != "norm" or before is None or before.module not in network.layers:
+            continue
+        if len(network.consumers[before.name]) > 1:
+            continue  # somebody needs the value before the norm
+        layer: Any = graph.get_submodule(before.module)
+        norm: Any = graph.get_submodule(op.module)
+        if norm.running_var is None:
+            continue
+        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
+        graph.set_submodule(before.module, fuse(layer, norm))
+        graph.set_submodule(op.module, nn.Identity())
+    return graph
+
+
+def insert_quantizers(
+    graph: fx.GraphModule, network: Network, plan: Blueprint, calibration: str
+) -> fx.GraphModule:
+    """A copy of the folded ``graph`` with a quantizer at every value the blueprint names."""
+    graph = copy.deepcopy(graph)
+    for name, precision in plan.precision.items():
+        if precision != "int8":
+            continue
+        layer: Any = graph.get_submodule(name)
+        if getattr(layer, "padding_mode", "zeros") != "zeros":
+            raise Impossible(f"layer {name!r}: int8 needs padding with zeros, not {layer.padding_mode}")
+        graph.set_submodule(name, QuantizedLayer(layer, plan.weight_bits, calibration))
+    nodes = {node.name: node for node in graph.graph.nodes}
+    for value, scale in plan.quantized.items():
+        target = quantizer_name(scale)
+        if value == scale:
+            graph.add_submodule(target, ActivationQuantizer())
+        node = nodes[value]
+        with graph.graph.inserting_after(node):
+            rounded = graph.graph.call_module(target, (node,))
+        node.replace_all_uses_with(rounded, delete_user_cb=lambda user, r=rounded: user is not r)
+    graph.recompile()
+    return graph
+
+
+def quantizer_name(scale: str) -> str:
+    return f"quantizer_{scale}"
+
+
+@torch.no_grad()
+def calibrate(graph: fx.GraphModule, items: Items, calibration: str) -> None:
+    """Sets the range of every activation quantizer of ``graph`` from ``items``, in place."""
+    if calibration not in ACTIVATION_RANGES:
+        raise Impossible(f"no calibration {calibration!r}; known: {', '.join(ACTIVATION_RANGES)}")
+    quantizers = {n: m for n, m in graph.named_modules() if isinstance(m, ActivationQuantizer)}
+    graph.eval()
+    for quantizer in quantizers.values():
+        quantizer.observer = Observer()
+    passes = 1 if calibration == "minmax" else 2  # the extremes first, then the histogram
+    for step in range(passes):
+        for quantizer in quantizers.values():
+            assert quantizer.observer is not None
+            quantizer.observer.counting = step == 1
+        for batch in items.batches(128):
+            call(graph, batch.inputs)
+    for name, quantizer in quantizers.items():
+        assert quantizer.observer is not None
+        low, high = ACTIVATION_RANGES[calibration](quantizer.observer)
+        if not (-float("inf") < low <= high < float("inf")):
+            raise Impossible(f"{name}: the values to calibrate are not finite ({low} to {high})")
+        quantizer.set_range(low, high)
+        quantizer.observer = None

@@ -1,0 +1,126 @@
+"""The task: what the user supplies. ``ClassificationTask`` fills in what is usual."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..spaces import BadInput, nearest
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """A map-style data set of (input, target); the same index gives the same item every time."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
+
+
+class Task(Protocol):
+    """A trained model, its data, its loss and its metric.
+
+    An input is a tensor, a tuple or a dict of tensors; items of a data set are without a batch
+    axis. Optional, beside what stands here: ``test`` (a data set, looked at once, only reported)
+    and ``augment(inputs, generator)``, which returns a random variant of a batch of inputs.
+    """
+
+    train: Dataset
+    val: Dataset
+
+    def model(self) -> nn.Module:
+        """The trained model: the teacher."""
+
+    def example_input(self) -> Any:
+        """One request, batch 1."""
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """The mean loss of a batch, a scalar that can be differentiated."""
+
+    def metric(self, output: Tensor, target: Tensor) -> float:
+        """The figure of merit over all items of a data set; higher is better."""
+
+
+class ClassificationTask:
+    """Cross-entropy loss; accuracy in percent, so that a limit in points reads as people say it.
+
+    Give it ``model``, ``train``, ``val`` and optionally ``test``, or derive from it.
+    """
+
+    test: Dataset | None = None
+
+    def __init__(
+        self, model: nn.Module, train: Dataset, val: Dataset, test: Dataset | None = None
+    ) -> None:
+        self._model, self.train, self.val, self.test = model, train, val, test
+
+    def model(self) -> nn.Module:
+        return self._model
+
+    def example_input(self) -> Any:
+        return as_batch(self.train[0][0])
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:  # [N, C], [N] -> []
+        return F.cross_entropy(output, target)
+
+    def metric(self, output: Tensor, target: Tensor) -> float:  # [N, C], [N]
+        return 100.0 * (output.argmax(1) == target).double().mean().item()
+
+
+def as_batch(item: Any) -> Any:
+    """A single input as a batch of one."""
+    if isinstance(item, Mapping):
+        return {k: as_batch(v) for k, v in item.items()}
+    if isinstance(item, tuple):
+        return tuple(as_batch(v) for v in item)
+    return torch.as_tensor(item)[None]
+
+
+def load_task(reference: str, folder: Path, arguments: Mapping[str, Any]) -> Any:
+    """The task that ``reference`` names: "file.py:Name" relative to ``folder``, or "module:Name".
+
+    Raises BadInput if the file, the name or an argument is wrong.
+    """
+    place, _, name = reference.rpartition(":")
+    if not place or not name.isidentifier():
+        raise BadInput(f"task is 'file.py:Name' or 'module:Name', but got {reference!r}")
+    module = _from_file(folder / place) if place.endswith(".py") else _from_module(place)
+    if not hasattr(module, name):
+        known = [n for n, v in vars(module).items() if isinstance(v, type) and n[0] != "_"]
+        raise BadInput(f"task: {place} has no {name!r}; {nearest(name, known)}")
+    try:
+        return getattr(module, name)(**arguments)
+    except TypeError as error:
+        raise BadInput(f"task: {reference} does not take task_args {dict(arguments)}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise BadInput(f"task: {reference} cannot be made: {error}") from error
+
+
+def _from_file(path: Path) -> Any:
+    path = path.resolve()
+    if not path.is_file():
+        raise BadInput(f"task: no file {path}")
+    if str(path.parent) not in sys.path:  # the task may import its neighbours
+        sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(f"flyweight_task_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # data sets are pickled by the name of their module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise BadInput(f"task: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _from_module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise BadInput(f"task: module {name!r} cannot be imported: {error}") from error

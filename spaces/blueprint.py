@@ -1,0 +1,228 @@
+"""The blueprint: a policy worked out for a traced network and a target's capabilities.
+
+What compressors build and what kernels price, decided once, here: every width, every precision,
+every value that is quantized, and which values share a scale.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from .capabilities import Capabilities
+from .errors import Impossible, nearest
+from .network import Network, Op
+from .policy import Policy
+
+# What a runtime fuses into the layer before it, if nobody else reads the value between.
+_FUSED = ("norm", "act")
+# Operations that move values without changing them: int8 passes through at the same scale.
+_PASSES = ("maxpool", "reshape")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One fused operation that the runtime executes, with widths worked out.
+
+    name: the layer's name, else the operation's. inputs, output: values.
+    in_shapes, out_shape: for one request. act: the fused activation, "" if none.
+    """
+
+    name: str
+    kind: str
+    detail: str
+    inputs: tuple[str, ...]
+    output: str
+    in_shapes: tuple[tuple[int, ...], ...]
+    out_shape: tuple[int, ...]
+    precision: str
+    act: str = ""
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """widths: channels kept, of every group. precision: of every layer. quantized: for each value
+    that is quantized the name of its scale; values with the same name share it."""
+
+    policy: Policy
+    widths: Mapping[str, int]
+    precision: Mapping[str, str]
+    kernels: tuple[Kernel, ...]
+    quantized: Mapping[str, str]
+    weight_bits: int
+
+    @cached_property
+    def macs(self) -> int:
+        """Multiply-accumulates of one request."""
+        return sum(_macs(kernel) for kernel in self.kernels)
+
+
+def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> Blueprint:
+    """Works ``policy`` out. Raises Impossible with the rule it breaks."""
+    widths = _widths(network, policy)
+    precision = _precision(network, policy, capabilities)
+    fused = _fuse(network)
+    quantized = _quantize(network, fused, precision, capabilities)
+    kernels = tuple(_kernel(network, run, widths, precision, quantized) for run in fused)
+    return Blueprint(policy, widths, precision, kernels, quantized, capabilities.weight_bits)
+
+
+def _widths(network: Network, policy: Policy) -> dict[str, int]:
+    widths = {name: group.width for name, group in network.groups.items()}
+    for name, width in policy.prune.width.items():
+        if name not in widths:
+            raise Impossible(f"no group {name!r} in this network; {nearest(name, widths)}")
+        group = network.groups[name]
+        if not 1 <= width <= group.width:
+            raise Impossible(
+                f"1 <= width <= {group.width} must hold for group {name!r}, but got {width}"
+            )
+        if width % group.multiple_of:
+            raise Impossible(
+                f"group {name!r} feeds a grouped convolution: its width must be a multiple of "
+                f"{group.multiple_of}, but got {width}"
+            )
+        widths[name] = width
+    return widths
+
+
+def _precision(
+    network: Network, policy: Policy, capabilities: Capabilities
+) -> dict[str, str]:
+    out = dict.fromkeys(network.layers, "fp32")
+    for name, precision in policy.quantize.precision.items():
+        if name not in out:
+            raise Impossible(f"no layer {name!r} in this network; {nearest(name, out)}")
+        known = capabilities.precisions.get(network.layers[name].kind, ("fp32",))
+        if precision not in known:
+            raise Impossible(
+                f"the target runs layer {name!r} in {' or '.join(known)}, but got {precision!r}"
+            )
+        out[name] = precision
+    return out
+
+
+Run = tuple[Op, ...]  # operations that become one kernel
+
+
+def _fuse(network: Network) -> list[Run]:
+    runs: list[list[Op]] = []
+    ends: dict[str, list[Op]] = {}  # value at the end of a run that may grow
+    for op in network.ops:
+        if op.kind in ("input", "output"):
+            continue
+        run = ends.get(op.inputs[0]) if op.inputs else None
+        if run and op.kind in _FUSED and len(network.consumers[op.inputs[0]]) == 1:
+            del ends[op.inputs[0]]
+            run.append(op)
+        else:
+            run = [op]
+            runs.append(run)
+        if run[0].kind in ("conv", "linear", "add") and op.kind != "other":
+            ends[op.name] = run
+            if op.kind == "act":
+                del ends[op.name]  # nothing is fused behind the activation
+    return [tuple(run) for run in runs]
+
+
+def _quantize(
+    network: Network, fused: list[Run], precision: Mapping[str, str], capabilities: Capabilities
+) -> dict[str, str]:
+    """The values that are quantized.
+
+    A value is quantized if an int8 layer reads it, or if an int8 layer makes it whose kernel
+    exists only with a quantized output. An add whose inputs are all quantized runs in int8 too
+    where somebody reads its result in int8; an operation that only moves values passes the scale
+    on. Kernels that read a quantized value in fp32 read it dequantized.
+    """
+
+    def int8(run: Run) -> bool:
+        return precision.get(run[0].module) == "int8"
+
+    wanted = {run[0].inputs[0] for run in fused if int8(run)}
+    made = {
+        run[-1].name for run in fused
+        if int8(run) and run[0].kind in capabilities.output_quantized and not _answer(network, run)
+    }  # fmt: skip
+    quantized = wanted | made
+    # The answer is never quantized. Adds in reverse order, so that a chain of adds is wanted
+    # from its end.
+    for run in reversed(fused):
+        if run[0].kind == "add" and "add" in capabilities.int8_ops and run[-1].name in wanted:
+            readable = [i for i in run[0].inputs if i in quantized]
+            if len(readable) == len(run[0].inputs):
+                wanted.update(run[0].inputs)
+    quantized |= wanted
+    scale = {value: value for value in quantized}
+    for run in fused:
+        if run[0].kind in _PASSES and run[-1].name in scale and run[0].inputs[0] in scale:
+            scale[run[-1].name] = scale[run[0].inputs[0]]
+    for run in fused:  # a concatenation in int8 copies: all its parts share one scale
+        values = (*run[0].inputs, run[-1].name)
+        if run[0].kind == "concat" and all(v in scale for v in values):
+            joined = {scale[v] for v in values}
+            first = scale[values[0]]
+            scale = {v: first if s in joined else s for v, s in scale.items()}
+    return {op.name: scale[op.name] for op in network.ops if op.name in scale}
+
+
+def _answer(network: Network, run: Run) -> bool:
+    return run[-1].name == network.output
+
+
+def _kernel(
+    network: Network,
+    run: Run,
+    widths: Mapping[str, int],
+    precision: Mapping[str, str],
+    quantized: Mapping[str, str],
+) -> Kernel:
+    head, end = run[0], run[-1]
+    layer = network.layers.get(head.module)
+    act = next((op.detail for op in run if op.kind == "act"), "") if len(run) > 1 else ""
+    values = [i for i in head.inputs if network.op[i].shape]
+    whole = (*values, end.name)
+    in_int8 = all(v in quantized for v in whole) and head.kind in ("add", "concat", *_PASSES)
+    groups = layer.groups if layer else 1
+    if layer and groups > 1 and groups == layer.in_channels:  # depthwise: as many as channels
+        groups = network.channels(head.inputs[0], widths)
+    return Kernel(
+        name=layer.name if layer else head.name,
+        kind=head.kind,
+        detail=head.detail,
+        inputs=tuple(values),
+        output=end.name,
+        in_shapes=tuple(_shape(network, v, widths) for v in values),
+        out_shape=_shape(network, end.name, widths),
+        precision=precision[layer.name] if layer else ("int8" if in_int8 else "fp32"),
+        act=act,
+        kernel=layer.kernel if layer else (),
+        stride=layer.stride if layer else (),
+        groups=groups,
+    )
+
+
+def _shape(network: Network, value: str, widths: Mapping[str, int]) -> tuple[int, ...]:
+    op = network.op[value]
+    full = sum(n for _, n in op.parts)
+    axis = 1 if len(op.shape) > 1 and op.shape[1] == full else len(op.shape) - 1
+    return tuple(
+        network.channels(value, widths) if i == axis and op.parts else size
+        for i, size in enumerate(op.shape)
+    )
+
+
+def _macs(kernel: Kernel) -> int:
+    if kernel.kind == "conv":
+        size = 1
+        for n in (*kernel.kernel, *kernel.out_shape[1:]):
+            size *= n
+        return size * kernel.in_shapes[0][1] // kernel.groups
+    if kernel.kind == "linear":
+        size = kernel.in_shapes[0][-1]
+        for n in kernel.out_shape[1:]:
+            size *= n
+        return size
+    return 0

@@ -1,0 +1,98 @@
+"""What is known of a traced network: its operations, its layers, its groups. Plain data, frozen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+Part = tuple[str | None, int]  # (the group that governs these channels or None, channels unpruned)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation, in execution order. Its name is also the name of the value it produces.
+
+    kind: input, conv, linear, norm, act, add, concat, pool, reshape, other or output.
+    detail: the operation as its author wrote it ("relu", "max_pool2d").
+    module: qualified name of the module it calls, "" for a function.
+    shape: of the value at full width for one request; () where it is not one tensor.
+    parts: what the channels of the value consist of; widths follow from it.
+    """
+
+    name: str
+    kind: str
+    detail: str
+    inputs: tuple[str, ...]
+    module: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution or linear layer: the unit that gets a precision.
+
+    op: name of its operation. out_group: the group its output channels belong to, None if fixed.
+    kernel, stride: spatial, () for a linear layer. parameters and macs are those at full width.
+    """
+
+    name: str
+    kind: str
+    op: str
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    groups: int
+    out_group: str | None
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels of several layers that are pruned together, named after the first producer.
+
+    members: the layers whose output channels they are. multiple_of: what grouped convolutions
+    among them and their consumers ask of a width.
+    """
+
+    name: str
+    width: int
+    members: tuple[str, ...]
+    multiple_of: int = 1
+
+
+@dataclass(frozen=True)
+class Network:
+    """A traced network. ``inputs`` name the values a request carries, ``output`` the answer."""
+
+    ops: tuple[Op, ...]
+    layers: Mapping[str, Layer]
+    groups: Mapping[str, Group]
+    inputs: tuple[str, ...]
+    output: str
+    parameters: int = field(default=0)
+
+    @cached_property
+    def op(self) -> dict[str, Op]:
+        """Operations by name."""
+        return {op.name: op for op in self.ops}
+
+    @cached_property
+    def consumers(self) -> dict[str, tuple[str, ...]]:
+        """For each value the operations that read it, in execution order."""
+        out: dict[str, tuple[str, ...]] = {op.name: () for op in self.ops}
+        for op in self.ops:
+            for name in dict.fromkeys(op.inputs):
+                out[name] += (op.name,)
+        return out
+
+    def channels(self, value: str, widths: Mapping[str, int]) -> int:
+        """Channels of ``value`` when the groups have ``widths`` (those not named are full)."""
+        total = 0
+        for group, full in self.op[value].parts:
+            if group is None or group not in widths:
+                total += full
+            else:
+                total += full * widths[group] // self.groups[group].width
+        return total

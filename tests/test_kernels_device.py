@@ -1,0 +1,145 @@
+"""The device: CPU flags, fingerprint, and the weight bits that its kernels bear."""
+
+import platform
+
+import numpy as np
+import onnx
+import pytest
+from flyweight.kernels import (
+    OnnxRuntime,
+    SimulatedRuntime,
+    float_layers,
+    int8_layers,
+    measured_weight_bits,
+    saturates,
+)
+from flyweight.kernels.device import cpu, describe, fingerprint_of, parse_cpuinfo
+from flyweight.kernels.device import weight_bits_by_flags as by_flags
+from flyweight.kernels.probe import probe_model
+from flyweight.spaces.errors import Impossible
+from hypothesis import given
+from hypothesis import strategies as st
+
+X86 = """processor\t: 0
+model name\t: AMD EPYC
+flags\t\t: fpu sse avx2 fma
+
+processor\t: 1
+model name\t: another
+flags\t\t: fpu avx512_vnni
+"""
+ARM = """processor\t: 0
+Features\t: fp asimd asimddp
+CPU part\t: 0xd0c
+"""
+
+
+def test_cpuinfo_of_x86_and_arm():
+    assert parse_cpuinfo(X86) == ("AMD EPYC", {"fpu", "sse", "avx2", "fma"})
+    assert parse_cpuinfo(ARM) == ("0xd0c", {"fp", "asimd", "asimddp"})
+    assert parse_cpuinfo("") == ("", frozenset())
+
+
+@given(st.text())
+def test_any_cpuinfo_is_read(text):
+    parse_cpuinfo(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "arch", "bits"),
+    [
+        ({"avx2"}, "x86_64", 7),
+        ({"avx2", "avx512f"}, "AMD64", 7),
+        ({"avx2", "avx_vnni"}, "x86_64", 8),
+        ({"avx512f", "avx512_vnni"}, "x86_64", 8),
+        (set(), "x86_64", 7),  # unknown flags: the careful answer
+        ({"asimddp"}, "aarch64", 8),
+        (set(), "arm64", 8),
+    ],
+)
+def test_x86_without_vnni_saturates(flags, arch, bits):
+    assert by_flags(flags, arch) == bits
+    assert saturates(flags, arch) == (bits == 7)
+
+
+def test_the_fingerprint_depends_on_facts_and_not_on_their_order():
+    device = describe("onnxruntime", "1.0", 1)
+    assert fingerprint_of(device) == fingerprint_of(dict(reversed(device.items())))
+    for key in device:
+        assert fingerprint_of({**device, key: "other"}) != fingerprint_of(device)
+    assert fingerprint_of({"a": "b"}) == "db4a7ecb114bc66c"
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+@pytest.mark.parametrize("weight", [127, -127, 64, -64, 63])
+def test_the_probe_runs_in_int8_and_its_exact_output_is_right(kind, weight):
+    model, exact = probe_model(kind, weight)
+    onnx.checker.check_model(model)
+    content = model.SerializeToString()
+    assert (int8_layers(content), float_layers(content)) == (1, 0)
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    inputs = {"input": np.full(shape, 255, np.float32)}
+    reference = SimulatedRuntime().load(content).run(inputs)
+    np.testing.assert_allclose(reference, exact, rtol=1e-6)
+    if abs(weight) <= 64:
+        np.testing.assert_allclose(OnnxRuntime(1).load(content).run(inputs), exact, rtol=1e-6)
+
+
+def test_probe_and_flags_agree_on_this_machine():
+    runtime = OnnxRuntime(1)
+    assert measured_weight_bits(runtime) == by_flags(cpu()[1], platform.machine())
+    assert runtime.capabilities.weight_bits == measured_weight_bits(runtime)
+
+
+def test_exact_kernels_bear_eight_bits():
+    assert measured_weight_bits(SimulatedRuntime(threads=3)) == 8
+
+
+class Saturating(SimulatedRuntime):
+    """Kernels that saturate as those of x86 without VNNI: the exact sum is capped per pair."""
+
+    name = "saturating"
+    cap = 2**15 - 1
+
+    def load(self, model):
+        session = super().load(model)
+        weights = {w.name: w for w in onnx.load_from_string(model).graph.initializer}
+        weight = onnx.numpy_helper.to_array(weights["weight"]).astype(np.int64)
+        pair = 2 * 255 * int(weight.flat[0])
+        share = np.clip(pair, -self.cap - 1, self.cap) / pair
+        exact = session.answer
+        session.answer = lambda inputs: exact(inputs) * share
+        return session
+
+
+def test_saturating_kernels_bear_seven():
+    assert measured_weight_bits(Saturating(threads=3)) == 7
+
+
+def test_narrower_kernels_bear_less():
+    narrow = Saturating(threads=4)
+    narrow.cap = 2**14 - 1
+    assert measured_weight_bits(narrow) == 6
+
+
+def test_flags_decide_where_the_probe_cannot_run():
+    class Broken(SimulatedRuntime):
+        name = "broken"
+
+        def load(self, model):
+            raise Impossible(f"no such operation in {len(model)} bytes")
+
+    assert measured_weight_bits(Broken()) == by_flags(cpu()[1], platform.machine())
+
+
+def test_the_probe_runs_once_a_process():
+    class Counting(SimulatedRuntime):
+        name = "counting"
+        loads = 0
+
+        def load(self, model):
+            type(self).loads += 1
+            return super().load(model)
+
+    assert measured_weight_bits(Counting()) == measured_weight_bits(Counting()) == 8
+    assert Counting.loads == 4  # two kinds, two ends
