@@ -1,1 +1,15 @@
-"""TODO"""
+"""The search: from a spec to a front of measured artifacts, on one machine or a cluster."""
+
+import os
+
+# Ray reads these when it is imported. Its ports listen on all interfaces even for a local search;
+# a token is what protects them. Tune: no loggers of its own, no checks of metrics we do not use.
+for _name, _value in (
+    ("RAY_AUTH_MODE", "token"),
+    ("RAY_USAGE_STATS_ENABLED", "0"),
+    ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1"),
+    ("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1"),
+):
+    os.environ.setdefault(_name, _value)
+
+__all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Policies and spaces: what may be done to a network on a target. Knows no runtime and no search."""
+"""Policies and spaces: what may be done to a network on a target. No runtime, no search."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +7,8 @@ from .capabilities import Capabilities
 from .errors import BadInput, FlyweightError, Impossible, Untraceable, nearest
 from .network import Group, Layer, Network, Op
 from .policy import Distill, Policy, Prune, Quantize
-from .space import Parameter, Settings, Space
+from .settings import Settings
+from .space import Parameter, Space
 
 if TYPE_CHECKING:
     from .tracing import trace

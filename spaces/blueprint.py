@@ -13,8 +13,9 @@ from .errors import Impossible, nearest
 from .network import Network, Op
 from .policy import Policy
 
-# What a runtime fuses into the layer before it, if nobody else reads the value between.
-_FUSED = ("norm", "act")
+# What a runtime fuses behind what, if nobody else reads the value between. Only a layer takes a
+# norm in (it becomes part of its weights), and nothing is fused behind an activation.
+_BEHIND = {"conv": ("norm", "act"), "linear": ("norm", "act"), "norm": ("act",), "add": ("act",)}
 # Operations that move values without changing them: int8 passes through at the same scale.
 _PASSES = ("maxpool", "reshape")
 
@@ -65,7 +66,9 @@ def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> B
     precision = _precision(network, policy, capabilities)
     fused = _fuse(network)
     quantized = _quantize(network, fused, precision, capabilities)
-    kernels = tuple(_kernel(network, run, widths, precision, quantized) for run in fused)
+    kernels = tuple(
+        _kernel(network, run, widths, precision, quantized, capabilities) for run in fused
+    )
     return Blueprint(policy, widths, precision, kernels, quantized, capabilities.weight_bits)
 
 
@@ -81,16 +84,14 @@ def _widths(network: Network, policy: Policy) -> dict[str, int]:
             )
         if width % group.multiple_of:
             raise Impossible(
-                f"group {name!r} feeds a grouped convolution: its width must be a multiple of "
-                f"{group.multiple_of}, but got {width}"
+                f"the width of group {name!r} must be a multiple of {group.multiple_of} "
+                f"(it is normalised in groups), but got {width}"
             )
         widths[name] = width
     return widths
 
 
-def _precision(
-    network: Network, policy: Policy, capabilities: Capabilities
-) -> dict[str, str]:
+def _precision(network: Network, policy: Policy, capabilities: Capabilities) -> dict[str, str]:
     out = dict.fromkeys(network.layers, "fp32")
     for name, precision in policy.quantize.precision.items():
         if name not in out:
@@ -111,19 +112,17 @@ def _fuse(network: Network) -> list[Run]:
     runs: list[list[Op]] = []
     ends: dict[str, list[Op]] = {}  # value at the end of a run that may grow
     for op in network.ops:
-        if op.kind in ("input", "output"):
-            continue
-        run = ends.get(op.inputs[0]) if op.inputs else None
-        if run and op.kind in _FUSED and len(network.consumers[op.inputs[0]]) == 1:
-            del ends[op.inputs[0]]
+        if op.kind in ("input", "output") or not op.shape or not op.inputs:
+            continue  # a size or a constant is no kernel
+        before = op.inputs[0]
+        run = ends.get(before)
+        if run and op.kind in _BEHIND[run[-1].kind] and len(network.consumers[before]) == 1:
             run.append(op)
         else:
             run = [op]
             runs.append(run)
-        if run[0].kind in ("conv", "linear", "add") and op.kind != "other":
+        if op.kind in _BEHIND and run[0].kind != "norm":
             ends[op.name] = run
-            if op.kind == "act":
-                del ends[op.name]  # nothing is fused behind the activation
     return [tuple(run) for run in runs]
 
 
@@ -134,42 +133,55 @@ def _quantize(
 
     A value is quantized if an int8 layer reads it, or if an int8 layer makes it whose kernel
     exists only with a quantized output. An add whose inputs are all quantized runs in int8 too
-    where somebody reads its result in int8; an operation that only moves values passes the scale
-    on. Kernels that read a quantized value in fp32 read it dequantized.
+    where somebody reads its result in int8, and a concatenation likewise; an operation that only
+    moves values passes the scale on. Kernels that read a quantized value in fp32 read it
+    dequantized. The network's answer is never quantized.
     """
 
     def int8(run: Run) -> bool:
         return precision.get(run[0].module) == "int8"
 
     wanted = {run[0].inputs[0] for run in fused if int8(run)}
-    made = {
-        run[-1].name for run in fused
-        if int8(run) and run[0].kind in capabilities.output_quantized and not _answer(network, run)
-    }  # fmt: skip
-    quantized = wanted | made
-    # The answer is never quantized. Adds in reverse order, so that a chain of adds is wanted
-    # from its end.
-    for run in reversed(fused):
-        if run[0].kind == "add" and "add" in capabilities.int8_ops and run[-1].name in wanted:
-            readable = [i for i in run[0].inputs if i in quantized]
-            if len(readable) == len(run[0].inputs):
-                wanted.update(run[0].inputs)
-    quantized |= wanted
-    scale = {value: value for value in quantized}
-    for run in fused:
-        if run[0].kind in _PASSES and run[-1].name in scale and run[0].inputs[0] in scale:
-            scale[run[-1].name] = scale[run[0].inputs[0]]
-    for run in fused:  # a concatenation in int8 copies: all its parts share one scale
+    wanted |= {run[-1].name for run in fused if int8(run) and _ends_in_int8(run, capabilities)}
+    wanted.discard(network.output)
+    carriers = [run for run in fused if _carries(run, capabilities)]
+    able = set(wanted)  # what could be quantized without a kernel of its own
+    for run in carriers:
+        if able.issuperset(run[0].inputs):
+            able.add(run[-1].name)
+    for run in reversed(carriers):  # from the end, so that a chain is wanted as a whole
+        if run[-1].name in wanted and able.issuperset(run[0].inputs):
+            wanted.update(run[0].inputs)
+    return _scales(network, carriers, wanted)
+
+
+def _ends_in_int8(run: Run, capabilities: Capabilities) -> bool:
+    """Whether the int8 kernel of a layer exists only if its output is quantized too."""
+    head, end = run[0], run[-1]
+    if head.kind in capabilities.act_output_quantized and end.kind == "act" and len(end.shape) == 2:
+        return True
+    return head.kind in capabilities.output_quantized
+
+
+def _carries(run: Run, capabilities: Capabilities) -> bool:
+    """Whether the kernel of ``run`` has no weights and still can run in int8."""
+    if run[0].kind == "add":
+        return "add" in capabilities.int8_ops
+    return run[0].kind in (*_PASSES, "concat")
+
+
+def _scales(network: Network, carriers: list[Run], quantized: set[str]) -> dict[str, str]:
+    """For each quantized value the first value, in execution order, of those on its scale."""
+    scale = {op.name: op.name for op in network.ops if op.name in quantized}
+    order = {value: i for i, value in enumerate(scale)}
+    for run in carriers:
         values = (*run[0].inputs, run[-1].name)
-        if run[0].kind == "concat" and all(v in scale for v in values):
+        # A concatenation in int8 copies, as does what only moves values: all share one scale.
+        if run[0].kind != "add" and quantized.issuperset(values):
             joined = {scale[v] for v in values}
-            first = scale[values[0]]
+            first = min(joined, key=lambda v: order[v])
             scale = {v: first if s in joined else s for v, s in scale.items()}
-    return {op.name: scale[op.name] for op in network.ops if op.name in scale}
-
-
-def _answer(network: Network, run: Run) -> bool:
-    return run[-1].name == network.output
+    return scale
 
 
 def _kernel(
@@ -178,13 +190,13 @@ def _kernel(
     widths: Mapping[str, int],
     precision: Mapping[str, str],
     quantized: Mapping[str, str],
+    capabilities: Capabilities,
 ) -> Kernel:
     head, end = run[0], run[-1]
     layer = network.layers.get(head.module)
     act = next((op.detail for op in run if op.kind == "act"), "") if len(run) > 1 else ""
     values = [i for i in head.inputs if network.op[i].shape]
-    whole = (*values, end.name)
-    in_int8 = all(v in quantized for v in whole) and head.kind in ("add", "concat", *_PASSES)
+    in_int8 = _carries(run, capabilities) and all(v in quantized for v in (*values, end.name))
     groups = layer.groups if layer else 1
     if layer and groups > 1 and groups == layer.in_channels:  # depthwise: as many as channels
         groups = network.channels(head.inputs[0], widths)
@@ -194,23 +206,13 @@ def _kernel(
         detail=head.detail,
         inputs=tuple(values),
         output=end.name,
-        in_shapes=tuple(_shape(network, v, widths) for v in values),
-        out_shape=_shape(network, end.name, widths),
+        in_shapes=tuple(network.shape(v, widths) for v in values),
+        out_shape=network.shape(end.name, widths),
         precision=precision[layer.name] if layer else ("int8" if in_int8 else "fp32"),
         act=act,
         kernel=layer.kernel if layer else (),
         stride=layer.stride if layer else (),
         groups=groups,
-    )
-
-
-def _shape(network: Network, value: str, widths: Mapping[str, int]) -> tuple[int, ...]:
-    op = network.op[value]
-    full = sum(n for _, n in op.parts)
-    axis = 1 if len(op.shape) > 1 and op.shape[1] == full else len(op.shape) - 1
-    return tuple(
-        network.channels(value, widths) if i == axis and op.parts else size
-        for i, size in enumerate(op.shape)
     )
 
 

@@ -12,6 +12,8 @@ class Capabilities:
         VNNI, u8 x s8 products are added in pairs in saturating 16-bit arithmetic, so 7.
     width_multiple: channels in one block of the target's layout; other widths waste lanes.
     output_quantized: kinds of layers whose int8 kernel exists only if its output is quantized too.
+    act_output_quantized: kinds of layers for which that is so only behind a fused activation and
+        with a two-dimensional output (ONNX Runtime: Gemm and Relu fuse in float before QGemm).
     int8_ops: operations without weights that have an int8 kernel (all inputs and the output int8).
     """
 
@@ -20,6 +22,7 @@ class Capabilities:
     width_multiple: int = 8
     output_quantized: frozenset[str] = frozenset({"conv"})
     int8_ops: frozenset[str] = frozenset({"add"})
+    act_output_quantized: frozenset[str] = frozenset({"linear"})
 
     def __post_init__(self) -> None:
         if not 2 <= self.weight_bits <= 8:

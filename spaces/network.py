@@ -11,11 +11,12 @@ Part = tuple[str | None, int]  # (the group that governs these channels or None,
 class Op:
     """One operation, in execution order. Its name is also the name of the value it produces.
 
-    kind: input, conv, linear, norm, act, add, concat, pool, reshape, other or output.
+    kind: input, conv, linear, norm, act, add, concat, pool, maxpool, reshape, other or output.
     detail: the operation as its author wrote it ("relu", "max_pool2d").
     module: qualified name of the module it calls, "" for a function.
     shape: of the value at full width for one request; () where it is not one tensor.
     parts: what the channels of the value consist of; widths follow from it.
+    axis: where in ``shape`` the channels are.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Op:
     module: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    axis: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Layer:
 class Group:
     """Channels of several layers that are pruned together, named after the first producer.
 
-    members: the layers whose output channels they are. multiple_of: what grouped convolutions
-    among them and their consumers ask of a width.
+    members: the layers whose output channels they are. multiple_of: what group norms among their
+    consumers ask of a width.
     """
 
     name: str
@@ -96,3 +98,10 @@ class Network:
             else:
                 total += full * widths[group] // self.groups[group].width
         return total
+
+    def shape(self, value: str, widths: Mapping[str, int]) -> tuple[int, ...]:
+        """Shape of ``value`` for one request when the groups have ``widths``."""
+        op = self.op[value]
+        if not op.parts:
+            return op.shape
+        return (*op.shape[: op.axis], self.channels(value, widths), *op.shape[op.axis + 1 :])

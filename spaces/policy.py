@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -21,8 +22,29 @@ def _require(holds: bool, rule: str, value: object) -> None:
         raise BadInput(f"policy: {rule} must hold, but got {value!r}")
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _named(values: object, what: str) -> None:
+    _require(isinstance(values, Mapping), f"{what} is an object", values)
+    for name in values:  # type: ignore[attr-defined]
+        _require(isinstance(name, str), f"every key of {what} is a name", name)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)  # True is an int in Python
+
+
+def _finite(value: object) -> bool:
+    number = isinstance(value, float) or _whole(value)
+    return number and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+
+
+def _hash(part: Any) -> int:  # a mapping proxy does not hash
+    values = (getattr(part, f.name) for f in fields(part))
+    return hash(tuple(tuple(v.items()) if isinstance(v, Mapping) else v for v in values))
+
+
+def _reduce(part: Any) -> tuple[Any, ...]:  # nor does it pickle
+    values = (getattr(part, f.name) for f in fields(part))
+    return type(part), tuple(dict(v) if isinstance(v, Mapping) else v for v in values)
 
 
 @dataclass(frozen=True)
@@ -34,16 +56,22 @@ class Prune:
     reconstruct: bool = False
 
     def __post_init__(self) -> None:
+        _named(self.width, "prune.width")
         for name, width in self.width.items():
-            whole = isinstance(width, int) and not isinstance(width, bool)
-            _require(whole and width >= 1, f"prune.width[{name!r}] is a whole number >= 1", width)
+            rule = f"prune.width[{name!r}] is a whole number >= 1"
+            _require(_whole(width) and width >= 1, rule, width)
         _require(isinstance(self.criterion, str), "prune.criterion is a name", self.criterion)
-        _require(isinstance(self.reconstruct, bool), "prune.reconstruct is true or false", self.reconstruct)
+        is_bool = isinstance(self.reconstruct, bool)
+        _require(is_bool, "prune.reconstruct is true or false", self.reconstruct)
         object.__setattr__(self, "width", _frozen(self.width))
 
     @property
     def acts(self) -> bool:
+        """Whether anything is pruned; if not, the other settings are inert."""
         return bool(self.width)
+
+    __hash__ = _hash
+    __reduce__ = _reduce
 
 
 @dataclass(frozen=True)
@@ -55,16 +83,23 @@ class Quantize:
     qat: bool = False
 
     def __post_init__(self) -> None:
+        _named(self.precision, "quantize.precision")
         for name, precision in self.precision.items():
-            _require(isinstance(precision, str), f"quantize.precision[{name!r}] is a name", precision)
-        _require(isinstance(self.calibration, str), "quantize.calibration is a name", self.calibration)
+            rule = f"quantize.precision[{name!r}] is a name"
+            _require(isinstance(precision, str), rule, precision)
+        is_name = isinstance(self.calibration, str)
+        _require(is_name, "quantize.calibration is a name", self.calibration)
         _require(isinstance(self.qat, bool), "quantize.qat is true or false", self.qat)
         kept = {layer: p for layer, p in self.precision.items() if p != "fp32"}
         object.__setattr__(self, "precision", _frozen(kept))
 
     @property
     def acts(self) -> bool:
+        """Whether anything is quantized; if not, the other settings are inert."""
         return bool(self.precision)
+
+    __hash__ = _hash
+    __reduce__ = _reduce
 
 
 @dataclass(frozen=True)
@@ -85,11 +120,11 @@ class Distill:
     def __post_init__(self) -> None:
         for name in ("temperature", "alpha", "learning_rate"):
             value = getattr(self, name)
-            _require(_number(value), f"distill.{name} is a number", value)
-            object.__setattr__(self, name, float(value))
-        _require(0 < self.temperature < float("inf"), "distill.temperature > 0", self.temperature)
+            _require(_finite(value), f"distill.{name} is a finite number", value)
+            object.__setattr__(self, name, float(value) + 0.0)  # -0.0 becomes 0.0: one digest
+        _require(self.temperature > 0, "distill.temperature > 0", self.temperature)
         _require(0 <= self.alpha <= 1, "0 <= distill.alpha <= 1", self.alpha)
-        _require(0 < self.learning_rate < float("inf"), "distill.learning_rate > 0", self.learning_rate)
+        _require(self.learning_rate > 0, "distill.learning_rate > 0", self.learning_rate)
         for name in ("student", "loss"):
             value = getattr(self, name)
             _require(isinstance(value, str), f"distill.{name} is a name", value)
@@ -97,16 +132,27 @@ class Distill:
     acts = True
 
 
-_PARTS = {"prune": Prune, "quantize": Quantize, "distill": Distill}
+_PARTS: dict[str, Any] = {"prune": Prune, "quantize": Quantize, "distill": Distill}
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Widths per group, precision per layer, distillation settings (None: no training)."""
+    """Widths per group, precision per layer, distillation settings (None: no training).
+
+    Inert settings (a criterion where nothing is pruned) are set back to their defaults.
+    """
 
     prune: Prune = field(default_factory=Prune)
     quantize: Quantize = field(default_factory=Quantize)
     distill: Distill | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in _PARTS.items():
+            part = getattr(self, name)
+            if not isinstance(part, kind) and not (name == "distill" and part is None):
+                raise TypeError(f"{name} must be a {kind.__name__}, but got {part!r}")
+            if part is not None and not part.acts:
+                object.__setattr__(self, name, kind())
 
     def to_dict(self) -> dict[str, Any]:
         """The policy without inert settings: what does nothing is not part of it."""
@@ -133,13 +179,15 @@ class Policy:
         if not isinstance(values, Mapping):
             raise BadInput(f"policy: an object is needed, but got {type(values).__name__}")
         rest = dict(values)
-        if (version := rest.pop("version", None)) != VERSION:
+        version = rest.pop("version", None)
+        if not _whole(version) or version != VERSION:
             raise BadInput(f"policy: version {VERSION} is needed, but got {version!r}")
         parts: dict[str, Any] = {}
         for name, content in rest.items():
             if name not in _PARTS:
-                raise BadInput(f"policy: unknown key {name!r}; {nearest(name, _PARTS)}")
-            parts[name] = _part(name, content)
+                raise BadInput(f"policy: unknown key {name!r}; {nearest(str(name), _PARTS)}")
+            if (part := _part(name, content)) is not None:
+                parts[name] = part
         return cls(**parts)
 
     @classmethod
@@ -165,9 +213,7 @@ def _part(name: str, content: object) -> Any:
     known = [f.name for f in fields(kind)]
     if not isinstance(content, Mapping):
         raise BadInput(f"policy: {name} is an object, but got {content!r}")
-    for key, value in content.items():
+    for key in content:
         if key not in known:
-            raise BadInput(f"policy: unknown key {name}.{key}; {nearest(key, known)}")
-        if key in ("width", "precision") and not isinstance(value, Mapping):
-            raise BadInput(f"policy: {name}.{key} is an object, but got {value!r}")
-    return kind(**content)
+            raise BadInput(f"policy: unknown key {name}.{key}; {nearest(str(key), known)}")
+    return kind(**content) if content else None  # an empty object is as good as none

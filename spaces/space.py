@@ -3,42 +3,24 @@
 import math
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from .capabilities import Capabilities
-from .errors import BadInput, Impossible
+from .errors import BadInput, Impossible, nearest
 from .network import Network
 from .policy import Distill, Policy, Prune, Quantize
-
-Range = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user allows; the meaning of each is that of search.yaml's ``space``."""
-
-    min_keep: float = 0.125
-    multiple_of: int | None = None  # None: what the target likes
-    criteria: tuple[str, ...] = ("l1",)
-    reconstruct: tuple[bool, ...] = (False,)
-    precisions: tuple[str, ...] = ("fp32", "int8")
-    calibrations: tuple[str, ...] = ("minmax",)
-    qat: tuple[bool, ...] = (False,)
-    students: tuple[str, ...] = ("pruned",)
-    losses: tuple[str, ...] = ("kl",)
-    temperature: Range = (4.0, 4.0)
-    alpha: Range = (0.9, 0.9)
-    learning_rate: Range = (0.02, 0.02)
+from .settings import Range, Settings
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One axis of the space: ``choices``, or a range ``low`` to ``high`` (``log``: of its logarithm).
+    """One axis of the space: ``choices``, or a range ``low`` to ``high``.
 
-    default: what holds where nothing is known. rung: the lowest rung at which it acts. needs: the part of the policy without which it is
-    inert ("prune", "quantize"), "" for none.
+    log: the range is one of the logarithm. default: what holds where nothing is known. rung: the
+    lowest rung at which it acts. needs: the part of the policy without which it is inert
+    ("prune", "quantize"), "" for none.
     """
 
     name: str
@@ -51,11 +33,14 @@ class Parameter:
     needs: str = ""
 
     def sample(self, rng: random.Random) -> Any:
+        """A value at random, uniform (in its logarithm if ``log``)."""
         if self.choices:
             return rng.choice(self.choices)
         if self.log:
-            return math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
-        return rng.uniform(self.low, self.high)
+            value = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
+        else:
+            value = rng.uniform(self.low, self.high)
+        return min(max(value, self.low), self.high)  # exp(log(x)) may lie beside x
 
 
 @dataclass(frozen=True)
@@ -73,7 +58,8 @@ class Space:
         for name, group in self.network.groups.items():
             asked = self.settings.multiple_of or self.capabilities.width_multiple
             step = math.lcm(asked, group.multiple_of)
-            least = max(1, math.ceil(group.width * self.settings.min_keep))
+            # 0.07 * 100 is 7.000000000000001 and must not ask for 8.
+            least = max(1, math.ceil(group.width * self.settings.min_keep - 1e-9))
             first = -(-least // step) * step
             out[name] = (*range(first, group.width, step), group.width)
         return out
@@ -92,8 +78,14 @@ class Space:
         """Every axis with more than one value comes as a choice; fixed ones stay, with one."""
         s = self.settings
 
-        def choice(name: str, choices: tuple[Any, ...], at: int = 0, **more: str) -> Parameter:
-            return Parameter(name, choices[at], choices, **more)
+        def choice(
+            name: str,
+            choices: tuple[Any, ...],
+            at: int = 0,
+            rung: str = "recalibrate",
+            needs: str = "",
+        ) -> Parameter:
+            return Parameter(name, choices[at], choices, rung=rung, needs=needs)
 
         def between(name: str, bounds: Range, log: bool = False) -> Parameter:
             low, high = bounds
@@ -121,9 +113,13 @@ class Space:
         return {p.name: p.default for p in self.parameters}
 
     def policy(self, values: Mapping[str, Any]) -> Policy:
-        """The policy that ``values`` describe; what is not named has its default. Raises BadInput."""
-        if unknown := values.keys() - self.defaults.keys():
-            raise BadInput(f"no such parameter: {sorted(unknown)}")
+        """The policy that ``values`` describe; what is not named has its default.
+
+        Raises BadInput for a name that is no parameter; ``check`` judges the values.
+        """
+        for name in values:
+            if name not in self.defaults:
+                raise BadInput(f"space: no parameter {name!r}; {nearest(name, self.defaults)}")
         v = {**self.defaults, **values}
         groups = self.network.groups
         widths = {n: v[f"width/{n}"] for n in groups if v[f"width/{n}"] != groups[n].width}
@@ -178,26 +174,48 @@ class Space:
 
     @property
     def size(self) -> int:
-        """The number of choices of structure: widths, precisions and discrete settings."""
-        return math.prod(len(p.choices) for p in self.parameters if p.choices)
+        """The number of policies that differ in a discrete choice; ranges do not count.
+
+        Settings that are inert without pruning or without int8 make no policies of their own.
+        """
+        count = {name: len(p.choices) for name, p in self._choices.items()}
+        structure = math.prod(n for name, n in count.items() if name.startswith("width/"))
+        pruned = (structure - 1) * count["criterion"] * count["reconstruct"]
+        all_fp32 = all("fp32" in known for known in self.precisions.values())
+        precisions = math.prod(n for name, n in count.items() if name.startswith("precision/"))
+        quantized = (precisions - all_fp32) * count["calibration"] * count["qat"]
+        return (pruned + 1) * (quantized + all_fp32) * count["student"] * count["loss"]
 
     def sample(self, rng: random.Random) -> Policy:
         """A legal policy at random, every parameter uniform."""
         return self.policy({p.name: p.sample(rng) for p in self.parameters})
 
     def neighbours(self, policy: Policy) -> Iterator[Policy]:
-        """Every policy that differs in one discrete choice by one step."""
+        """Every policy that differs in one discrete choice by one step.
+
+        Raises Impossible if ``policy`` is not in this space.
+        """
+        self.check(policy)
         values = self.values(policy)
-        for parameter in self.parameters:
-            if parameter.name not in values or len(parameter.choices) < 2:
+        for name, parameter in self._choices.items():
+            if name not in values:
                 continue
-            at = parameter.choices.index(values[parameter.name])
+            at = parameter.choices.index(values[name])
             for other in (at - 1, at + 1):
                 if 0 <= other < len(parameter.choices):
-                    yield self.policy({**values, parameter.name: parameter.choices[other]})
+                    near = self.policy({**values, name: parameter.choices[other]})
+                    # What is not trained stays untrained.
+                    yield near if policy.distill else replace(near, distill=None)
+
+    @cached_property
+    def _choices(self) -> dict[str, Parameter]:
+        return {p.name: p for p in self.parameters if p.choices}
 
     def uniform(self, keep: float, precision: str = "fp32") -> Policy:
-        """The recipe of people in a hurry: every group at ``keep``, every layer at ``precision``."""
+        """The recipe by hand: every group at the share ``keep``, every layer at ``precision``.
+
+        Widths are the nearest legal ones; a layer without that precision takes its first.
+        """
         values: dict[str, Any] = {}
         for name, choices in self.widths.items():
             wish = keep * self.network.groups[name].width

@@ -1,0 +1,262 @@
+"""The command line. Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted."""
+
+import json
+import logging
+import random
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..spaces.errors import BadInput, FlyweightError
+
+SPEC = click.argument("spec", type=click.Path(path_type=Path))
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+def answers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turns what a command raises into one clear line and the exit code that goes with it."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = function(*args, **kwargs) or 0
+        except BadInput as error:
+            _complain(error)
+            code = 2
+        except (FlyweightError, OSError) as error:
+            _complain(error)
+            code = 1
+        except KeyboardInterrupt:
+            click.echo("interrupted; `--resume` goes on from the record", err=True)
+            code = 130
+        sys.exit(code)
+
+    return run
+
+
+def _complain(error: Exception) -> None:
+    click.echo(f"flyweight: {error}", err=True)
+
+
+def _quiet() -> None:
+    """What libraries narrate does not help a user; errors arrive as exceptions."""
+    warnings.filterwarnings("ignore")
+    for name in ("ray", "torch.onnx", "alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(version("flyweight"), prog_name="flyweight")
+def main() -> None:
+    """Make a trained PyTorch model fast enough for the device where it will run.
+
+    flyweight searches over combined pruning, distillation and quantization policies, measures
+    every finalist on the target's runtime, and records all trials in MLflow.
+
+    \b
+    A first search:
+      flyweight init my-search          writes a starter task.py and search.yaml
+      flyweight plan my-search/search.yaml
+      flyweight search my-search/search.yaml --out my-search/run
+      flyweight report my-search/run
+      flyweight deploy my-search/run
+    """
+    _quiet()
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@answers
+def init(folder: Path) -> None:
+    """Write a starter task.py and search.yaml into DIR; they run as they are."""
+    templates = Path(__file__).parent / "templates"
+    names = ("task.py", "search.yaml")
+    for name in names:
+        if (folder / name).exists():
+            raise BadInput(f"{folder / name} exists; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_text((templates / f"{name}.txt").read_text())
+    click.echo(f"Wrote {folder / 'task.py'} and {folder / 'search.yaml'}. Next:")
+    click.echo(f"  flyweight plan {folder / 'search.yaml'}")
+
+
+@main.command()
+@SPEC
+@JSON
+@answers
+def plan(spec: Path, as_json: bool) -> None:
+    """Check SPEC and its task; show the space, the teacher, the reachable speed and the cost.
+
+    Trains nothing.
+    """
+    from .plan import make_plan, print_plan
+
+    found = make_plan(spec)
+    click.echo(json.dumps(found, indent=2)) if as_json else print_plan(found)
+
+
+@main.command()
+@SPEC
+@click.option("--out", type=click.Path(path_type=Path), help="Run directory [default: runs/...].")
+@click.option("--resume", is_flag=True, help="Go on with the search in --out from its record.")
+@click.option("--address", help="A Ray cluster (ray://host:10001 or auto); local without it.")
+@JSON
+@answers
+def search(spec: Path, out: Path | None, resume: bool, address: str | None, as_json: bool) -> int:
+    """Run the search that SPEC describes; Ctrl-C ends it with the best so far."""
+    from rich.console import Console
+
+    from .driver import search as run
+    from .progress import print_closing
+
+    console = Console(stderr=as_json)
+    outcome = run(spec, out, resume=resume, address=address, console=console)
+    for note in outcome.notes:
+        console.print(f"Note: {note}", markup=False)
+    if as_json:
+        click.echo(json.dumps(outcome.result, indent=2))
+    else:
+        print_closing(console, outcome.result)
+    console.print(f"\nReport: {outcome.run_dir / 'report.html'}", markup=False, soft_wrap=True)
+    return 130 if outcome.interrupted else 1 if outcome.failed else 0
+
+
+@main.command()
+@click.option("--spec", required=True, type=click.Path(path_type=Path), help="The search.yaml.")
+@click.option("-n", "count", required=True, type=click.IntRange(1), help="How many policies.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("-o", "out", type=click.Path(path_type=Path), help="Folder for one file each.")
+@answers
+def sample(spec: Path, count: int, seed: int, out: Path | None) -> None:
+    """Write N random legal policies, one JSON file each (without -o: one a line)."""
+    from .plan import space_of
+    from .store import write_json
+
+    space, rng = space_of(spec), random.Random(seed)
+    for number in range(count):
+        policy = space.sample(rng)
+        if out is None:
+            click.echo(policy.canonical())
+        else:
+            write_json(out / f"policy-{number:0{len(str(count - 1))}d}.json", policy.to_dict())
+
+
+@main.command()
+@click.argument("policy", type=click.Path(path_type=Path))
+@click.option("--spec", required=True, type=click.Path(path_type=Path), help="The search.yaml.")
+@click.option(
+    "--rung", default="full", show_default=True,
+    type=click.Choice(["recalibrate", "short", "full"]),
+)  # fmt: skip
+@click.option(
+    "-o", "out", type=click.Path(path_type=Path), default=Path("replay"), show_default=True
+)
+@JSON
+@answers
+def replay(policy: Path, spec: Path, rung: str, out: Path, as_json: bool) -> None:
+    """Rebuild one artifact from its POLICY file."""
+    from .plan import replay as run
+
+    found = run(policy, spec, rung, out)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        click.echo(
+            f"{found['artifact']}: metric {found['metric']:.2f}, {found['size_bytes']} bytes"
+        )
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@answers
+def report(run_dir: Path) -> None:
+    """Write the report of RUN_DIR anew, also while its search still runs."""
+    from .report import write_report
+
+    click.echo(write_report(run_dir))
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--digest", help="An artifact of the front (its first digits suffice).")
+@click.option("--max-latency-ms", type=float, help="The most accurate within this latency.")
+@click.option("--alias", default="champion", show_default=True)
+@click.option("--folder", type=click.Path(path_type=Path), help="Also write what a device needs.")
+@click.option("--force", is_flag=True, help="Replace a model that another task registered.")
+@JSON
+@answers
+def deploy(
+    run_dir: Path, digest: str | None, max_latency_ms: float | None, alias: str,
+    folder: Path | None, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Verify an artifact of RUN_DIR in a clean process and register it under an alias."""
+    from .deploy import deploy as run
+
+    found = run(
+        run_dir, digest=digest, max_latency_ms=max_latency_ms, alias=alias, folder=folder,
+        force=force,
+    )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(vars(found), indent=2, default=str))
+    else:
+        click.echo(f"{found.name} version {found.version} is {found.alias}: {found.digest[:12]}")
+
+
+@main.command()
+@SPEC
+@click.option("--address", required=True, help="The cluster's dashboard, http://host:8265.")
+@answers
+def submit(spec: Path, address: str) -> None:
+    """Run the search of SPEC as a job on a Ray cluster; prints the job's id."""
+    from .cluster import submit as run
+
+    click.echo(run(spec, address))
+
+
+ID = click.argument("job")
+ADDRESS = click.option("--address", required=True, help="The cluster's dashboard.")
+
+
+@main.command()
+@ID
+@ADDRESS
+@answers
+def status(job: str, address: str) -> None:
+    """Say how the submitted JOB stands."""
+    from .cluster import status as run
+
+    click.echo(run(job, address))
+
+
+@main.command()
+@ID
+@ADDRESS
+@answers
+def logs(job: str, address: str) -> None:
+    """Follow the output of the submitted JOB."""
+    from .cluster import logs as run
+
+    for line in run(job, address):
+        click.echo(line, nl=False)
+
+
+@main.command()
+@ID
+@ADDRESS
+@answers
+def stop(job: str, address: str) -> None:
+    """End the submitted JOB with the best so far."""
+    from .cluster import stop as run
+
+    run(job, address)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The search itself, without Ray: what to try next, who climbs, when it ends.
+
+Everything it knows it has from the record; every result goes there first. Whoever runs trials
+(Ray Tune in ``tuning``, a loop in a test) calls ``propose``, ``result`` and ``failed``.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ..compressors import RUNGS
+from ..spaces import Policy
+from .limits import Limits
+from .pareto import climbs
+from .proposals import Proposals
+from .record import Entry, Record
+
+REDUCTION = 2.0  # one in so many climbs from rung to rung
+HOPELESS = 8  # trials that failed, none of them having reached a result: the search ends
+SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
+
+
+@dataclass
+class Trial:
+    """One policy climbing the rungs."""
+
+    number: int
+    policy: Policy
+    results: dict[str, Entry] = field(default_factory=dict)
+    ended: str | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """trials: how many policies are tried. seconds: of search, None for no limit."""
+
+    trials: int
+    seconds: float | None = None
+
+
+class Controller:
+    """Proposes policies, takes results, decides. Never raises into its caller: a record that
+    cannot be written ends the search with ``fatal`` set."""
+
+    def __init__(
+        self,
+        proposals: Proposals,
+        limits: Limits,
+        record: Record,
+        budget: Budget,
+        *,
+        clock: Callable[[], float] = time.time,
+        listen: Sequence[Callable[[Entry], None]] = (),
+    ) -> None:
+        self.proposals, self.limits, self.record, self.budget = proposals, limits, record, budget
+        self.trials: dict[int, Trial] = {}
+        self.fatal: OSError | None = None
+        self.interrupted = False
+        self._clock, self._listen = clock, listen
+        self._again: list[Trial] = []  # of a search that was cut off
+        self._spent = 0.0
+        self._rebuild(record.entries())
+        self._began = clock()
+
+    # What to try next.
+
+    def propose(self) -> Trial | None:
+        """The next trial, or None when the search proposes no more."""
+        if self.over():
+            return None
+        if self._again:
+            return self._again.pop(0)
+        trial = Trial(len(self.trials), self.proposals.ask())
+        self.trials[trial.number] = trial
+        begin = {"kind": "begin", **self._name(trial), "policy": trial.policy.to_dict()}
+        return trial if self._append(begin) else None
+
+    def over(self) -> bool:
+        """Whether no more trials begin."""
+        if self.fatal or self.interrupted or self.remaining() <= 0 or self.hopeless():
+            return True
+        return not self._again and len(self.trials) >= self.budget.trials
+
+    def hopeless(self) -> bool:
+        """Whether every trial so far failed, and enough did."""
+        failed = [t for t in self.trials.values() if t.ended == "failed"]
+        return len(failed) >= HOPELESS and not any(t.results for t in self.trials.values())
+
+    def elapsed(self) -> float:
+        """Seconds of search so far, those before a resume included."""
+        return self._spent + self._clock() - self._began
+
+    def remaining(self) -> float:
+        """Seconds until the deadline."""
+        return math.inf if self.budget.seconds is None else self.budget.seconds - self.elapsed()
+
+    # What came of it.
+
+    def result(self, number: int, outcome: Entry) -> bool:
+        """Takes the outcome of a rung; whether the trial goes on to the next."""
+        trial = self.trials.get(number)
+        if trial is None or trial.ended:
+            return False  # a result that arrives after the end of its trial changes nothing
+        if outcome.get("error"):
+            self._end(trial, "failed", outcome["error"])
+            return False
+        entry = self._entry(trial, outcome)
+        rung = entry["rung"]
+        earlier = [
+            (e["loss"], e["latency_ms"][1]) for e in self.results(rung) if e["constraint"] <= 0
+        ]
+        if not self._append(entry):
+            return False
+        self._learn(trial, entry)
+        if self.limits.cost(entry["latency_ms"][1], entry["size_bytes"]) > 0:
+            self._end(trial, "over_limit")
+        elif rung == RUNGS[-1]:
+            self._end(trial, "finished")
+        elif not climbs(earlier, (entry["loss"], entry["latency_ms"][1]), REDUCTION):
+            self._end(trial, "stopped")
+        elif self.interrupted:
+            self._end(trial, "interrupted")
+        elif not self._in_time(RUNGS[RUNGS.index(rung) + 1]):
+            self._end(trial, "deadline")
+        return trial.ended is None
+
+    def failed(self, number: int, error: str) -> None:
+        """The trial's worker died or raised."""
+        trial = self.trials.get(number)
+        if trial and not trial.ended:
+            self._end(trial, "interrupted" if self.interrupted else "failed", error)
+
+    def close(self) -> None:
+        """Ends every trial that still runs, so that nothing stays open."""
+        for trial in self.trials.values():
+            if not trial.ended:
+                self._end(trial, "interrupted")
+
+    # What is known.
+
+    def results(self, rung: str) -> list[Entry]:
+        """The results of ``rung``, oldest first."""
+        found = [t.results[rung] for t in self.trials.values() if rung in t.results]
+        return sorted(found, key=lambda e: float(e["time"]))
+
+    def _entry(self, trial: Trial, outcome: Entry) -> Entry:
+        known = next(iter(trial.results.values()), {})
+        latency = outcome.get("latency_ms") or known["latency_ms"]
+        size = outcome.get("size_bytes") or known["size_bytes"]
+        full = outcome["rung"] == RUNGS[-1]
+        excess = (
+            self.limits.excess(outcome["metric"], latency[1], size)
+            if full
+            else self.limits.cost(latency[1], size)
+        )
+        return {
+            "kind": "result",
+            **self._name(trial),
+            "policy": trial.policy.to_dict(),
+            **outcome,
+            "latency_ms": latency,
+            "size_bytes": size,
+            "constraint": excess,
+        }
+
+    def _name(self, trial: Trial) -> Entry:
+        return {"trial": trial.number, "digest": trial.policy.digest, "time": self._clock()}
+
+    def _learn(self, trial: Trial, entry: Entry) -> None:
+        trial.results[entry["rung"]] = entry
+        self.proposals.tell(
+            trial.policy, entry["rung"], entry["loss"], entry["latency_ms"][1], entry["constraint"]
+        )
+
+    def _end(self, trial: Trial, reason: str, error: str | None = None) -> None:
+        trial.ended = reason
+        self.proposals.fail(trial.policy)
+        self._append({"kind": "end", **self._name(trial), "reason": reason, "error": error})
+
+    def _append(self, entry: Entry) -> bool:
+        try:
+            self.record.append(entry)
+        except OSError as error:
+            self.fatal = self.fatal or error
+            return False
+        for listener in self._listen:
+            listener(entry)
+        return True
+
+    def _in_time(self, rung: str) -> bool:
+        """Whether a trial that climbs to ``rung`` now will end near the deadline.
+
+        The first to arrive anywhere climbs on in any case: a search ends with something to show.
+        """
+        if self.budget.seconds is None:
+            return True
+        ahead = RUNGS[RUNGS.index(rung) :]
+        needed = 0.0
+        for each in ahead:
+            durations = [e["rung_seconds"] for e in self.results(each)]
+            if not durations:
+                return self.remaining() > 0 or not self.results(RUNGS[-1])
+            needed += statistics.median(durations)
+        return needed <= self.remaining() + SLACK * self.budget.seconds
+
+    def _rebuild(self, entries: list[Entry]) -> None:
+        began = last = 0.0
+        for entry in entries:
+            if entry["kind"] == "search":
+                self._spent += last - began
+                began = last = entry["time"]
+                continue
+            last = entry["time"]
+            if entry["kind"] == "begin":
+                policy = Policy.from_dict(entry["policy"])
+                self.trials[entry["trial"]] = Trial(entry["trial"], policy)
+                self.proposals.know(policy)
+            elif entry["kind"] == "result":
+                self._learn(self.trials[entry["trial"]], entry)
+            elif entry["kind"] == "end" and entry["reason"] != "interrupted":
+                self.trials[entry["trial"]].ended = entry["reason"]
+        self._spent += last - began
+        self._again = [t for t in self.trials.values() if not t.ended]
+        for trial in self._again:
+            trial.results.clear()  # it begins anew: what it learned before is in the studies
+
+
+def failures(entries: Sequence[Entry], most: int = 3) -> list[tuple[str, int]]:
+    """The commonest reasons of failure with how often each came."""
+    counts: dict[str, int] = {}
+    for entry in entries:
+        if entry["kind"] == "end" and entry["reason"] == "failed":
+            reason = str(entry["error"]).splitlines()[0]
+            counts[reason] = counts.get(reason, 0) + 1
+    return sorted(counts.items(), key=lambda item: -item[1])[:most]

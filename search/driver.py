@@ -1,0 +1,341 @@
+"""A whole search: prepare, run trials, measure the finalists, write what came of it."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from ..compressors import RUNGS, compress
+from ..compressors.data import Items
+from ..compressors.parity import run_session
+from ..kernels import Timing
+from ..spaces import BadInput, FlyweightError
+from .controller import Budget, Controller, failures
+from .limits import Limits
+from .progress import Progress
+from .proposals import Proposals
+from .ready import (
+    Ready,
+    check_reachable,
+    data_digest,
+    facts_of,
+    ready,
+    teacher_answers,
+    versions,
+)
+from .record import FileRecord
+from .report import write_report
+from .results import finalists, measured_front, result
+from .spec import Spec, load_spec
+from .store import read_artifact, write_json, write_whole
+from .tracking import MemoryTracker, MlflowTracker, Tracker
+from .tuning import run_trials
+from .workers import CompressionTrial, Job, start_meter
+
+FREE_BYTES = 200_000_000  # what a run directory may come to need
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """result: the content of result.json. interrupted: ended by Ctrl-C. notes: what went wrong."""
+
+    run_dir: Path
+    result: dict[str, Any]
+    interrupted: bool
+    failed: bool
+    notes: list[str]
+
+
+def search(
+    spec_path: Path,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    address: str | None = None,
+    console: Any = None,
+) -> Outcome:
+    """Runs the search that ``spec_path`` describes. Raises BadInput before anything is spent."""
+    began = time.time()
+    spec = load_spec(spec_path)
+    run_dir = open_run(spec, out, resume)
+    record = FileRecord(run_dir / "record.jsonl")
+    try:
+        say = console.print if console else print
+        say(f"Checking {spec.task} and tracing its model")
+        prepared = ready(spec, run_dir)
+        write_whole(run_dir / "spec.yaml", spec.to_yaml().encode())
+        with _ray(spec, address):
+            return _Search(spec, run_dir, record, prepared, console, began).run()
+    finally:
+        record.close()
+
+
+def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
+    """The run directory, made if need be. Raises BadInput when it is not what was asked for."""
+    name = spec.task.rpartition(":")[2]
+    if out is None:
+        earlier = sorted(Path("runs").glob(f"{name}-*/record.jsonl"))
+        if resume and not earlier:
+            raise BadInput(f"nothing to resume: no runs/{name}-*; say which with --out")
+        out = (
+            earlier[-1].parent if resume else Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+        )
+    out = out.resolve()
+    kept = out / "record.jsonl"
+    exists = kept.is_file() and kept.stat().st_size > 0
+    if resume and not exists:
+        raise BadInput(f"nothing to resume in {out}: it has no record.jsonl")
+    if exists and not resume:
+        raise BadInput(f"{out} holds a search already; go on with --resume or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out).free
+    except OSError as error:
+        raise BadInput(f"the run directory {out} cannot be made: {error}") from error
+    if free < FREE_BYTES:
+        raise BadInput(
+            f"{out} has {free / 1e6:.0f} MB free; a search needs {FREE_BYTES / 1e6:.0f} MB: "
+            "free some, or choose another --out"
+        )
+    return out
+
+
+class _Search:
+    """One run of it all; its methods are the stages, in order."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        run_dir: Path,
+        record: FileRecord,
+        prepared: Ready,
+        console: Any,
+        began: float,
+    ) -> None:
+        self.spec, self.run_dir, self.record, self.ready = spec, run_dir, record, prepared
+        self.console, self.began = console, began
+        self.notes: list[str] = []
+        self.resumed = bool(record.entries())
+
+    def run(self) -> Outcome:
+        meter = start_meter(self.ready)
+        header = self._header(ray.get(meter.alone.remote()))
+        limits = self.ready.limits(header["teacher"]["latency_ms"])
+        if not self.resumed:
+            self._check_limits(meter, limits)
+        tracker = self._tracker(header)
+        controller = self._controller(limits, tracker, header)
+        self._trials(controller, meter)
+        ray.kill(meter)
+        self._note_end(controller)
+        found = self._measure(controller, limits, header)
+        found |= {"mlflow_run_id": tracker.wait_run_id(30.0)}
+        write_json(self.run_dir / "result.json", found)
+        write_report(self.run_dir)
+        self._finish(tracker, controller)
+        failed = bool(controller.fatal) or controller.hopeless()
+        return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
+
+    def _header(self, latency_ms: float) -> dict[str, Any]:
+        """The entry that begins each session of a search. A resumed one keeps the teacher's
+        figures, so that its limits stay what they were."""
+        spec, earlier = self.spec, self.record.entries()
+        runtime = self.ready.prepared.runtime
+        teacher = {
+            "metric": self.ready.metric,
+            "metric_test": self.ready.metric_test,
+            "latency_ms": latency_ms,
+            "size_bytes": len(self.ready.teacher),
+        }
+        header = {
+            "kind": "search",
+            "flyweight": version("flyweight"),
+            **facts_of(spec, runtime.fingerprint),
+            "objective": spec.objective.model_dump(),
+            "teacher": teacher,
+            "versions": versions(),
+            "data_digest": data_digest(self.ready.prepared),
+            "search_id": earlier[0]["search_id"] if earlier else secrets.token_hex(8),
+            "time": time.time(),
+        }
+        if earlier:
+            for key in ("task", "data_digest"):
+                if earlier[0][key] != header[key]:
+                    raise BadInput(
+                        f"--resume: {key} is {header[key]}, but the search began with "
+                        f"{earlier[0][key]}; begin a new search with another --out"
+                    )
+            if earlier[0]["target"] == header["target"]:
+                header["teacher"] = earlier[0]["teacher"]
+        return header
+
+    def _check_limits(self, meter: Any, limits: Limits) -> None:
+        if limits.latency_ms is None:
+            return
+        latencies = {}
+        for policy in self.ready.smallest():
+            candidate = compress(self.ready.prepared, policy, RUNGS[0])
+            latencies[policy.digest] = ray.get(meter.provisional.remote(candidate.model))[1]
+        check_reachable(self.ready, limits, latencies)
+
+    def _tracker(self, header: dict[str, Any]) -> Tracker:
+        tracking = self.spec.tracking
+        if tracking is None:
+            return MemoryTracker()
+        folder = self.spec.folder / "mlartifacts" if tracking.uri.startswith("sqlite:") else None
+        location = folder.as_uri() if folder else None
+        return MlflowTracker(tracking.uri, tracking.experiment, location, header["search_id"])
+
+    def _controller(self, limits: Limits, tracker: Tracker, header: dict[str, Any]) -> Controller:
+        for entry in self.record.entries():  # what an earlier session did not deliver
+            if entry["kind"] != "begin":
+                tracker.record(entry)
+        self.record.append(header)
+        tracker.record(header)
+        search = self.spec.search
+        first = [] if self.resumed else self.ready.recipes()
+        self.progress = Progress(
+            self.console,
+            trials=search.trials,
+            budget_s=search.time_budget,
+            clock=time.time,
+            teacher=header["teacher"],
+            objective=header["objective"],
+        )
+
+        def listen(entry: dict[str, Any]) -> None:
+            if entry["kind"] != "begin":
+                tracker.record(entry)
+            self.progress.entry(entry)
+
+        proposals = Proposals(self.ready.space, search.sampler, search.seed, first)
+        budget = Budget(search.trials, search.time_budget)
+        return Controller(proposals, limits, self.record, budget, listen=[listen])
+
+    def _trials(self, controller: Controller, meter: Any) -> None:
+        facts = facts_of(self.spec, self.ready.prepared.runtime.fingerprint)
+        answers = teacher_answers(self.ready.prepared)
+        job = Job(self.spec, self.run_dir, facts, meter, answers)
+        resources = {"cpu": self.spec.resources.cpus, "gpu": self.spec.resources.gpus}
+        with self.progress, _terminable():
+            run_trials(
+                controller,
+                tune.with_parameters(CompressionTrial, job=job),
+                concurrency=self.spec.search.concurrency,
+                resources=resources,
+                accelerator=self.spec.resources.accelerator,
+            )
+
+    def _note_end(self, controller: Controller) -> None:
+        if controller.fatal:
+            self.notes.append(f"The record could not be written: {controller.fatal}")
+        if controller.hopeless():
+            reasons = "; ".join(f"{n}x {text}" for text, n in failures(self.record.entries()))
+            self.notes.append(f"Every trial failed: {reasons}")
+
+    def _measure(
+        self, controller: Controller, limits: Limits, header: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Finalists, alone, in a process of its own; the front and result.json's content."""
+        entries = finalists(controller.results(RUNGS[-1]), limits)
+        models = {}
+        for entry in entries:
+            try:
+                models[entry["digest"]] = read_artifact(self.run_dir, entry["digest"])
+            except FlyweightError as error:
+                self.notes.append(str(error))
+        entries = [e for e in entries if e["digest"] in models]
+        meter = start_meter(self.ready)
+        timings: dict[str, Timing] = ray.get(meter.finalists.remote(models))
+        ray.kill(meter)
+        teacher = dict(header["teacher"]) | {"latency_ms": timings["teacher"].median_ms}
+        tests = {digest: self._test(model) for digest, model in models.items()}
+        for digest in models:
+            self._append(
+                {
+                    "kind": "measured",
+                    "digest": digest,
+                    "latency_ms": timings[digest].median_ms,
+                    "latency_spread": timings[digest].spread,
+                    "teacher_latency_ms": timings["teacher"].median_ms,
+                    "time": time.time(),
+                }
+            )
+        counts = Counter(rung for t in controller.trials.values() for rung in t.results)
+        rows = measured_front(entries, timings, tests)
+        return result(header, counts, rows, teacher, time.time() - self.began, None)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # a full disk was told already; result.json will tell
+            self.record.append(entry)
+
+    def _test(self, model: bytes) -> float | None:
+        items: Items | None = self.ready.prepared.splits.test
+        if items is None:
+            return None
+        answers = run_session(self.ready.prepared.runtime.load(model), items)
+        return float(self.ready.prepared.task.metric(answers, items.targets))
+
+    def _finish(self, tracker: Tracker, controller: Controller) -> None:
+        for entry in self.record.entries():
+            if entry["kind"] == "measured":
+                tracker.record(entry)
+        status = (
+            "KILLED" if controller.interrupted else "FAILED" if controller.fatal else "FINISHED"
+        )
+        files = [self.run_dir / name for name in ("result.json", "report.html", "spec.yaml")]
+        missing = tracker.finish(status, files)
+        if missing.reason:
+            self.notes.append(
+                f"MLflow lacks {missing.entries} entries ({missing.reason}); the record has them "
+                "all: run the search again with --resume when the server is back"
+            )
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM (a job that is stopped) ends a search as Ctrl-C does: with the best so far."""
+    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _ray(spec: Spec, address: str | None) -> Iterator[None]:
+    """Ray, local unless an address is given, protected by a token in either case."""
+    if address is None:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    needed = int(spec.search.concurrency * spec.resources.cpus + 0.999)
+    local: dict[str, Any] = {
+        "num_cpus": max(os.cpu_count() or 1, needed),
+        "include_dashboard": False,
+    }
+    here = Path.cwd()
+    scratch = Path(os.environ.get("TMPDIR", "/tmp"))
+    os.chdir(scratch)  # Ray puts the driver's folder on every worker's path
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level="ERROR",
+            **({} if address else local),
+        )
+        yield
+    except ConnectionError as error:
+        raise BadInput(f"no Ray cluster at {address}: {error}") from error
+    finally:
+        ray.shutdown()
+        os.chdir(here)

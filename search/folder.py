@@ -1,0 +1,79 @@
+"""An artifact as a folder for a device that has a runtime and nothing of flyweight."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ..kernels.onnxruntime import CHAINS, NAMES
+from ..spaces import FlyweightError
+from .choose import Artifact
+from .store import write_json, write_whole
+
+EXAMPLE = '''"""Runs model.onnx with bare onnxruntime: python example.py [BATCH]"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+here = Path(__file__).parent
+io = json.loads((here / "io.json").read_text())
+batch = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+
+options = ort.SessionOptions()
+options.intra_op_num_threads = io["threads"]
+session = ort.InferenceSession(here / "model.onnx", options, providers=io["providers"])
+
+# Zeros in place of real inputs; an axis that is null in io.json is the batch.
+inputs = {
+    i["name"]: np.zeros([batch if size is None else size for size in i["shape"]], i["dtype"])
+    for i in io["inputs"]
+}
+(output,) = session.run(None, inputs)
+print(output.shape, output.dtype, output[0])
+'''
+
+
+def providers(runtime: str) -> list[str]:
+    """ONNX Runtime's execution providers for the runtime called ``runtime``."""
+    return next(list(CHAINS[p]) for p, name in NAMES.items() if name == runtime)
+
+
+def describe(model: bytes) -> dict[str, list[dict[str, Any]]]:
+    """Name, dtype (numpy's) and shape (null: the batch) of every input and output."""
+    graph = onnx.load_model_from_string(model).graph
+    constants = {tensor.name for tensor in graph.initializer}
+
+    def values(infos: Any) -> list[dict[str, Any]]:
+        found = []
+        for info in infos:
+            tensor = info.type.tensor_type
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+            sizes = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
+            found.append({"name": info.name, "dtype": dtype, "shape": sizes})
+        return found
+
+    inputs = [info for info in graph.input if info.name not in constants]
+    return {"inputs": values(inputs), "outputs": values(graph.output)}
+
+
+def write_folder(folder: Path, artifact: Artifact) -> None:
+    """Writes model.onnx, policy.json, io.json and example.py. Raises FlyweightError."""
+    io = {
+        **describe(artifact.model),
+        "runtime": artifact.target["runtime"],
+        "threads": artifact.target["threads"],
+        "providers": providers(artifact.target["runtime"]),
+        "digest": artifact.digest,
+        "sha256": artifact.metrics["sha256"],
+    }
+    try:
+        write_whole(folder / "model.onnx", artifact.model)
+        write_whole(folder / "policy.json", artifact.policy.read_bytes())
+        write_json(folder / "io.json", io)
+        write_whole(folder / "example.py", EXAMPLE.encode())
+    except OSError as error:
+        raise FlyweightError(f"{folder} cannot be written: {error}") from error

@@ -1,0 +1,141 @@
+"""What a search would do, before it costs anything; and single policies by hand."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..compressors import RUNGS, compress, load_task, prepare
+from ..kernels import make_runtime
+from ..spaces import BadInput, Policy, Space
+from .meter import Meter
+from .ready import facts_of, ready, schedule_of
+from .spec import load_spec
+from .store import read_policy, write_artifact
+
+
+def make_plan(spec_path: Path) -> dict[str, Any]:
+    """Space, teacher, best case and expected cost of a search. Trains nothing."""
+    spec = load_spec(spec_path)
+    found = ready(spec)
+    meter = Meter(spec.target.runtime, spec.target.threads, found.teacher, found.request())
+    teacher_ms = meter.alone()
+    limits = found.limits(teacher_ms)
+    cases = []
+    for name, policies in (("smallest", found.smallest()), ("uniform", found.recipes())):
+        for policy in policies:
+            candidate = compress(found.prepared, policy, RUNGS[0])
+            assert candidate.model is not None
+            latency = meter.provisional(candidate.model)[1]
+            cases.append(
+                {
+                    "kind": name,
+                    "digest": policy.digest,
+                    "kept": _kept(found.space, policy),
+                    "int8_layers": len(policy.quantize.precision),
+                    "latency_ms": latency,
+                    "speedup": teacher_ms / latency,
+                    "metric_untrained": candidate.metric,
+                    "size_bytes": len(candidate.model),
+                }
+            )
+    fastest = min(case["latency_ms"] for case in cases)
+    return {
+        "task": spec.task,
+        "space": {
+            "groups": {n: list(w) for n, w in found.space.widths.items()},
+            "layers": {n: list(p) for n, p in found.space.precisions.items()},
+            "parameters": len(found.space.parameters),
+            "size_log10": math.log10(found.space.size),
+        },
+        "teacher": {
+            "metric": found.metric,
+            "metric_test": found.metric_test,
+            "latency_ms": teacher_ms,
+            "size_bytes": len(found.teacher),
+            "parameters": found.prepared.network.parameters,
+        },
+        "limits": {
+            "latency_ms": limits.latency_ms,
+            "max_drop": limits.max_drop,
+            "size_bytes": limits.size_bytes,
+        },
+        "cases": cases,
+        "fastest_ms": fastest,
+        "reachable": limits.latency_ms is None or fastest <= limits.latency_ms,
+        "cost": {
+            "trials": spec.search.trials,
+            "time_budget_s": spec.search.time_budget,
+            "samples_of_a_full_trial": round(
+                spec.rungs.full_epochs * len(found.prepared.splits.train)
+            ),
+        },
+    }
+
+
+def _kept(space: Space, policy: Policy) -> float:
+    groups = space.network.groups
+    full = sum(g.width for g in groups.values())
+    return sum(policy.prune.width.get(n, g.width) for n, g in groups.items()) / max(1, full)
+
+
+def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
+    """The plan for people."""
+    console = console or Console()
+    teacher, space = plan["teacher"], plan["space"]
+    console.print(
+        f"{plan['task']}: metric {teacher['metric']:.2f}, {teacher['latency_ms']:.3f} ms, "
+        f"{teacher['parameters'] / 1e6:.2f} M parameters",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    console.print(
+        f"Space: {len(space['groups'])} groups, {len(space['layers'])} layers, "
+        f"about 10^{space['size_log10']:.0f} policies"
+    )
+    table = Table(title="Untrained, timed on this machine")
+    for name in ("policy", "kept", "int8 layers", "latency ms", "speed-up", "metric untrained"):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    for case in plan["cases"]:
+        table.add_row(
+            case["kind"], f"{case['kept']:.0%}", str(case["int8_layers"]),
+            f"{case['latency_ms']:.4f}", f"{case['speedup']:.2f}x",
+            f"{case['metric_untrained']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    limit, cost = plan["limits"]["latency_ms"], plan["cost"]
+    if limit is not None:
+        verdict = "within reach" if plan["reachable"] else "OUT OF REACH of this space"
+        console.print(f"Limit: {limit:.4f} ms, {verdict} (fastest {plan['fastest_ms']:.4f} ms)")
+    budget = f", at most {cost['time_budget_s'] / 60:g} minutes" if cost["time_budget_s"] else ""
+    console.print(
+        f"Cost: up to {cost['trials']} trials{budget}; one that climbs to the top trains on "
+        f"{cost['samples_of_a_full_trial']:,} samples"
+    )
+
+
+def space_of(spec_path: Path) -> Space:
+    """The space of a spec."""
+    spec = load_spec(spec_path)
+    runtime = make_runtime(spec.target.runtime, spec.target.threads)
+    task = load_task(spec.task, spec.folder, spec.task_args)
+    network = prepare(task, runtime, schedule_of(spec)).network
+    return Space(network, runtime.capabilities, spec.space.settings())
+
+
+def replay(policy_path: Path, spec_path: Path, rung: str, out: Path) -> dict[str, Any]:
+    """Rebuilds the artifact of a policy up to ``rung`` into ``out``; its facts."""
+    policy, spec = read_policy(policy_path), load_spec(spec_path)
+    runtime = make_runtime(spec.target.runtime, spec.target.threads)
+    task = load_task(spec.task, spec.folder, spec.task_args)
+    prepared = prepare(task, runtime, schedule_of(spec))
+    candidate = compress(prepared, policy, rung, seed=spec.search.seed)
+    if candidate.model is None:
+        raise BadInput("--rung short builds no artifact; use recalibrate or full")
+    facts = facts_of(spec, runtime.fingerprint)
+    path = write_artifact(out, candidate, facts)
+    return {
+        "digest": policy.digest, "artifact": str(out / path), "rung": rung,
+        "metric": candidate.metric, "loss": candidate.loss, "size_bytes": len(candidate.model),
+    }  # fmt: skip

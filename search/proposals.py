@@ -1,0 +1,202 @@
+"""Which policy next: one in-memory Optuna study per rung. The only file that imports Optuna."""
+
+import logging
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import TrialState
+
+from ..compressors import RUNGS
+from ..spaces import Impossible, Parameter, Policy, Space
+
+ENOUGH = 10  # results until a rung's study is asked
+WINDOW = 256  # newest results a study holds: the time to ask stays flat
+TRIES = 20  # proposals that were seen before until a neighbour is taken
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+logging.getLogger("optuna").setLevel(logging.WARNING)
+
+
+class Proposals:
+    """Asks the highest rung that knows enough; parameters that do not act there come from above.
+
+    Fidelities are never mixed: a study holds results of its own rung alone. ``tell`` takes every
+    result; a trial asked from a study is told when its own rung's result arrives and failed when
+    it ends before.
+    """
+
+    def __init__(
+        self, space: Space, sampler: str = "tpe", seed: int = 0, first: Sequence[Policy] = ()
+    ) -> None:
+        self.space = space
+        self._sampler = sampler
+        self._rng = random.Random(seed)
+        self._seed = seed
+        self._queue = list(first)
+        self._seen: set[str] = set()
+        self._studies = {rung: self._study() for rung in RUNGS}
+        self._asked: dict[str, tuple[str, optuna.Trial]] = {}  # digest -> (rung, trial)
+        self._best: dict[str, dict[str, Any]] = {}  # rung -> values of its best policy
+        self._best_loss: dict[str, float] = {}
+
+    def ask(self) -> Policy:
+        """A policy that was not proposed before, unless the space is exhausted."""
+        policy = self._next()
+        for _ in range(TRIES):
+            if policy.digest not in self._seen:
+                break
+            policy = self._next()
+        else:
+            near = [p for p in self.space.neighbours(policy) if p.digest not in self._seen]
+            policy = self._rng.choice(near) if near else policy
+        self._seen.add(policy.digest)
+        return policy
+
+    def know(self, policy: Policy) -> None:
+        """``policy`` was proposed in an earlier session: it is not proposed again."""
+        self._seen.add(policy.digest)
+
+    def tell(
+        self, policy: Policy, rung: str, loss: float, latency_ms: float, constraint: float
+    ) -> None:
+        """A result of ``policy`` at ``rung``; feasible if ``constraint`` <= 0."""
+        self._seen.add(policy.digest)
+        asked = self._asked.get(policy.digest)
+        if asked and asked[0] == rung:
+            del self._asked[policy.digest]
+            asked[1].set_constraint("limit", constraint)
+            self._studies[rung].tell(asked[1], [loss, latency_ms])
+        else:
+            self._add(rung, policy, [loss, latency_ms], constraint)
+        if constraint <= 0 and loss <= self._best_loss.get(rung, float("inf")):
+            self._best[rung], self._best_loss[rung] = self.space.values(policy), loss
+        if len(self._studies[rung].get_trials(deepcopy=False)) > 2 * WINDOW:
+            self._trim(rung)
+
+    def fail(self, policy: Policy) -> None:
+        """``policy`` ended without the result its study waits for."""
+        asked = self._asked.pop(policy.digest, None)
+        if asked:
+            self._studies[asked[0]].tell(asked[1], state=TrialState.FAIL)
+
+    def running(self) -> int:
+        """Trials that the studies still wait for."""
+        return len(self._asked)
+
+    def _next(self) -> Policy:
+        if self._queue:
+            return self._queue.pop(0)
+        rung = next((r for r in reversed(RUNGS) if len(self._completed(r)) >= ENOUGH), RUNGS[0])
+        study = self._studies[rung]
+        trial = study.ask()
+        values = self._inherited(rung) | self._suggest(trial, rung)
+        policy = self.space.policy(values)
+        if policy.digest in self._seen:
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            self._asked[policy.digest] = (rung, trial)
+        return policy
+
+    def _completed(self, rung: str) -> list[optuna.trial.FrozenTrial]:
+        return self._studies[rung].get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+    def _inherited(self, rung: str) -> dict[str, Any]:
+        """Parameters that do not act at ``rung``: of the best at the highest rung that has any."""
+        above = [
+            r for r in reversed(RUNGS) if r in self._best and RUNGS.index(r) > RUNGS.index(rung)
+        ]
+        source = self._best[above[0]] if above else {}
+        names = {p.name for p in self.space.parameters if not _acts(p, rung)}
+        return {name: value for name, value in source.items() if name in names}
+
+    def _suggest(self, trial: optuna.Trial, rung: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for parameter in self.space.parameters:
+            if not _acts(parameter, rung) or len(parameter.choices) == 1:
+                continue
+            if parameter.needs and not self._active(parameter.needs, values):
+                continue
+            values[parameter.name] = _draw(trial, parameter)
+        return values
+
+    def _active(self, part: str, values: Mapping[str, Any]) -> bool:
+        full = {f"width/{n}": g.width for n, g in self.space.network.groups.items()}
+        if part == "prune":
+            return any(values.get(n, w) != w for n, w in full.items())
+        return any(v != "fp32" for n, v in values.items() if n.startswith("precision/"))
+
+    def _add(self, rung: str, policy: Policy, results: list[float], constraint: float) -> None:
+        try:
+            self.space.check(policy)
+        except Impossible:
+            return  # of an earlier, wider space: it counts as seen, and teaches nothing here
+        known = self.space.values(policy)
+        axes = [
+            p for p in self.space.parameters
+            if p.name in known and _acts(p, rung) and len(p.choices) != 1
+        ]  # fmt: skip
+        self._studies[rung].add_trial(
+            optuna.create_trial(
+                values=results,
+                params={p.name: _in(p, known[p.name]) for p in axes},
+                distributions={p.name: _distribution(p) for p in axes},
+                constraints={"limit": constraint},
+            )
+        )
+
+    def _trim(self, rung: str) -> None:
+        kept = self._completed(rung)[-WINDOW:]
+        for digest in [d for d, (r, _) in self._asked.items() if r == rung]:
+            del self._asked[digest]  # its result will be added like anybody's
+        self._studies[rung] = self._study()
+        self._studies[rung].add_trials(kept)
+
+    def _study(self) -> optuna.Study:
+        self._seed += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler: optuna.samplers.BaseSampler = (
+                optuna.samplers.RandomSampler(seed=self._seed)
+                if self._sampler == "random"
+                else optuna.samplers.TPESampler(
+                    multivariate=True, group=True, n_startup_trials=ENOUGH, seed=self._seed
+                )
+            )
+        return optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+
+
+def _acts(parameter: Parameter, rung: str) -> bool:
+    return RUNGS.index(parameter.rung) <= RUNGS.index(rung)
+
+
+def _ordered(parameter: Parameter) -> bool:
+    return parameter.name.startswith("width/")
+
+
+def _distribution(parameter: Parameter) -> BaseDistribution:
+    if _ordered(parameter):  # the index of a width, so that TPE knows which widths are neighbours
+        return IntDistribution(0, len(parameter.choices) - 1)
+    if parameter.choices:
+        return CategoricalDistribution(parameter.choices)
+    return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
+
+
+def _draw(trial: optuna.Trial, parameter: Parameter) -> Any:
+    if _ordered(parameter):
+        return parameter.choices[trial.suggest_int(parameter.name, 0, len(parameter.choices) - 1)]
+    if parameter.choices:
+        return trial.suggest_categorical(parameter.name, parameter.choices)
+    return trial.suggest_float(parameter.name, parameter.low, parameter.high, log=parameter.log)
+
+
+def _in(parameter: Parameter, value: Any) -> Any:
+    return parameter.choices.index(value) if _ordered(parameter) else value

@@ -1,0 +1,120 @@
+"""From a spec to a prepared task, its space and its teacher's figures; nothing is trained."""
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..compressors import Prepared, Schedule, compress, load_task, prepare
+from ..compressors.data import Items, tensors
+from ..compressors.parity import feed, run_session
+from ..kernels import make_runtime
+from ..spaces import BadInput, Policy, Space
+from .limits import Limits, limits
+from .spec import Spec
+from .store import write_whole
+
+RECIPES = (0.5, 0.625, 0.75, 0.875)  # shares of channels kept by the uniform recipes
+
+
+def schedule_of(spec: Spec) -> Schedule:
+    return Schedule(full_epochs=spec.rungs.full_epochs, short=spec.rungs.short)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A search that could begin. teacher: its artifact; metric, metric_test: its figures."""
+
+    spec: Spec
+    prepared: Prepared
+    space: Space
+    teacher: bytes
+    metric: float
+    metric_test: float | None
+
+    def limits(self, latency_ms: float) -> Limits:
+        """The limits of the spec for a teacher of this latency."""
+        return limits(self.spec.objective.model_dump(), self.metric, latency_ms)
+
+    def recipes(self) -> list[Policy]:
+        """The uniform recipes of people: what a search must at least have tried."""
+        precisions = [p for p in ("int8", "fp32") if p in self.spec.space.quantize.precisions]
+        found = [self.space.uniform(keep, p) for p in precisions for keep in RECIPES]
+        return list(dict.fromkeys(found))
+
+    def request(self) -> dict[str, np.ndarray[Any, Any]]:
+        """One request of the target's batch size under the artifact's input names."""
+        one = feed(self.prepared.example)
+        return {k: np.repeat(v, self.spec.target.batch_size, axis=0) for k, v in one.items()}
+
+    def smallest(self) -> list[Policy]:
+        """The policies that can be expected to be fastest: least width in each precision."""
+        precisions = self.spec.space.quantize.precisions
+        return list(dict.fromkeys(self.space.uniform(0.0, p) for p in precisions))
+
+
+def ready(spec: Spec, run_dir: Path | None = None) -> Ready:
+    """Loads and checks everything; writes the teacher's artifact. Raises BadInput."""
+    runtime = make_runtime(spec.target.runtime, spec.target.threads)
+    task = load_task(spec.task, spec.folder, spec.task_args)
+    prepared = prepare(task, runtime, schedule_of(spec))
+    space = Space(prepared.network, runtime.capabilities, spec.space.settings())
+    untouched = compress(prepared, Policy(), "recalibrate")
+    assert untouched.model is not None
+    if run_dir is not None:
+        write_whole(run_dir / "teacher" / "model.onnx", untouched.model)
+    session = runtime.load(untouched.model)
+    splits = prepared.splits
+
+    def score(items: Items | None) -> float | None:
+        if items is None:
+            return None
+        return float(task.metric(run_session(session, items), items.targets))
+
+    metric = score(splits.selection)
+    assert metric is not None
+    return Ready(spec, prepared, space, untouched.model, metric, score(splits.test))
+
+
+def teacher_answers(prepared: Prepared) -> dict[int, Any]:
+    """The teacher's answers to every variant of the training data, for all workers to share."""
+    return {v: prepared.epoch(v).answers.numpy() for v in range(prepared.variants)}
+
+
+def check_reachable(ready_: Ready, limit: Limits, latencies: dict[str, float]) -> None:
+    """Raises BadInput if even the smallest policies miss the limit. latencies: by digest."""
+    if limit.latency_ms is None or not latencies:
+        return
+    best = min(latencies.values())
+    if best > limit.latency_ms:
+        asked = ready_.spec.objective
+        what = f"speedup {asked.speedup:g}" if asked.speedup else f"latency_ms {asked.latency_ms:g}"
+        raise BadInput(
+            f"objective: {what} means at most {limit.latency_ms:.4f} ms, but the fastest policy of "
+            f"this space takes {best:.4f} ms; ask for less, or let space.prune.min_keep be smaller"
+        )
+
+
+def data_digest(prepared: Prepared) -> str:
+    """SHA-256 of the training and validation data."""
+    digest = hashlib.sha256()
+    for items in (prepared.splits.train, prepared.splits.search, prepared.splits.selection):
+        for tensor in [*tensors(items.inputs), *tensors(items.targets)]:
+            digest.update(torch.as_tensor(tensor).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("flyweight", "torch", "onnx", "onnxruntime", "ray", "optuna", "torch-pruning")
+    return {name: version(name) for name in names}
+
+
+def facts_of(spec: Spec, fingerprint: str) -> dict[str, Any]:
+    """What every artifact of a search says about itself."""
+    target = spec.target.model_dump(exclude={"profile"}) | {"fingerprint": fingerprint}
+    return {"task": spec.task, "seed": spec.search.seed, "target": target}

@@ -1,0 +1,92 @@
+"""The record: the append-only log of a search, from which everything else is rebuilt."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..spaces import BadInput
+
+Entry = dict[str, Any]
+
+
+class Record(Protocol):
+    """Where results are appended as they come. Entries are JSON objects with a ``kind``:
+    search, result, end, rejected, measured."""
+
+    def append(self, entry: Entry) -> None:
+        """Adds one entry; it is on the disk when this returns. Raises OSError."""
+
+    def entries(self) -> list[Entry]:
+        """All entries so far, oldest first."""
+
+
+class MemoryRecord:
+    """The in-memory twin."""
+
+    def __init__(self, entries: list[Entry] | None = None) -> None:
+        self._entries = list(entries or [])
+
+    def append(self, entry: Entry) -> None:
+        self._entries.append(json.loads(json.dumps(entry, allow_nan=False)))
+
+    def entries(self) -> list[Entry]:
+        return list(self._entries)
+
+
+class FileRecord:
+    """``record.jsonl`` in a run directory, held by one process at a time.
+
+    Each entry is written whole and synced. A last line that a crash cut off is removed on opening;
+    damage anywhere else is an error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (held for the search's life)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise BadInput(
+                f"{path} is being written by another search; wait or use --out"
+            ) from error
+        whole = len(_whole_lines(path.read_bytes()))
+        os.truncate(self._file.fileno(), whole)
+        self._entries = list(read(path))
+
+    def append(self, entry: Entry) -> None:
+        line = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(
+                    f"only {written} of {len(line)} bytes could be written to {self.path}"
+                )
+            os.fsync(self._file.fileno())
+        except OSError:
+            os.truncate(self._file.fileno(), before)  # a full disk leaves no half line behind
+            raise
+        self._entries.append(json.loads(line))
+
+    def entries(self) -> list[Entry]:
+        return list(self._entries)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> Iterator[Entry]:
+    """The entries of a record file, also of one that is still being written."""
+    for number, line in enumerate(_whole_lines(path.read_bytes()).splitlines(), 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{path}, line {number} is damaged: {error}") from error
+
+
+def _whole_lines(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]

@@ -1,0 +1,86 @@
+"""The end of a search: which artifacts are finalists, the front, the best, result.json."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..compressors import RUNGS
+from ..kernels import Timing
+from .limits import Limits, limits
+from .pareto import front, spread_order
+from .record import Entry
+
+FINALISTS = 12
+
+
+def finalists(results: Sequence[Entry], metric_limits: Limits) -> list[Entry]:
+    """The full-rung results worth measuring: non-dominated in metric and expected latency, at
+    most 12; those within every limit first, then spread along latency."""
+    unique = list({e["digest"]: e for e in results if e["rung"] == RUNGS[-1]}.values())
+    points = [(-e["metric"], e["latency_ms"][1]) for e in unique]
+    chosen = front(points)
+    if len(chosen) > FINALISTS:
+        feasible = [i for i in chosen if unique[i]["constraint"] <= 0]
+        others = [i for i in chosen if unique[i]["constraint"] > 0]
+        ordered = spread_order(points, feasible) + spread_order(points, others)
+        chosen = ordered[:FINALISTS]
+    return [unique[i] for i in chosen]
+
+
+def measured_front(
+    entries: Sequence[Entry], timings: Mapping[str, Timing], tests: Mapping[str, float | None]
+) -> list[dict[str, Any]]:
+    """The finalists that no other dominates once measured, by ascending latency."""
+    rows = [
+        {
+            "digest": e["digest"],
+            "metric": e["metric"],
+            "metric_test": tests.get(e["digest"]),
+            "latency_ms": timings[e["digest"]].median_ms,
+            "latency_spread": timings[e["digest"]].spread,
+            "predicted_latency_ms": list(e["latency_ms"]),
+            "size_bytes": e["size_bytes"],
+            "artifact": e["artifact"],
+        }
+        for e in entries
+    ]
+    return [rows[i] for i in front([(-r["metric"], r["latency_ms"]) for r in rows])]
+
+
+def choose(rows: Sequence[Mapping[str, Any]], bounds: Limits) -> tuple[str | None, str | None]:
+    """(best, nearest miss): digests. Best: with max_drop the fastest feasible, else the feasible
+    with the highest metric. When nothing is feasible, the one that breaks a limit least."""
+
+    def excess(row: Mapping[str, Any]) -> float:
+        return bounds.excess(row["metric"], row["latency_ms"], row["size_bytes"])
+
+    feasible = [row for row in rows if excess(row) <= 0]
+    if feasible:
+        if bounds.max_drop is not None:
+            return min(feasible, key=lambda row: row["latency_ms"])["digest"], None
+        return max(feasible, key=lambda row: row["metric"])["digest"], None
+    if not rows:
+        return None, None
+    return None, min(rows, key=excess)["digest"]
+
+
+def result(
+    header: Entry, counts: Mapping[str, int], rows: list[dict[str, Any]], teacher: dict[str, Any],
+    wall_s: float, mlflow_run_id: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """result.json, as DESIGN names its keys."""
+    bounds = limits(header["objective"], teacher["metric"], teacher["latency_ms"])
+    best, nearest_miss = choose(rows, bounds)
+    return {
+        "flyweight": header["flyweight"],
+        "task": header["task"],
+        "seed": header["seed"],
+        "wall_s": wall_s,
+        "objective": header["objective"],
+        "trials": {rung: counts.get(rung, 0) for rung in RUNGS},
+        "target": header["target"],
+        "teacher": teacher,
+        "front": rows,
+        "best": best,
+        "nearest_miss": nearest_miss,
+        "mlflow_run_id": mlflow_run_id,
+    }

@@ -1,0 +1,247 @@
+"""search.yaml: read, validated, resolved. Every error names the key, the rule and the value."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ..compressors.observe import ACTIVATION_RANGES
+from ..compressors.prune import CRITERIA
+from ..kernels import RUNTIMES
+from ..spaces import BadInput, Settings, nearest
+from .tracking import redact
+
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds(value: object) -> object:
+    """ "90s", "4m", "1h" or a number of seconds, in seconds."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([smhd])\s*", value)
+        if not match:
+            raise ValueError("is a duration such as 90s, 4m or 1h")
+        return float(match[1]) * UNITS[match[2]]
+    return value
+
+
+def _bounds(value: object) -> object:
+    return [value, value] if isinstance(value, int | float) else value
+
+
+def _names(known: Any) -> BeforeValidator:
+    def check(values: object) -> object:
+        for value in values if isinstance(values, list) else [values]:
+            if value not in known:
+                raise ValueError(f"has {value!r}; {nearest(str(value), map(str, known))}")
+        return values
+
+    return BeforeValidator(check)
+
+
+Duration = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
+Range = Annotated[tuple[float, float], BeforeValidator(_bounds)]
+Choices = Annotated[tuple[bool, ...], Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Target(Section):
+    runtime: str = "onnxruntime"
+    threads: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1)
+    profile: None = None  # device profiles come with the latency predictor
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.runtime not in RUNTIMES:
+            raise ValueError(f"runtime: no {self.runtime!r}; {nearest(self.runtime, RUNTIMES)}")
+        return self
+
+
+class Objective(Section):
+    """The limits. speedup: times faster than the teacher. max_drop: points of the metric."""
+
+    speedup: float | None = Field(None, gt=0)
+    latency_ms: float | None = Field(None, gt=0)
+    max_drop: float | None = Field(None, ge=0)
+    size_bytes: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.speedup is not None and self.latency_ms is not None:
+            raise ValueError("give speedup or latency_ms, not both")
+        if not self.model_dump(exclude_none=True):
+            raise ValueError("give at least one of speedup, latency_ms, max_drop, size_bytes")
+        return self
+
+
+class Prune(Section):
+    min_keep: float = Field(0.125, gt=0, le=1)
+    multiple_of: int | None = Field(None, ge=1)
+    criteria: Annotated[tuple[str, ...], Field(min_length=1), _names(CRITERIA)] = ("l1", "taylor")
+    reconstruct: Annotated[tuple[Literal[False], ...], Field(min_length=1)] = (False,)
+    depth: Literal[False] = False
+
+
+class Quantize(Section):
+    precisions: Annotated[
+        tuple[str, ...], Field(min_length=1), _names(("fp32", "int8"))
+    ] = ("fp32", "int8")  # fmt: skip
+    calibrations: Annotated[
+        tuple[str, ...], Field(min_length=1), _names(ACTIVATION_RANGES)
+    ] = ("minmax", "percentile", "mse")  # fmt: skip
+    qat: Choices = (True, False)
+
+
+class Distill(Section):
+    students: Annotated[tuple[str, ...], Field(min_length=1), _names(("pruned",))] = ("pruned",)
+    losses: Annotated[tuple[str, ...], Field(min_length=1), _names(("kl",))] = ("kl",)
+    temperature: Range = (1.0, 8.0)
+    alpha: Range = (0.1, 1.0)
+    learning_rate: Range = (0.001, 0.1)
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for name, least in (("temperature", 1e-3), ("alpha", 0.0), ("learning_rate", 1e-9)):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(
+                    f"{name}: low <= high must hold, but got low={low:g}, high={high:g}"
+                )
+            if low < least:
+                raise ValueError(f"{name}: low >= {least:g} must hold, but got {low:g}")
+        if self.alpha[1] > 1:
+            raise ValueError(f"alpha: high <= 1 must hold, but got {self.alpha[1]:g}")
+        return self
+
+
+class SpaceSection(Section):
+    prune: Prune = Prune()
+    quantize: Quantize = Quantize()
+    distill: Distill = Distill()
+
+    def settings(self) -> Settings:
+        """The same in the words of ``flyweight.spaces``."""
+        p, q, d = self.prune, self.quantize, self.distill
+        return Settings(
+            min_keep=p.min_keep, multiple_of=p.multiple_of, criteria=p.criteria,
+            reconstruct=p.reconstruct, precisions=q.precisions, calibrations=q.calibrations,
+            qat=q.qat, students=d.students, losses=d.losses, temperature=d.temperature,
+            alpha=d.alpha, learning_rate=d.learning_rate,
+        )  # fmt: skip
+
+
+class Search(Section):
+    strategy: Literal["joint"] = "joint"  # the others come with the strategies to compare
+    trials: int = Field(64, ge=1)
+    time_budget: Duration | None = None
+    concurrency: int = Field(2, ge=1)
+    seed: int = Field(0, ge=0)
+    sampler: Literal["tpe", "random"] = "tpe"
+
+
+class Rungs(Section):
+    short: float = Field(0.1, gt=0, lt=1)
+    full_epochs: float = Field(2.0, gt=0)
+
+
+class Resources(Section):
+    cpus: float = Field(1, gt=0)
+    gpus: float = Field(0, ge=0)
+    accelerator: str | None = None
+
+
+class Tracking(Section):
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = Field("flyweight", min_length=1)
+
+
+class Spec(Section):
+    """A search, as search.yaml describes it. ``folder``: what relative paths are relative to."""
+
+    task: str
+    task_args: dict[str, Any] = {}
+    target: Target = Target()
+    objective: Objective
+    space: SpaceSection = SpaceSection()
+    search: Search = Search()
+    rungs: Rungs = Rungs()
+    resources: Resources = Resources()
+    storage: str | None = None
+    tracking: Tracking | None = Tracking()
+    folder: Path = Field(default=Path(), exclude=True)
+
+    def to_yaml(self) -> str:
+        """The spec with every default written out and no secrets: what a run directory keeps."""
+        values = self.model_dump(mode="json")
+        if self.tracking is not None:
+            values["tracking"]["uri"] = redact(self.tracking.uri)
+        return yaml.safe_dump(values, sort_keys=False)
+
+
+def load_spec(path: Path) -> Spec:
+    """The spec in ``path``, with paths made absolute. Raises BadInput."""
+    if not path.is_file():
+        raise BadInput(f"no spec at {path}; `flyweight init DIR` writes a starter")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} must hold keys and values, but holds {type(values).__name__}")
+    if "folder" in values:
+        raise BadInput(f"{path}: unknown key 'folder'")
+    folder = path.resolve().parent
+    try:
+        spec = Spec(**values, folder=folder)
+    except ValidationError as error:
+        raise BadInput(f"{path}:\n" + "\n".join(_explain(e) for e in error.errors())) from None
+    except TypeError as error:
+        raise BadInput(f"{path}: {error}") from error
+    return spec.model_copy(update=_absolute(spec, folder))
+
+
+def _absolute(spec: Spec, folder: Path) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    place, _, name = spec.task.rpartition(":")
+    if place.endswith(".py"):
+        out["task"] = f"{(folder / place).resolve()}:{name}"
+    if spec.storage is not None and "://" not in spec.storage:
+        out["storage"] = str((folder / spec.storage).resolve())
+    if spec.tracking is not None:
+        out["tracking"] = spec.tracking.model_copy(
+            update={"uri": absolute_uri(spec.tracking.uri, folder)}
+        )
+    return out
+
+
+def absolute_uri(uri: str, folder: Path) -> str:
+    """A relative sqlite URI (three slashes and no root) made absolute from ``folder``."""
+    match = re.fullmatch(r"sqlite:///(?!/)(.+)", uri)
+    return f"sqlite:///{(folder / match[1]).resolve()}" if match else uri
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"] if part not in ("folder",))
+    if error["type"] == "extra_forbidden":
+        model: Any = Spec
+        for part in error["loc"][:-1]:
+            kind = model.model_fields[part].annotation
+            options = [kind, *getattr(kind, "__args__", ())]
+            model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        known = [name for name in model.model_fields if name != "folder"]
+        return f"  {where}: unknown key; {nearest(str(error['loc'][-1]), known)}"
+    message = error["msg"].removeprefix("Value error, ")
+    got = error["input"]
+    shown = "" if isinstance(got, dict) or error["type"] == "missing" else f" (got {got!r})"
+    if where.endswith("reconstruct.0") or where == "space.prune.depth":
+        message = "is not built yet; leave it out or give false"
+    if where == "search.strategy":
+        message = "only 'joint' is built yet"
+    if where == "target.profile":
+        message = "device profiles are not built yet; leave it out"
+    return f"  {where or 'spec'}: {message}{shown}"

@@ -1,0 +1,80 @@
+"""Artifacts in a run directory: written whole or not at all, verified when read."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ..compressors import Candidate
+from ..spaces import BadInput, FlyweightError, Policy
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes ``path`` so that a reader sees all of it or nothing. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as indented JSON, whole or not at all."""
+    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def artifact_path(digest: str) -> str:
+    """Where an artifact's model lies, relative to the run directory."""
+    return f"artifacts/{digest}/model.onnx"
+
+
+def write_artifact(run_dir: Path, candidate: Candidate, facts: dict[str, Any]) -> str:
+    """Stores the artifact of ``candidate`` with its policy and ``facts``; its relative path."""
+    assert candidate.model is not None
+    digest = candidate.policy.digest
+    place = run_dir / artifact_path(digest)
+    write_whole(place, candidate.model)
+    write_json(place.with_name("policy.json"), candidate.policy.to_dict())
+    metrics = {
+        "digest": digest,
+        "sha256": hashlib.sha256(candidate.model).hexdigest(),
+        "rung": candidate.rung,
+        "metric": candidate.metric,
+        "loss": candidate.loss,
+        "size_bytes": len(candidate.model),
+        "samples": candidate.samples,
+        "parity": None if candidate.parity is None else vars(candidate.parity),
+        **facts,
+    }
+    write_json(place.with_name("metrics.json"), metrics)
+    return artifact_path(digest)
+
+
+def read_artifact(run_dir: Path, digest: str) -> bytes:
+    """The model of an artifact. Raises FlyweightError if it is not what was written."""
+    place = run_dir / artifact_path(digest)
+    try:
+        model = place.read_bytes()
+        known = json.loads(place.with_name("metrics.json").read_text())["sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise FlyweightError(f"artifact {digest[:12]} cannot be read: {error}") from error
+    if (found := hashlib.sha256(model).hexdigest()) != known:
+        raise FlyweightError(f"{place} is damaged: its SHA-256 is {found}, not {known}")
+    return model
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy in a JSON file. Raises BadInput."""
+    try:
+        return Policy.from_json(path.read_text())
+    except OSError as error:
+        raise BadInput(f"no policy at {path}: {error.strerror}") from error

@@ -1,0 +1,133 @@
+"""Ray Tune around the controller: it runs the trials, the controller decides."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from .controller import Controller
+
+
+class _Unpickled:
+    """Tune writes what it is given to disk. The record is the truth: its snapshots stay empty."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class ControlledSearcher(_Unpickled, Searcher):  # type: ignore[misc]
+    """Tune asks, the controller proposes. Results reach it through the scheduler alone: Tune does
+    not tell a searcher what made it stop a trial."""
+
+    def __init__(self, controller: Controller) -> None:
+        super().__init__()
+        self.controller = controller
+        self.numbers: dict[str, int] = {}  # Tune's trial id -> trial
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = self.controller.propose()
+        if trial is None:
+            return Searcher.FINISHED
+        self.numbers[trial_id] = trial.number
+        return {"number": trial.number, "policy": trial.policy.canonical()}
+
+    def on_trial_complete(self, trial_id: str, *_: Any, error: bool = False, **__: Any) -> None:
+        if error:
+            self.controller.failed(self.numbers[trial_id], "its worker died or raised")
+
+    def set_search_properties(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search resumes from its record, not from Tune's snapshots")
+
+    def save_to_dir(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+class ControlledScheduler(_Unpickled, FIFOScheduler):  # type: ignore[misc]
+    """Goes on or stops, never pauses: a paused trial would hold a place of the running ones."""
+
+    def __init__(self, searcher: ControlledSearcher) -> None:
+        super().__init__()
+        self.searcher = searcher
+
+    def on_trial_result(self, _: Any, trial: Any, result: dict[str, Any]) -> str:
+        outcome = json.loads(result["outcome"])
+        goes_on = self.searcher.controller.result(self.searcher.numbers[trial.trial_id], outcome)
+        return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
+
+    def on_trial_error(self, _: Any, trial: Any) -> None:
+        number = self.searcher.numbers[trial.trial_id]
+        self.searcher.controller.failed(number, _reason(trial))
+
+
+def _reason(trial: Any) -> str:
+    """The last line of what the worker raised."""
+    try:
+        text = str(trial.get_pickled_error() or "").strip()
+    except Exception:  # whatever is wrong with the error must not end the search
+        text = ""
+    return text.splitlines()[-1] if text else "its worker died"
+
+
+def run_trials(
+    controller: Controller,
+    trainable: Any,
+    *,
+    concurrency: int,
+    resources: dict[str, float],
+    accelerator: str | None = None,
+    watch: Callable[[], None] = lambda: None,
+) -> None:
+    """Runs trials until the controller proposes no more and all have ended.
+
+    On Ctrl-C Tune ends the running trials and this returns. ``watch`` is called at every step of
+    Tune's loop.
+    """
+    searcher = ControlledSearcher(controller)
+    request: dict[str, Any] = dict(resources)
+    if accelerator:
+        request[f"accelerator_type:{accelerator}"] = 0.001
+    scratch = tempfile.mkdtemp(prefix="flyweight-tune-")
+    try:
+        tune.Tuner(
+            tune.with_resources(trainable, request),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                scheduler=ControlledScheduler(searcher),
+                num_samples=-1,  # the controller says when it ends
+                max_concurrent_trials=concurrency,
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=tune.RunConfig(
+                name="trials",
+                storage_path=scratch,
+                verbose=0,
+                callbacks=[_Watch(watch)],
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        ).fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if not controller.over() or any(not t.ended for t in controller.trials.values()):
+        controller.interrupted = True  # Tune took the Ctrl-C and ended what ran
+    controller.close()
+
+
+class _Watch(_Unpickled, tune.Callback):  # type: ignore[misc]
+    def __init__(self, watch: Callable[[], None]) -> None:
+        self.watch = watch
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.watch()

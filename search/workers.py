@@ -1,0 +1,106 @@
+"""What runs on Ray's workers: the trial as a Tune trainable, the meter as an actor."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray import tune
+
+from ..compressors import RUNGS, Candidate, Prepared, compress, load_task, prepare
+from ..kernels import make_runtime
+from ..spaces import Impossible, Policy
+from .meter import Meter
+from .ready import Ready, schedule_of
+from .spec import Spec
+from .store import write_artifact
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all trials of a search share. ``answers``: the teacher's, per variant of the data."""
+
+    spec: Spec
+    run_dir: Path
+    facts: dict[str, Any]
+    meter: Any
+    answers: dict[int, np.ndarray[Any, Any]]
+
+
+class CompressionTrial(tune.Trainable):  # type: ignore[misc]
+    """One policy climbing the rungs: each step is a rung, the scheduler says whether to go on."""
+
+    prepared: Prepared | None = None
+
+    def setup(self, config: dict[str, Any], job: Job | None = None) -> None:
+        assert job is not None
+        self.job = job
+        spec = job.spec
+        torch.set_num_threads(max(1, int(spec.resources.cpus)))
+        runtime = make_runtime(spec.target.runtime, spec.target.threads)
+        task = load_task(spec.task, spec.folder, spec.task_args)
+        answers = {k: torch.from_numpy(np.array(v)) for k, v in job.answers.items()}
+        self.prepared = prepare(task, runtime, schedule_of(spec), answers)
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.policy = Policy.from_json(new_config["policy"])
+        self.candidate: Candidate | None = None
+        self.rung = 0
+        return True
+
+    def step(self) -> dict[str, Any]:
+        # One string, so that Tune neither flattens nor inspects it.
+        return {"outcome": json.dumps(self._climb())}
+
+    def _climb(self) -> dict[str, Any]:
+        assert self.prepared is not None
+        rung = RUNGS[self.rung]
+        seed = self.job.spec.search.seed
+        began = time.perf_counter()
+        try:
+            candidate = compress(self.prepared, self.policy, rung, self.candidate, seed)
+            outcome = self._outcome(candidate)
+        except (Impossible, OSError) as error:
+            return {"rung": rung, "error": f"{rung}: {error}"}
+        self.candidate = candidate
+        self.rung += 1
+        return outcome | {"rung_seconds": time.perf_counter() - began}
+
+    def _outcome(self, candidate: Candidate) -> dict[str, Any]:
+        model, artifact = candidate.model, None
+        latency = None
+        if candidate.rung == RUNGS[0]:
+            latency = ray.get(self.job.meter.provisional.remote(model))
+        if candidate.rung == RUNGS[-1]:
+            artifact = write_artifact(self.job.run_dir, candidate, self.job.facts)
+        return {
+            "rung": candidate.rung,
+            "loss": candidate.loss,
+            "metric": candidate.metric,
+            "latency_ms": latency,
+            "size_bytes": None if model is None else len(model),
+            "seconds": candidate.seconds,
+            "samples": candidate.samples,
+            "macs": candidate.plan.macs,
+            "parity": None if candidate.parity is None else vars(candidate.parity),
+            "artifact": artifact,
+        }
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:  # the record is what a resume reads
+        return None
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        return None
+
+
+def start_meter(ready: Ready) -> Any:
+    """The one measuring actor, on a node that carries the resource ``target`` where there is one."""
+    on_target = {"target": 1} if ray.cluster_resources().get("target") else None
+    actor = ray.remote(Meter).options(num_cpus=0, resources=on_target)
+    target = ready.spec.target
+    return actor.remote(target.runtime, target.threads, ready.teacher, ready.request())

@@ -1,0 +1,68 @@
+"""What every test may ask for."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from flyweight.spaces import Capabilities
+from hypothesis import settings
+
+ROOT = Path(__file__).parents[1]
+
+# No deadline: the first example of a property often pays for an import or a trace.
+settings.register_profile("flyweight", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("flyweight")
+
+
+def _load(path: Path) -> ModuleType:
+    """The module in the file ``path``, once a process (tests/ is on no path)."""
+    name = f"flyweight_tests_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Torch on one thread: small networks are slower on more, and runs repeat."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def networks() -> ModuleType:
+    """tests/networks.py: small networks, ``networks.make(name)`` -> (model, example)."""
+    return _load(ROOT / "tests" / "networks.py")
+
+
+@pytest.fixture(scope="session")
+def resnet() -> ModuleType:
+    """examples/fashion_mnist/resnet.py: the network of the reference task."""
+    return _load(ROOT / "examples" / "fashion_mnist" / "resnet.py")
+
+
+@pytest.fixture(scope="session")
+def capabilities() -> Capabilities:
+    """A target like ONNX Runtime on x86 without VNNI."""
+    both = ("fp32", "int8")
+    return Capabilities({"conv": both, "linear": both}, weight_bits=7, width_multiple=8)
+
+
+@pytest.fixture(scope="session")
+def traced(networks: ModuleType) -> Callable[[str], object]:
+    """``traced(name)``: the traced network of tests/networks.py, traced once a session."""
+    return networks.traced  # type: ignore[no-any-return]

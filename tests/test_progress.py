@@ -1,0 +1,328 @@
+"""The live display: what it knows, what it says where, what it says in the end."""
+
+import math
+from io import StringIO
+
+import pytest
+from flyweight.search.progress import (
+    Progress,
+    Summary,
+    clock_time,
+    closing_sentence,
+    lost,
+    print_closing,
+    size,
+)
+from rich.console import Console
+
+TEACHER = {"metric": 93.0, "metric_test": 92.8, "latency_ms": 1.0, "size_bytes": 2_800_000}
+OBJECTIVE = {"speedup": 2.0, "latency_ms": None, "max_drop": 0.5, "size_bytes": None}
+SEARCH = {"kind": "search", "teacher": TEACHER, "objective": OBJECTIVE}
+
+
+def begin(trial: int) -> dict:
+    return {"kind": "begin", "trial": trial, "digest": f"{trial:064x}"}
+
+
+def result(trial: int, rung: str, ms: float, metric: float | None, size_bytes=600_000) -> dict:
+    return {
+        "kind": "result", "trial": trial, "digest": f"{trial:064x}", "rung": rung,
+        "metric": metric, "latency_ms": [0.9 * ms, ms, 1.1 * ms], "size_bytes": size_bytes,
+    }  # fmt: skip
+
+
+def end(trial: int, reason: str, error: str | None = None) -> dict:
+    return {
+        "kind": "end", "trial": trial, "digest": f"{trial:064x}", "reason": reason, "error": error
+    }  # fmt: skip
+
+
+def summary(*entries: dict, objective: dict = OBJECTIVE) -> Summary:
+    out = Summary()
+    for entry in ({**SEARCH, "objective": objective}, *entries):
+        out.add(entry)
+    return out
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# What it knows.
+
+
+def test_counts() -> None:
+    known = summary(
+        *(begin(t) for t in range(5)),
+        result(0, "recalibrate", 0.5, 60), result(0, "short", 0.5, 90),
+        result(1, "recalibrate", 0.5, 60), end(1, "stopped"),
+        end(2, "failed", "x"), end(3, "over_limit"),
+        {"kind": "rejected", "count": 3}, {"kind": "of a later version"},
+    )  # fmt: skip
+    assert known.rungs() == "recalibrate 2, short 1, full 0"
+    assert known.state() == "2 running, 1 failed, 4 over the limit"
+    assert known.running == {0, 4}
+
+
+def test_a_resumed_search_begins_anew_what_was_cut_off() -> None:
+    known = summary(begin(0), begin(1), result(1, "short", 0.5, 90), end(0, "interrupted"))
+    known.add(SEARCH)
+    assert (known.running, known.ended) == (set(), {})
+    known.add(result(1, "recalibrate", 0.5, 60))
+    assert known.running == {1}
+    assert known.rungs() == "recalibrate 1, short 1, full 0"
+
+
+def test_best_is_the_fastest_feasible_under_a_limit_of_the_drop() -> None:
+    known = summary(
+        result(1, "full", 0.40, 92.60),
+        result(2, "full", 0.30, 92.40),  # loses too much
+        result(3, "full", 0.45, 92.95),
+        result(4, "full", 0.60, 93.00),  # too slow
+        result(5, "short", 0.10, 93.00),  # of a lower rung
+        result(6, "full", 0.10, None),  # diverged
+    )
+    best = known.best()
+    assert best is not None
+    assert int(best.digest, 16) == 1
+    assert known.best_line() == "2.50 times faster, 0.40 points lost (full rung, within the limits)"
+
+
+def test_best_is_the_highest_metric_without_a_limit_of_the_drop() -> None:
+    only_speed = {"speedup": 2.0}
+    known = summary(
+        result(1, "full", 0.40, 92.0), result(3, "full", 0.45, 92.9), result(4, "full", 0.6, 93.0),
+        objective=only_speed,
+    )  # fmt: skip
+    best = known.best()
+    assert best is not None
+    assert int(best.digest, 16) == 3
+
+
+def test_nearest_miss_where_nothing_is_feasible() -> None:
+    known = summary(result(1, "full", 0.52, 92.9), result(2, "full", 0.20, 91.0))
+    best = known.best()
+    assert best is not None
+    assert int(best.digest, 16) == 1  # 4% too slow, not 1.5 points too bad
+    assert known.misses(best) == ["1.92 times faster, the limit is 2"]
+    assert known.best_line().endswith("(full rung, over the limits)")
+
+
+def test_limits_hold_to_the_digit() -> None:
+    known = summary(result(1, "full", 0.5, 92.5))
+    best = known.best()
+    assert best is not None
+    assert known.excess(best) <= 0
+    assert known.misses(best) == []
+
+
+@pytest.mark.parametrize("objective", [
+    {"speedup": 2.0}, {"latency_ms": 0.5}, {"max_drop": 0.5}, {"size_bytes": 500_000},
+    {"latency_ms": 0.5, "max_drop": 0.5, "size_bytes": 500_000}, {},
+])  # fmt: skip
+@pytest.mark.parametrize("ms", [0.4, 0.5, 0.6])
+@pytest.mark.parametrize("metric", [93.1, 92.5, 92.4])
+@pytest.mark.parametrize("size_bytes", [500_000, 500_001])
+def test_words_and_numbers_agree_on_what_is_feasible(objective, ms, metric, size_bytes) -> None:
+    known = summary(result(1, "full", ms, metric, size_bytes), objective=objective)
+    best = known.best()
+    assert best is not None
+    assert (known.excess(best) <= 0) == (not known.misses(best))
+
+
+def test_a_measurement_replaces_the_prediction() -> None:
+    known = summary(
+        result(1, "full", 0.45, 92.8),
+        {
+            "kind": "measured", "digest": f"{1:064x}", "latency_ms": 0.42,
+            "latency_spread": 0.01, "teacher_latency_ms": 1.05,
+        },
+        {"kind": "measured", "digest": "unknown", "latency_ms": 1, "teacher_latency_ms": 1},
+    )  # fmt: skip
+    assert known.best_line() == "2.50 times faster, 0.20 points lost (measured, within the limits)"
+
+
+def test_nothing_known_yet() -> None:
+    assert Summary().best_line() == "none yet"
+    assert summary(result(1, "short", 0.5, None)).best() is None
+
+
+# Where the output is not a terminal.
+
+
+def plain(**arguments) -> tuple[Progress, StringIO, Clock]:
+    out, clock = StringIO(), Clock()
+    console = Console(file=out, width=60)
+    arguments = {"trials": 8, "budget_s": 240.0, **arguments}
+    return Progress(console, clock=clock, **arguments), out, clock
+
+
+def test_plain_lines() -> None:
+    display, out, clock = plain()
+    with display:
+        display.entry(SEARCH)
+        for second in range(12):
+            clock.now += 1
+            display.entry(begin(second)) if second % 2 else display.entry(
+                result(second - 1 if second else 0, "short", 0.4, 92.8)
+            )
+        display.entry(result(3, "full", 0.4, 92.8))
+        display.note("measuring 1 finalist")
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 4  # at 5 s, at 10 s, the full rung, the note; none is wrapped
+    assert lines[0].startswith("0:05  recalibrate 0, short 3, full 0; ")
+    assert lines[0].endswith(
+        "best 2.50 times faster, 0.20 points lost (short rung, within the limits); 3:55 left"
+    )
+    assert lines[1].startswith("0:10  ")
+    assert lines[2] == "trial 3, full: 0000000000, 2.50 times faster, 0.20 points lost"
+    assert lines[3] == "measuring 1 finalist"
+
+
+def test_plain_has_no_control_codes_whatever_a_user_s_code_says() -> None:
+    display, out, _ = plain()
+    with display:
+        display.entry(SEARCH)
+        display.note("\x1b[31mred\x1b[0m [bold]x[/bold] :smile:\r\nnext")
+    assert out.getvalue() == "[31mred [0m [bold]x[/bold] :smile: next\n"
+
+
+def test_entries_before_the_beginning_are_counted_and_not_shown() -> None:
+    display, out, clock = plain(budget_s=None, trials=5)
+    for entry in (SEARCH, result(0, "full", 0.4, 92.8), end(0, "finished")):
+        display.entry(entry)
+    clock.now += 1000
+    with display:
+        assert display.left() == (0.2, "4 trials to come")
+        for trial in (1, 2, 3):
+            clock.now += 4
+            display.entry(end(trial, "stopped"))
+    assert display.left() == (0.8, "0:04 left")  # three trials took 12 s, one is to come
+    assert len(out.getvalue().splitlines()) == 1
+
+
+def test_the_nearer_end_counts() -> None:
+    display, _, clock = plain(trials=100, budget_s=20.0)
+    with display:
+        display.entry(SEARCH)
+        assert display.left() == (0.0, "0:20 left")
+        clock.now += 15
+        display.entry(end(1, "stopped"))
+        assert display.left() == (0.75, "0:05 left")
+        clock.now += 15
+        assert display.left() == (1.0, "finishing")
+    assert plain(trials=None, budget_s=None)[0].left() is None
+
+
+# On a terminal.
+
+
+def test_terminal_shows_the_figures() -> None:
+    out, clock = StringIO(), Clock()
+    console = Console(file=out, force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    with Progress(console, trials=8, budget_s=240.0, clock=clock) as display:
+        for entry in (SEARCH, begin(0), begin(1), result(0, "full", 0.4, 92.8)):
+            display.entry(entry)
+        display.entry(end(1, "failed", "[red]\x1b[2Jno\nmemory"))
+        clock.now += 60
+    text = out.getvalue()
+    assert "recalibrate 0, short 0, full 1" in text
+    assert "1 running, 1 failed, 0 over the limit" in text
+    assert "2.50 times faster, 0.20 points lost (full rung, within the limits)" in text
+    assert "trial 1 failed: [red] [2Jno memory" in text
+    assert "3:00 left" in text
+    assert "\x1b[2J" not in text
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor came back
+
+
+def test_terminal_is_restored_when_the_search_fails() -> None:
+    out = StringIO()
+    console = Console(file=out, force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    with pytest.raises(KeyboardInterrupt), Progress(console, clock=Clock()):
+        raise KeyboardInterrupt
+    assert out.getvalue().count("\x1b[?25h") == 1
+
+
+def test_a_narrow_terminal_cuts_and_does_not_wrap() -> None:
+    console = Console(file=StringIO(), width=40)
+    display = Progress(console, clock=Clock(), teacher=TEACHER, objective=OBJECTIVE, trials=9)
+    display.entry(result(0, "full", 0.4, 92.8))
+    with console.capture() as captured:
+        console.print(display.panel())
+    lines = captured.get().splitlines()
+    assert len(lines) == 7
+    assert lines[3].startswith("│ best     2.50 times faster")
+    assert "9 trials to come" in lines[5]
+
+
+# In the end.
+
+
+def model(trial: int, metric: float, ms: float) -> dict:
+    return {
+        "digest": f"{trial:x}" * 64, "metric": metric, "metric_test": metric - 0.3,
+        "latency_ms": ms, "latency_spread": 0.01, "size_bytes": 700_000,
+        "predicted_latency_ms": [0.9 * ms, 1.02 * ms, 1.1 * ms],
+    }  # fmt: skip
+
+
+def ended(**changes) -> dict:
+    return {
+        "teacher": TEACHER, "objective": OBJECTIVE, "best": "a" * 64, "nearest_miss": None,
+        "front": [model(10, 92.7, 0.4), model(11, 92.9, 0.7)], **changes,
+    }  # fmt: skip
+
+
+def closing(result: dict, width: int = 80) -> str:
+    console = Console(file=StringIO(), width=width)
+    print_closing(console, result)
+    return console.file.getvalue()
+
+
+def test_closing_table() -> None:
+    lines = closing(ended()).splitlines()
+    (row,) = [line for line in lines if "aaaaaaaaaa" in line and "│" in line]
+    cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+    assert cells == ["a" * 10, "2.50", "0.30", "0.40", "0.400", "0.408", "700 kB", "best"]
+    assert any("teacher" in line and "2.80 MB" in line for line in lines)
+    assert max(map(len, lines[:-1])) <= 80
+
+
+def test_closing_sentence_of_the_best() -> None:
+    assert closing_sentence(ended()) == (
+        "Best: aaaaaaaaaa, 2.50 times faster than the teacher, 0.30 points lost "
+        "(0.40 points lost on test), 4.0 times smaller."
+    )
+
+
+def test_closing_sentence_of_the_nearest_miss() -> None:
+    sentence = closing_sentence(
+        ended(best=None, nearest_miss="b" * 64, objective={"speedup": 3.0, "max_drop": 0.05})
+    )
+    assert sentence.startswith("Nothing keeps to the limits. Nearest: bbbbbbbbbb, 1.43 times")
+    assert sentence.endswith(
+        "Missed: 1.43 times faster, the limit is 3; 0.10 points lost, the limit is 0.05."
+    )
+
+
+def test_closing_without_artifact_or_test_data() -> None:
+    nothing = closing(ended(front=[], best=None))
+    assert "There is no artifact: no trial finished the full rung." in nothing
+    teacher = {**TEACHER, "metric_test": None}
+    slower = {**model(10, 93.2, 2.0), "metric_test": None, "size_bytes": 5_600_000}
+    assert closing_sentence(ended(teacher=teacher, front=[slower])) == (
+        "Best: aaaaaaaaaa, 0.50 times as fast as the teacher, 0.20 points gained, 2.0 times larger."
+    )
+
+
+def test_words() -> None:
+    assert (lost(0.304), lost(-0.1), lost(-0.001)) == (
+        "0.30 points lost", "0.10 points gained", "0.00 points lost",
+    )  # fmt: skip
+    assert (size(999_999), size(1_000_000)) == ("1000 kB", "1.00 MB")
+    assert [clock_time(s) for s in (-3, 59.6, 61, 3661)] == ["0:00", "1:00", "1:01", "1:01:01"]
+    assert math.isnan(summary(result(1, "short", 0.5, None)).results["short"][f"{1:064x}"].metric)

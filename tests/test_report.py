@@ -1,0 +1,348 @@
+"""The report: its numbers, what it escapes, what it does while a search runs."""
+
+import csv
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from flyweight.search.report import write_report
+from flyweight.spaces import BadInput
+
+TEACHER = {"metric": 93.1, "metric_test": 93.0, "latency_ms": 0.800, "size_bytes": 2_800_000}
+TARGET = {"runtime": "onnxruntime", "threads": 1, "batch_size": 1, "fingerprint": "avx2 7f"}
+OBJECTIVE = {"speedup": 2.5, "latency_ms": None, "max_drop": 0.5, "size_bytes": None}
+GROUPS = {"stem.0": 32, "body.0.c1": 32, "body.2.c1": 64, "body.4.c1": 128}
+NONE = "\N{EN DASH}"
+# trial: (predicted ms, metric at the full rung, metric on test, measured ms, bytes)
+FULL = {
+    1: (0.318, 92.84, 92.70, 0.312, 610_000),
+    2: (0.250, 92.20, 92.10, 0.246, 420_000),
+    3: (0.402, 93.02, 92.95, 0.410, 720_000),
+    4: (0.420, 92.60, 92.50, None, 730_000),  # dominated
+    5: (0.300, 71.00, 70.00, None, 500_000),  # a student that was lost
+}
+
+
+def digest(trial: int) -> str:
+    return hashlib.sha256(str(trial).encode()).hexdigest()
+
+
+def policy(trial: int) -> dict:
+    width = {"stem.0": 24, "body.0.c1": 16, "body.2.c1": 32, "body.4.c1": 64}
+    precision = {f"body.{i}.c1": "int8" for i in range(trial + 3)}
+    return {
+        "version": 1,
+        "prune": {"criterion": "taylor", "reconstruct": False, "width": width},
+        "quantize": {"calibration": "mse", "qat": trial % 2 == 1, "precision": precision},
+    }
+
+
+def search_entry(**changes) -> dict:
+    return {
+        "kind": "search", "flyweight": "0.1.0", "task": "task.py:FashionMnist", "seed": 0,
+        "time": 1_760_000_000.0, "teacher": TEACHER, "objective": OBJECTIVE,
+        "target": TARGET,
+        "versions": {"torch": "2.13.0", "onnxruntime": "1.30.1"}, "data_digest": "ab" * 32,
+        "groups": GROUPS, "layers": 12, **changes,
+    }  # fmt: skip
+
+
+def result_entry(trial: int, rung: str, ms: float, metric: float, size: int) -> dict:
+    return {
+        "kind": "result", "trial": trial, "digest": digest(trial), "policy": policy(trial),
+        "rung": rung, "loss": 100 - metric, "metric": metric, "size_bytes": size, "seconds": 3.0,
+        "latency_ms": [0.97 * ms, ms, 1.04 * ms], "samples": 1000, "artifact": None,
+        "time": 1_760_000_010.0 + trial, "constraint": -0.1,
+    }  # fmt: skip
+
+
+def end_entry(trial: int, reason: str, error: str | None = None) -> dict:
+    return {
+        "kind": "end", "trial": trial, "digest": digest(trial), "reason": reason, "error": error,
+        "time": 1_760_000_100.0 + trial,
+    }  # fmt: skip
+
+
+def entries(**changes) -> list[dict]:
+    """A search of 15 trials: 12 recalibrated, 7 short, 5 full, 3 failed, 2 over the limit."""
+    out = [search_entry(**changes)]
+    out += [{"kind": "begin", "trial": t, "digest": digest(t), "time": 1.0} for t in range(15)]
+    out += [result_entry(t, "recalibrate", 0.5, 60.0 + t, 700_000) for t in range(12)]
+    out += [result_entry(t, "short", 0.4, 88.0 + t / 10, 700_000) for t in range(1, 8)]
+    for trial, (predicted, metric, _, _, size) in FULL.items():
+        out.append(result_entry(trial, "full", predicted, metric, size))
+        out.append(end_entry(trial, "finished"))
+    out += [end_entry(trial, "stopped") for trial in (0, 6, 7, 8, 9)]
+    out += [end_entry(trial, "over_limit") for trial in (10, 11)]
+    out.append(end_entry(12, "failed", "parity: 97.1% of predictions agree\nat layer body.2.c1"))
+    out.append(end_entry(13, "failed", "out of memory"))
+    out.append(end_entry(14, "failed", "parity: 97.1% of predictions agree\nat layer body.4.c1"))
+    return out
+
+
+def front_model(trial: int) -> dict:
+    predicted, metric, test, measured, size = FULL[trial]
+    return {
+        "digest": digest(trial), "metric": metric, "metric_test": test, "latency_ms": measured,
+        "latency_spread": 0.012, "size_bytes": size,
+        "predicted_latency_ms": [0.97 * predicted, predicted, 1.04 * predicted],
+        "artifact": f"artifacts/{digest(trial)}/model.onnx",
+    }  # fmt: skip
+
+
+def result(**changes) -> dict:
+    return {
+        "flyweight": "0.1.0", "task": "task.py:FashionMnist", "seed": 0, "wall_s": 251.0,
+        "trials": {"recalibrate": 12, "short": 7, "full": 5}, "objective": OBJECTIVE,
+        "target": TARGET, "teacher": TEACHER,
+        "front": [front_model(2), front_model(1), front_model(3)],
+        "best": digest(1), "nearest_miss": None, "mlflow_run_id": "0123abcd", **changes,
+    }  # fmt: skip
+
+
+def run_directory(folder: Path, entries: list[dict], result: dict | None = None) -> Path:
+    """A run directory with what the report reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "record.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    if result is not None:
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+class Page(HTMLParser):
+    """Tables as lists of rows of text, the visible text, all attributes, ids and open tags."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text("utf-8")
+        self.tables: list[list[list[str]]] = []
+        self.words: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tags: list[str] = []
+        self._cell = False
+        self.feed(self.source)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self._cell = True
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th"):
+            self._cell = False
+
+    def handle_data(self, data):
+        if "style" in self.tags[-1:] and "{" in data:
+            return
+        self.words.append(data)
+        if self._cell:
+            self.tables[-1][-1][-1] += data
+
+    def row(self, table: int, name: str) -> list[str]:
+        """The cells of the row whose first cell begins with ``name``."""
+        (found,) = [r for r in self.tables[table] if r[0].startswith(name)]
+        return [" ".join(cell.split()) for cell in found]
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Page:
+    return Page(write_report(run_directory(tmp_path, entries(), result())))
+
+
+def test_headline(page: Page) -> None:
+    assert "2.56 times faster, 0.26 points lost" in page.text
+    assert "2.80 MB of the teacher become 610 kB (4.6 to 1)" in page.text
+    assert "on the test set 0.30 points lost" in page.text
+    assert "at least 2.5 times faster; at most 0.5 points lost" in page.text
+    assert "not ended" not in page.text
+
+
+def test_front_table(page: Page) -> None:
+    assert page.row(0, digest(1)[:10]) == [
+        f"{digest(1)[:10]} best", "2.56", "0.312", "1.2%", "0.318 0.308 to 0.331", "92.84", "0.26",
+        "92.70", "0.30", "610 kB", "56%", "4 of 12", "taylor", "mse", "yes",
+    ]  # fmt: skip
+    assert page.row(0, "teacher")[:6] == ["teacher", "1.00", "0.800", NONE, NONE, "93.10"]
+    assert page.row(0, digest(2)[:10])[-1] == "no"
+    assert [row[0][:10] for row in page.tables[0][2:]] == [digest(t)[:10] for t in (2, 1, 3)]
+
+
+def test_everything_drawn_is_in_a_table(page: Page) -> None:
+    others = [row[0] for row in page.tables[1][2:]]
+    assert sorted(others) == sorted(digest(t)[:10] for t in (4, 5))
+    assert page.row(1, digest(4)[:10])[2] == NONE  # not measured
+    assert "1 other artifact lies below the figure" in page.text
+
+
+def test_trials_and_failures(page: Page) -> None:
+    assert page.tables[2][1:] == [["recalibrate", "12"], ["short", "7"], ["full", "5"]]
+    assert dict(page.tables[3][1:]) == {
+        "finished": "5", "stopped": "5", "failed": "3", "over limit": "2",
+    }  # fmt: skip
+    assert page.tables[4][1:] == [
+        ["2", "parity: 97.1% of predictions agree", "12, 14"],
+        ["1", "out of memory", "13"],
+    ]
+
+
+def test_where_it_ran_and_how_to_repeat_it(page: Page) -> None:
+    for text in ("onnxruntime, 1 thread, batch 1", "avx2 7f", "torch 2.13.0", "took 4:11"):
+        assert text in page.text
+    assert (
+        f"flyweight replay artifacts/{digest(1)}/policy.json --spec spec.yaml # best" in page.text
+    )
+
+
+def test_needs_nothing_from_outside(page: Page) -> None:
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
+    loads = ("src", "href", "xlink:href", "data", "action", "srcset", "poster")
+    assert all(v.startswith("#") for _, name, v in page.attributes if name in loads)
+    assert all(u.startswith("#") for u in re.findall(r"url\(['\"]?([^)]*)\)", page.source))
+    assert "@import" not in page.source
+    assert set(re.findall(r"https?://[^\"'\s<]+", page.source)) <= {
+        "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink",  # names, not places
+    }  # fmt: skip
+
+
+def test_is_one_whole_page(page: Page) -> None:
+    assert page.source.startswith("<!DOCTYPE html>")
+    assert page.source.count("<!DOCTYPE") == 1
+    assert "<?xml" not in page.source
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert "prefers-color-scheme: dark" in page.source
+    assert not re.search("#0000f[1-4]", page.source)  # placeholders became variables
+
+
+def test_same_input_same_page(tmp_path: Path) -> None:
+    run_directory(tmp_path, entries(), result())
+    assert write_report(tmp_path).read_bytes() == write_report(tmp_path).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "front.csv", "record.jsonl", "report.html", "result.json",
+    ]  # fmt: skip
+
+
+def test_csv_has_all_digits(tmp_path: Path) -> None:
+    write_report(run_directory(tmp_path, entries(), result()))
+    rows = list(csv.DictReader((tmp_path / "front.csv").open(newline="")))
+    assert [row["digest"] for row in rows] == [digest(t) for t in (2, 1, 3)]
+    assert float(rows[1]["speedup"]) == 0.8 / 0.312
+    assert (rows[1]["mark"], rows[1]["measured"], rows[1]["qat"]) == ("best", "True", "yes")
+    assert float(rows[1]["drop_test"]) == pytest.approx(0.3)
+
+
+def test_a_search_that_still_runs(tmp_path: Path) -> None:
+    running = [*entries(), {"kind": "begin", "trial": 15, "digest": digest(15), "time": 2.0}]
+    page = Page(write_report(run_directory(tmp_path, running)))
+    assert "This search has not ended" in page.text
+    assert "1 running, 3 failed, 2 over the limit" in page.text
+    # The best by prediction: trial 1 is 0.800 / 0.318 times faster.
+    assert "2.52 times faster, 0.26 points lost" in page.text
+    assert "0.318 ms predicted" in page.text
+    assert [row[0][:10] for row in page.tables[0][2:]] == [digest(t)[:10] for t in (2, 1, 3)]
+    assert page.row(0, digest(1)[:10])[2] == NONE
+    assert ["still running", "1"] in page.tables[3]
+
+
+def test_half_a_last_line_is_a_search_that_writes(tmp_path: Path) -> None:
+    run_directory(tmp_path, entries())
+    with (tmp_path / "record.jsonl").open("a") as file:
+        file.write('{"kind":"res')
+    assert "2.52 times faster" in Page(write_report(tmp_path)).text
+
+
+def test_nothing_feasible(tmp_path: Path) -> None:
+    strict = {**OBJECTIVE, "speedup": 3.0, "max_drop": 0.2}
+    ended = result(objective=strict, best=None, nearest_miss=digest(1))
+    page = Page(write_report(run_directory(tmp_path, entries(objective=strict), ended)))
+    assert "Nothing keeps to the limits" in page.text
+    assert "The nearest is 2.56 times faster, 0.26 points lost." in page.text
+    assert (
+        "It misses: 2.56 times faster, the limit is 3; 0.26 points lost, the limit is 0.2."
+        in page.text
+    )
+    assert page.row(0, digest(1)[:10])[0].endswith("nearest miss")
+
+
+@pytest.mark.parametrize("ended", [None, result(front=[], best=None)])
+def test_no_artifact_at_all(tmp_path: Path, ended: dict | None) -> None:
+    page = Page(write_report(run_directory(tmp_path, [search_entry()], ended)))
+    assert "There is no artifact" in page.text
+    assert "No trial failed." in page.text
+    assert "There is no artifact to rebuild." in page.text
+
+
+def test_no_limits_no_test_data_no_widths_known(tmp_path: Path) -> None:
+    teacher = {**TEACHER, "metric_test": None}
+    models = [{**front_model(1), "metric_test": None}]
+    only_size = {"size_bytes": 700_000}
+    ended = result(teacher=teacher, objective=only_size, front=models)
+    record = entries(teacher=teacher, objective=only_size, groups=None, layers=None)
+    page = Page(write_report(run_directory(tmp_path, record, ended)))
+    row = page.row(0, digest(1)[:10])
+    assert row[7:9] == [NONE, NONE]
+    assert row[10:12] == ["34 channels in 4 groups", "4"]
+    assert "Limits: at most 700 kB;" in page.text
+
+
+def test_what_a_user_supplies_is_escaped(tmp_path: Path) -> None:
+    evil = '<script>alert("1")</script>$x$'
+    record = entries(task=evil, target={"fingerprint": evil}, versions={evil: evil})
+    record += [end_entry(20, "failed", evil), end_entry(21, evil)]
+    for entry in record:
+        if entry["kind"] == "result":
+            entry["policy"]["prune"]["criterion"] = evil
+    page = Page(write_report(run_directory(tmp_path, record, result(task=evil))))
+    assert "script" not in page.tags
+    assert "<script" not in page.source
+    assert page.source.count("&lt;script&gt;") >= 5
+    assert evil in page.text
+
+
+def test_missing_record(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"no file .*record\.jsonl"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{not json}\n",
+        b'"\xff\xfe"\n',
+        b"[1]\n",
+        b'{"trial": 1}\n',
+        b'{"kind":"result","trial":1,"digest":"a","rung":"half","latency_ms":[1,1,1],"metric":1}\n',
+        b'{"kind":"result","trial":1,"digest":"a","rung":"full","latency_ms":[1,1],"metric":1}\n',
+        b'{"kind":"end","trial":"x","reason":"failed"}\n',
+    ],
+)
+def test_damaged_record(tmp_path: Path, line: bytes) -> None:
+    run_directory(tmp_path, entries())
+    with (tmp_path / "record.jsonl").open("ab") as file:
+        file.write(line)
+    with pytest.raises(BadInput, match=r"record\.jsonl"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"teacher": 1}', "{"])
+def test_damaged_result(tmp_path: Path, content: str) -> None:
+    run_directory(tmp_path, entries())
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(BadInput, match=r"result\.json"):
+        write_report(tmp_path)
+
+
+def test_record_without_a_search(tmp_path: Path) -> None:
+    (tmp_path / "record.jsonl").write_text("")
+    with pytest.raises(BadInput, match="no search entry"):
+        write_report(tmp_path)

@@ -1,0 +1,413 @@
+"""Tracing: operations, layers and groups of real modules, and clear refusals of the others."""
+
+import copy
+import random
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from flyweight.compressors.prune import remove
+from flyweight.spaces import BadInput, Group, Network, Untraceable
+from flyweight.spaces.tracing import trace, trace_graph
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Traced = Callable[[str], Network]
+
+
+def members(network: Network) -> dict[str, tuple[str, ...]]:
+    return {name: group.members for name, group in network.groups.items()}
+
+
+def kinds(network: Network) -> dict[str, str]:
+    return {op.name: op.kind for op in network.ops}
+
+
+# -- groups --------------------------------------------------------------------------------------
+
+
+def test_groups_of_a_residual_network(resnet: ModuleType) -> None:
+    network = trace(resnet.ResNet(), torch.rand(1, 1, 28, 28))
+    assert members(network) == {
+        "stem.0": ("stem.0", "body.0.c2", "body.1.c2"),
+        "body.0.c1": ("body.0.c1",),
+        "body.1.c1": ("body.1.c1",),
+        "body.2.c1": ("body.2.c1",),
+        "body.2.c2": ("body.2.c2", "body.2.short.0", "body.3.c2"),
+        "body.3.c1": ("body.3.c1",),
+        "body.4.c1": ("body.4.c1",),
+        "body.4.c2": ("body.4.c2", "body.4.short.0", "body.5.c2"),
+        "body.5.c1": ("body.5.c1",),
+    }
+    assert list(network.groups) == list(members(network))
+    assert [g.width for g in network.groups.values()] == [32] * 3 + [64] * 3 + [128] * 3
+    assert len(network.layers) == 16
+    assert network.layers["body.4.short.0"].out_group == "body.4.c2"
+    assert network.layers["head"].out_group is None
+    assert network.inputs == ("x",)
+    assert network.output == "head"
+    assert network.parameters == sum(p.numel() for p in resnet.ResNet().parameters())
+
+
+GROUPS = {
+    "plain": {"c1": ("c1",), "c2": ("c2",), "l1": ("l1",)},
+    "mlp": {"a": ("a",), "b": ("b",)},
+    "separable": {"stem.0": ("stem.0", "project.0"), "expand.0": ("expand.0", "depth.0")},
+    "concat": {"stem": ("stem",), "left": ("left",), "right": ("right",), "join": ("join",)},
+    "quiet": {"a": ("a", "b")},
+    "two": {"a": ("a",), "b": ("b",)},
+    "sequence": {"up": ("up",)},  # down is added to the input, whose channels are fixed
+    "preactivation": {"stem": ("stem", "c1"), "c2": ("c2",)},
+    "grouped": {"c1": ("c1",), "c3": ("c3",)},
+    "groupnorm": {"c1": ("c1",)},
+    "gate": {"c1": ("c1", "up"), "down": ("down",), "c2": ("c2",)},
+    "fixed": {"free": ("free",), "last": ("last",)},
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_groups(name: str, traced: Traced) -> None:
+    assert members(traced(name)) == GROUPS[name]
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_channels_of_the_answer_are_in_no_group(name: str, traced: Traced) -> None:
+    network = traced(name)
+    assert all(group is None for group, _ in network.op[network.output].parts)
+    assert network.layers["head" if "head" in network.layers else network.output].out_group is None
+
+
+def test_a_norm_in_groups_asks_for_multiples(traced: Traced) -> None:
+    assert traced("groupnorm").groups["c1"] == Group("c1", 24, ("c1",), multiple_of=6)
+
+
+@pytest.mark.parametrize("name", sorted(GROUPS.keys() - {"groupnorm"}))  # it mixes channels
+def test_removing_channels_that_are_zero_changes_nothing(
+    name: str, networks: ModuleType, traced: Traced
+) -> None:
+    model, example = networks.make(name)
+    network, rng = traced(name), random.Random(0)
+    for module in model.modules():
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+    kept = {}
+    for group in network.groups.values():
+        width = max(1, group.width // 2)
+        kept[group.name] = torch.tensor(sorted(rng.sample(range(group.width), width)))
+        gone = sorted(set(range(group.width)) - set(kept[group.name].tolist()))
+        for member in group.members:
+            with torch.no_grad():
+                model.get_submodule(member).weight[gone] = 0  # type: ignore[operator, index]
+    pruned = remove(model, network, example, kept)
+    args = example if isinstance(example, tuple) else (example,)
+    assert sum(p.numel() for p in pruned.parameters()) < network.parameters
+    torch.testing.assert_close(pruned(*args), model(*args))
+
+
+# -- values and layers ---------------------------------------------------------------------------
+
+
+def test_flattened_channels_keep_their_positions(traced: Traced) -> None:
+    network = traced("plain")
+    flat = network.op["flatten"]
+    assert flat.kind == "reshape"
+    assert flat.shape == (1, 96)
+    assert flat.parts == (("c2", 96),)
+    assert network.channels("flatten", {"c2": 8}) == 8 * 2 * 2
+    assert network.shape("flatten", {"c2": 8}) == (1, 32)
+
+
+def test_concatenated_channels_follow_each_of_their_groups(traced: Traced) -> None:
+    network = traced("concat")
+    assert network.op["cat"].kind == "concat"
+    assert network.op["cat"].parts == (("left", 24), ("right", 8), ("stem", 16))
+    assert network.channels("cat", {"left": 8, "stem": 4}) == 8 + 8 + 4
+
+
+def test_a_value_concatenated_with_itself_counts_twice() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(torch.cat((x, x), dim=-3))
+
+    network = trace(Doubled(), torch.rand(1, 3, 4, 4))
+    assert network.op["cat"].parts == (("a", 8), ("a", 8))
+    assert network.op["cat"].inputs == ("a", "a")
+    assert network.consumers["a"] == ("cat",)
+    assert members(network) == {"a": ("a",)}
+
+
+def test_channels_of_a_sequence_are_the_last_axis_even_if_it_is_as_long(traced: Traced) -> None:
+    network = traced("sequence")
+    assert network.op["up"].shape == (1, 32, 32)  # 32 steps, 32 channels
+    assert network.shape("up", {"up": 8}) == (1, 32, 8)
+    assert network.shape("gelu", {"up": 8}) == (1, 32, 8)
+    assert network.layers["up"].macs == 32 * 16 * 32
+
+
+def test_what_a_deployed_network_does_not_have_is_no_operation(traced: Traced) -> None:
+    network = traced("quiet")
+    assert [op.name for op in network.ops] == [
+        "x", "a", "relu", "b", "add", "mean", "head", "output",
+    ]  # fmt: skip
+    assert network.op["add"].inputs == ("b", "relu")
+    assert network.op["add"].kind == "add"
+    assert network.consumers["relu"] == ("b", "add")
+
+
+def test_functions_modules_and_methods_are_the_same_operations(traced: Traced) -> None:
+    assert kinds(traced("plain")) == {
+        "x": "input", "c1": "conv", "relu": "act", "c2": "conv", "relu_1": "act",
+        "max_pool2d": "maxpool", "flatten": "reshape", "l1": "linear", "relu_2": "act",
+        "l2": "linear", "output": "output",
+    }  # fmt: skip
+    assert kinds(traced("mlp"))["n"] == "norm"
+    relu6 = [op for op in traced("separable").ops if op.kind == "act"]
+    assert {op.detail for op in relu6} == {"relu6"}
+
+
+def test_only_an_add_of_two_like_values_is_one() -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.shift = nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            constant = y + 1
+            broadcast = constant + self.shift
+            factor = torch.add(y, broadcast, alpha=2)
+            return self.b(factor + y)
+
+    network = trace(Adds(), torch.rand(1, 4))
+    adds = [op.kind for op in network.ops if op.detail.startswith("add")]
+    assert adds == ["other", "other", "other", "add"]
+
+
+def test_a_norm_that_cannot_be_folded_is_none() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, track_running_stats=False), nn.Conv2d(8, 2, 1)
+    )
+    network = trace(model, torch.rand(1, 3, 4, 4))
+    assert kinds(network)["_1"] == "other"
+    assert members(network) == {"0": ("0",)}
+
+
+def test_operations_that_nobody_reads_are_none() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.extra = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            self.extra(x)
+            return self.b(x)
+
+    network = trace(Auxiliary(), torch.rand(1, 4))
+    assert set(network.layers) == {"a", "b"}
+
+
+# -- requests ------------------------------------------------------------------------------------
+
+
+def test_a_request_may_be_a_tuple_or_a_dict(networks: ModuleType) -> None:
+    model, (left, right) = networks.make("two")
+    for example in ((left, right), [left, right], {"left": left, "right": right},
+                    {"right": right, "left": left}):  # fmt: skip
+        network = trace(model, example)
+        assert network.inputs == ("left", "right")
+        assert [network.op[i].shape for i in network.inputs] == [(1, 6), (1, 4)]
+        assert members(network) == {"a": ("a",), "b": ("b",)}
+
+
+def test_an_argument_may_be_given_in_place_of_its_default(networks: ModuleType) -> None:
+    model, (left, right) = networks.make("two")
+    example = {"left": left, "right": right, "mask": torch.ones(1, 32)}
+    network = trace(model, example)
+    assert network.inputs == ("left", "right", "mask")
+    graph = trace_graph(model, example)
+    assert torch.equal(graph(**example), model(**example))
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_graph_computes_what_the_model_computes(name: str, networks: ModuleType) -> None:
+    model, example = networks.make(name)
+    args = example if isinstance(example, tuple) else (example,)
+    assert torch.equal(trace_graph(model, example)(*args), model(*args))
+
+
+def test_an_argument_may_have_the_name_of_a_module() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, body: Tensor) -> Tensor:
+            return self.head(self.body(body))
+
+    assert trace(Named(), {"body": torch.rand(1, 4)}).inputs == ("body",)
+
+
+# -- the teacher stays as it is ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_teacher_is_not_changed(name: str, networks: ModuleType) -> None:
+    model, example = networks.make(name)
+    model.train()
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 == 0)
+    state = copy.deepcopy(model.state_dict())
+    flags = [p.requires_grad for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    trace(model, example)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_frozen_teacher_can_be_traced_without_gradients(
+    networks: ModuleType, traced: Traced
+) -> None:
+    model, example = networks.make("separable")
+    model.requires_grad_(False)
+    with torch.no_grad():
+        network = trace(model, example)
+    assert network == traced("separable")
+
+
+def test_the_example_is_not_changed(networks: ModuleType) -> None:
+    model, example = networks.make("plain")
+    before = example.clone()
+    trace(model, example)
+    assert torch.equal(example, before)
+    assert not example.requires_grad
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """A layer, and a forward pass that a test supplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(4, 4), nn.Linear(4, 2), nn.BatchNorm1d(4)
+
+
+class Branches(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if x.sum() > 0:  # the line to be named
+            x = -x
+        return self.b(x)
+
+
+class Shared(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(F.relu(self.a(x))))
+
+
+class SharedNorm(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(F.relu(self.norm(self.a(x)))))
+
+
+class Tuple(Small):
+    def forward(self, x: Tensor) -> Any:
+        return self.a(x), self.b(x)
+
+
+class Dict(Small):
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": self.b(self.a(x))}
+
+
+class Many(Small):
+    def forward(self, x: Tensor) -> Any:
+        return torch.split(self.b(x), 1, 1)
+
+
+class Clash(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) + torch.zeros(3))
+
+
+class Stars(Small):
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.b(x[0])
+
+
+class Weightless(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (Branches(), r"test_tracing\.py:\d+ \('if x.sum\(\) > 0:.*the line to be named"),
+        (Shared(), "layer 'a' runs twice in one forward pass; give each use a layer of its own"),
+        (SharedNorm(), "layer 'norm' runs twice"),
+        (Tuple(), "the model must return one tensor, but it returns tuple"),
+        (Dict(), "the model must return one tensor, but it returns dict"),
+        (Many(), "the model must return one tensor, but it returns no tensor"),
+        (Clash(), r"does not run on example_input\(\): 'add' fails: The size of tensor"),
+        (Stars(), r"forward must name its arguments, but has \*x"),
+        (Weightless(), "no convolution and no linear layer: nothing to compress"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused_by_name(model: nn.Module, says: str) -> None:
+    with pytest.raises(Untraceable, match=says) as caught:
+        trace(model, torch.rand(1, 4))
+    assert isinstance(caught.value, BadInput)
+    assert "While executing" not in str(caught.value)
+
+
+def test_a_shared_activation_is_no_shared_layer() -> None:
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Linear(4, 8), relu, nn.Linear(8, 8), relu, nn.Linear(8, 2))
+    assert len(trace(model, torch.rand(1, 4)).layers) == 3
+
+
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [
+        ({"leftt": torch.rand(1, 6), "right": torch.rand(1, 4)}, "missing .*'left'|'leftt'"),
+        ({"left": torch.rand(1, 6)}, "missing a required argument: 'right'"),
+        ({"left": torch.rand(1, 6), "right": torch.rand(1, 4), "up": 1}, "argument 'up'"),
+        (torch.rand(1, 6), "missing a required argument: 'right'"),
+        (tuple(torch.rand(5, 1, 6)), "too many positional arguments"),
+    ],
+)
+def test_a_request_that_does_not_fit_the_forward_is_refused(
+    example: Any, says: str, networks: ModuleType
+) -> None:
+    model, _ = networks.make("two")
+    with pytest.raises(BadInput, match=f"does not fit the model's forward: .*({says})"):
+        trace(model, example)
+
+
+def test_a_request_of_another_shape_names_the_layer_and_prints_nothing(
+    networks: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = networks.make("plain")
+    with pytest.raises(Untraceable, match=r"'c1' fails: .*expected input"):
+        trace(model, torch.rand(1, 4, 8, 8))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_looking_for_groups_prints_nothing(
+    networks: ModuleType, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trace(*networks.make("fixed"))
+    assert capfd.readouterr() == ("", "")
