@@ -4,8 +4,9 @@ from .compress import RUNGS, Candidate, compress
 from .parity import Parity
 from .prepared import Prepared, Schedule, prepare
 from .task import ClassificationTask, Task, load_task
+from .untrained import untrained
 
 __all__ = [
     "RUNGS", "Candidate", "ClassificationTask", "Parity", "Prepared", "Schedule", "Task",
-    "compress", "load_task", "prepare",
+    "compress", "load_task", "prepare", "untrained",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -60,16 +60,36 @@ def stack(dataset: Dataset, name: str) -> Items:
     """All of ``dataset`` in memory. Raises BadInput if it is empty, ragged or not finite."""
     if len(dataset) == 0:
         raise BadInput(f"task: {name} is empty")
+    items = []
+    for index in range(len(dataset)):
+        try:
+            items.append(dataset[index])
+        except Exception as error:  # the user's code
+            raise BadInput(f"task: {name}[{index}] fails: {describe(error)}") from error
+        if not isinstance(items[-1], tuple | list) or len(items[-1]) != 2:
+            kind = type(items[-1]).__name__
+            raise BadInput(f"task: {name}[{index}] must be a pair (input, target), but is a {kind}")
     try:
-        inputs, targets = default_collate([dataset[i] for i in range(len(dataset))])
+        inputs, targets = default_collate(items)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"task: items of {name} do not stack to (input, target): {error}") from error
-    inputs = tree_map(lambda t: t, inputs)
-    for tensor in tensors(inputs):
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            rows = (~torch.isfinite(tensor)).flatten(1).any(1).nonzero().flatten().tolist()
-            raise BadInput(f"task: {name} has inputs that are NaN or infinite: items {rows[:5]}")
-    return Items(inputs, targets)
+        raise BadInput(f"task: items of {name} do not stack: {error}") from error
+    for what, value in (("inputs", inputs), ("targets", targets)):
+        for tensor in tensors(value):
+            if not isinstance(tensor, Tensor):
+                kind = type(tensor).__name__
+                raise BadInput(f"task: {what} of {name} must be tensors or numbers, but got {kind}")
+            finite = torch.isfinite(tensor)
+            if not finite.all():
+                rows = (~finite).reshape(len(finite), -1).any(1).nonzero().flatten().tolist()
+                raise BadInput(
+                    f"task: {name} has {what} that are NaN or infinite: items {rows[:5]}"
+                )
+    return Items(tree_map(lambda t: t, inputs), targets)
+
+
+def describe(error: Exception) -> str:
+    """An exception of the user's code, for a message."""
+    return f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
@@ -86,8 +106,9 @@ class Splits:
 def split(task: Any, seed: int = 0) -> Splits:
     """The splits of ``task``. The halves of val are stratified when targets are classes."""
     train, val = stack(task.train, "train"), stack(task.val, "val")
-    if len(val) < 2:
-        raise BadInput(f"task: val needs at least 2 items (it is halved), but has {len(val)}")
+    for name, items in (("train", train), ("val", val)):  # a variance; two halves
+        if len(items) < 2:
+            raise BadInput(f"task: {name} needs at least 2 items, but has {len(items)}")
     test = getattr(task, "test", None)
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randperm(len(train), generator=generator)[:CALIBRATION]

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,8 @@ from .prune import call
 
 WARM_UP = 0.15  # share of the steps in which the learning rate rises
 CLIP = 5.0  # norm of the gradient
+LAST = 10  # steps whose mean loss says where training stands
+HOPELESS = 10.0  # times the loss of a student that has learned nothing: training stops at once
 
 
 @dataclass(frozen=True)
@@ -42,42 +43,64 @@ def distill(
     peak: float,
     batch: int,
     seed: int,
-    first: int = 0,
+    first: float = 0.0,
     train_norms: bool = True,
 ) -> int:
-    """Trains ``student`` in place for ``count`` epochs, beginning with the data of epoch ``first``.
+    """Trains ``student`` in place for ``count`` epochs, going on where ``first`` epochs end.
 
     SGD with momentum on alpha * KL + (1 - alpha) * loss; the learning rate rises to ``peak`` and
     falls as a cosine. Returns the number of samples seen. Raises Impossible when it diverges.
     """
     parameters = [p for p in student.parameters() if p.requires_grad]
-    size = len(epochs(first).items)
-    total = max(1, round(count * max(1, size // batch)))
     optimizer = torch.optim.SGD(parameters, peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, total))
+
+    def objective(output: Tensor, items: Items, answers: Tensor) -> Tensor:
+        value = torch.zeros(())
+        if settings.alpha > 0:
+            value = settings.alpha * kl_divergence(output, answers, settings.temperature)
+        if settings.alpha < 1:
+            value = value + (1 - settings.alpha) * loss(output, items.targets)
+        return value
+
     student.train(train_norms)
-    samples = 0
-    for items, answers in _steps(epochs, first, total, batch, seed):
+    samples, values, blind = 0, [], 0.0
+    for rate, items, answers in _steps(epochs, first, count, batch, seed):
+        for group in optimizer.param_groups:
+            group["lr"] = peak * rate
         output = call(student, items.inputs)
-        hard = loss(output, items.targets) if settings.alpha < 1 else output.sum() * 0
-        soft = kl_divergence(output, answers, settings.temperature)
-        value = settings.alpha * soft + (1 - settings.alpha) * hard
-        if not torch.isfinite(value):
-            raise Impossible(
-                f"distillation diverged after {samples} samples: the loss is {value.item()} at "
-                f"learning rate {settings.learning_rate:g}"
-            )
+        value = objective(output, items, answers)
+        values.append(value.item())
+        if not math.isfinite(values[-1]):
+            raise _diverged(samples, settings, f"the loss is {values[-1]}")
         optimizer.zero_grad()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
-        schedule.step()
         samples += len(items)
+        # The loss of a student that has learned nothing and gives the same answer to everything.
+        blind = objective(torch.zeros_like(output), items, answers).item()
+        if _mean(values) > HOPELESS * max(blind, values[0]):
+            break
+    if _mean(values) > max(blind, values[0]):
+        what = f"the loss rose from {values[0]:.3g} to {_mean(values):.3g}"
+        raise _diverged(samples, settings, what)
     student.eval()
     return samples
 
 
+def _mean(values: list[float]) -> float:
+    return sum(values[-LAST:]) / len(values[-LAST:])
+
+
+def _diverged(samples: int, settings: Distill, what: str) -> Impossible:
+    return Impossible(
+        f"distillation diverged after {samples} samples: {what} at learning rate "
+        f"{settings.learning_rate:g}"
+    )
+
+
 def _rate(step: int, total: int) -> float:
+    """The learning rate at ``step`` of ``total`` as a share of its peak, never 0."""
     rise = max(1, round(WARM_UP * total))
     if step < rise:
         return (step + 1) / rise
@@ -85,20 +108,25 @@ def _rate(step: int, total: int) -> float:
 
 
 def _steps(
-    epochs: Callable[[int], Epoch], first: int, total: int, batch: int, seed: int
-) -> Iterator[tuple[Items, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    number, done = first, 0
-    while True:
-        epoch = epochs(number)
-        batch = min(batch, len(epoch.items))
-        order = torch.randperm(len(epoch.items), generator=generator)
-        for start in range(0, len(order) - batch + 1, batch):
-            index = order[start : start + batch]
-            yield epoch.items.take(index), epoch.answers[index]
-            done += 1
-            if done == total:
-                return
-        number += 1
+    epochs: Callable[[int], Epoch], first: float, count: float, batch: int, seed: int
+) -> Iterator[tuple[float, Items, Tensor]]:
+    """For ``count`` epochs: the share of the learning rate, a batch and the teacher's answers.
 
-
+    Every epoch has an order of its own, so that training in pieces sees what training in one
+    piece would. The incomplete batch at the end of an epoch is left out.
+    """
+    epoch, number = epochs(int(first)), int(first)
+    size = len(epoch.items)
+    batch = min(batch, size)
+    each = size // batch  # steps of an epoch
+    begin, total = round(first * each), max(1, round(count * each))
+    order = torch.empty(0)
+    for step in range(begin, begin + total):
+        if step // each != number:
+            number = step // each
+            epoch = epochs(number)
+        if step % each == 0 or step == begin:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+            order = torch.randperm(size, generator=generator)
+        index = order[step % each * batch :][:batch]
+        yield _rate(step - begin, total), epoch.items.take(index), epoch.answers[index]

@@ -10,32 +10,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ..spaces import Impossible
-
-OPSET = 20  # QuantizeLinear of 8-bit types, understood by every runtime flyweight names
+from ..spaces.tracing import arguments, trace_graph
+from .onnx_writer import OPSET, write
 
 
 def to_onnx(module: nn.Module, example: Any) -> bytes:
-    """``module`` as ONNX. A single input is named ``input``, those of a dict carry their keys.
+    """``module`` as ONNX. A single input is named ``input``, those of a tuple ``input_0`` and so
+    on, those of a dict carry their keys.
 
-    Raises Impossible when torch.onnx cannot export it, with its reason.
+    Raises Impossible when it cannot be exported, with torch.onnx's reason.
     """
-    args = () if isinstance(example, dict) else example if isinstance(example, tuple) else (example,)
-    kwargs = dict(example) if isinstance(example, dict) else None
-    batch = torch.export.Dim("batch")
-    if kwargs:
-        names, shapes = list(kwargs), {name: {0: batch} for name in kwargs}
-    else:
-        names = ["input"] if len(args) == 1 else [f"input_{i}" for i in range(len(args))]
-        shapes = tuple({0: batch} for _ in args)  # type: ignore[assignment]
+    args, kwargs = arguments(example)
+    names = [f"input_{i}" for i in range(len(args))] if len(args) > 1 else ["input"]
+    names = list(kwargs) or names
+    graph = module if isinstance(module, fx.GraphModule) else trace_graph(module, example)
+    return write(graph.eval(), example, names) or _torch_onnx(module, args, kwargs, names)
+
+
+def _torch_onnx(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
+) -> bytes:
+    """The same by torch.onnx, for modules with operations that ``write`` does not know."""
+    axis = {0: torch.export.Dim("batch")}
+    shapes: Any = dict.fromkeys(kwargs, axis) if kwargs else tuple(axis for _ in args)
     try:
         with _quiet():
             program = torch.onnx.export(
                 module.eval(),
                 args,
-                kwargs=kwargs,
+                kwargs=kwargs or None,
                 dynamo=True,
                 dynamic_shapes=shapes,
                 input_names=names,

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..spaces import Blueprint, Network
-from .quantize import ActivationQuantizer, QuantizedLayer, apply_layer, quantizer_name
+from .quantize import ActivationQuantizer, QuantizedLayer, apply_layer
 
 
-def onnx_op(name: str, inputs: tuple[Tensor, ...], dtype: Any, like: Tensor, **attrs: Any) -> Tensor:
+def onnx_op(
+    name: str, inputs: tuple[Tensor, ...], dtype: Any, like: Tensor, **attrs: Any
+) -> Tensor:
     """The ONNX operation ``name``; its output has ``dtype`` and the shape of ``like``."""
     return torch.onnx.ops.symbolic(name, inputs, attrs=attrs, dtype=dtype, shape=like.shape)
 
@@ -51,7 +52,7 @@ class FrozenLayer(nn.Module):
     bias_scale: Tensor
     bias_zero: Tensor
 
-    def __init__(self, quantized: QuantizedLayer, input_scale: Tensor, sequences: bool) -> None:
+    def __init__(self, quantized: QuantizedLayer) -> None:
         super().__init__()
         layer = quantized.layer
         self.shell = copy.deepcopy(layer)  # strides and padding; its own weights go
@@ -60,15 +61,15 @@ class FrozenLayer(nn.Module):
         scale = quantized.scale.detach().clone()
         column = scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
         integers = torch.round(layer.weight.detach() / column)
-        self.register_buffer("weight", integers.clamp(-quantized.limit, quantized.limit).to(torch.int8))
+        integers = integers.clamp(-quantized.limit, quantized.limit)
+        self.register_buffer("weight", integers.to(torch.int8))
         self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_zero", torch.zeros(len(scale), dtype=torch.int8))
-        self.register_buffer("bias_scale", scale * input_scale)
+        self.register_buffer("bias_scale", quantized.bias_step.detach().clone())
         self.register_buffer("bias_zero", torch.zeros(len(scale), dtype=torch.int32))
         bias = None if layer.bias is None else layer.bias.detach().clone()
-        if bias is not None and not sequences:
-            steps = torch.round(bias.double() / self.bias_scale.double())
-            bias = steps.clamp(-(2**31), 2**31 - 1).to(torch.int32)
+        if bias is not None and self.bias_scale.any():
+            bias = quantized.bias_integers().clamp(-(2**31), 2**31 - 1).to(torch.int32)
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,17 +88,12 @@ class FrozenLayer(nn.Module):
         return apply_layer(self.shell, x, weight, bias)
 
 
-def freeze(student: fx.GraphModule, network: Network, plan: Blueprint) -> fx.GraphModule:
+def freeze(student: fx.GraphModule) -> fx.GraphModule:
     """The frozen twin of a student with quantizers; ``student`` stays as it is."""
     frozen = copy.deepcopy(student).eval().requires_grad_(False)
-    for name, layer in network.layers.items():
-        module = frozen.get_submodule(name)
-        if isinstance(module, QuantizedLayer):
-            op = network.op[layer.op]
-            source: Any = frozen.get_submodule(quantizer_name(plan.quantized[op.inputs[0]]))
-            sequences = layer.kind == "linear" and len(op.shape) > 2
-            frozen.set_submodule(name, FrozenLayer(module, source.scale, sequences))
     for name, module in list(frozen.named_modules()):
-        if isinstance(module, ActivationQuantizer):
+        if isinstance(module, QuantizedLayer):
+            frozen.set_submodule(name, FrozenLayer(module))
+        elif isinstance(module, ActivationQuantizer):
             frozen.set_submodule(name, FrozenQuantizer(module))
     return frozen

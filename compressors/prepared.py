@@ -1,5 +1,6 @@
 """What every compression of a task needs, worked out once per process."""
 
+import copy
 import functools
 import math
 from dataclasses import dataclass, field
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from ..kernels import Runtime
 from ..spaces import BadInput, Network
 from ..spaces.tracing import trace
-from .data import Items, Splits, split
+from .data import Items, Splits, describe, split
 from .distill import Epoch
 from .parity import run_module
-from .prune import importance
+from .prune import importance, lay_out
+from .reconstruct import Moments, input_moments
 from .task import Task
 
 MAX_VARIANTS = 8  # augmented copies of the training data whose teacher answers are kept
@@ -69,6 +71,11 @@ class Prepared:
         return Items(self.task.augment(train.inputs, generator), train.targets)
 
     @functools.cached_property
+    def input_moments(self) -> dict[str, Moments]:
+        """Moments of the inputs of the teacher's layers: the same for every policy."""
+        return input_moments(self.teacher, self.network, self.splits.calibration)
+
+    @functools.cached_property
     def search_answers(self) -> Tensor:
         """The teacher's answers on search validation, [N, ...]."""
         return run_module(self.teacher, self.splits.search)
@@ -91,21 +98,31 @@ def prepare(
     task: Task, runtime: Runtime, schedule: Schedule, answers: dict[int, Tensor] | None = None
 ) -> Prepared:
     """Traces and checks ``task``. Raises BadInput (Untraceable) before anything is spent."""
-    model = task.model()
+    for name in ("model", "example_input", "train", "val", "loss", "metric"):
+        if not hasattr(task, name):
+            raise BadInput(f"task: {type(task).__name__} has no {name!r}, which every task needs")
+    model = _ask(task, "model")
     if not isinstance(model, nn.Module):
         raise BadInput(f"task: model() must be a torch.nn.Module, but got {type(model).__name__}")
-    teacher = model.eval().requires_grad_(False)
+    teacher = lay_out(copy.deepcopy(model), torch.channels_last).eval().requires_grad_(False)
     for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise BadInput(f"task: the model's {name!r} has values that are NaN or infinite")
-    example = task.example_input()
-    network = trace(teacher, example)
     splits = split(task)
+    example = _ask(task, "example_input")
+    network = trace(teacher, example)
     prepared = Prepared(
         task, teacher, example, network, splits, runtime, schedule, dict(answers or {})
     )
     _check(prepared)
     return prepared
+
+
+def _ask(task: Task, method: str) -> Any:
+    try:
+        return getattr(task, method)()
+    except Exception as error:  # the user's code
+        raise BadInput(f"task: {method}() fails: {describe(error)}") from error
 
 
 def _check(prepared: Prepared) -> None:
@@ -129,10 +146,14 @@ def _check(prepared: Prepared) -> None:
         raise BadInput(
             f"task: the model does not take items of val as example_input() promises: {error}"
         ) from error
+    if len(output) != len(some):
+        shape = tuple(output.shape)
+        raise BadInput(f"task: the model's answer to {len(some)} items has shape {shape}")
     if not torch.isfinite(output).all():
         raise BadInput("task: the model answers NaN or infinity on items of val")
     try:
-        loss = torch.as_tensor(task.loss(output, some.targets))
+        loss = torch.as_tensor(task.loss(output.requires_grad_(), some.targets))
+        output = output.detach()
         metric = task.metric(output, some.targets)
     except Exception as error:
         raise BadInput(
@@ -140,6 +161,8 @@ def _check(prepared: Prepared) -> None:
         ) from error
     if loss.ndim or not torch.isfinite(loss):
         raise BadInput(f"task: loss must be one finite number, but got {loss.tolist()}")
+    if not loss.requires_grad:
+        raise BadInput("task: loss cannot be differentiated; compute it from output in torch")
     if not isinstance(metric, int | float) or not math.isfinite(metric):
         raise BadInput(f"task: metric must be one finite number, but got {metric!r}")
 

@@ -18,6 +18,8 @@ from .data import Items
 from .observe import ACTIVATION_RANGES, Observer, weight_scale
 from .prune import call
 
+BIAS_LIMIT = 2.0**30  # half of what 32 bits hold: training may move a bias
+
 
 class ActivationQuantizer(nn.Module):
     """Rounds a value to 256 steps between ``low`` and ``high``, which contain 0."""
@@ -49,13 +51,38 @@ class QuantizedLayer(nn.Module):
     """A convolution or linear layer whose weights are rounded to ``bits`` bits per channel."""
 
     scale: Tensor  # [out_channels] float32
+    bias_step: Tensor  # [out_channels] float32, 0 where the bias stays as it is
 
-    def __init__(self, layer: nn.Module, bits: int, calibration: str) -> None:
+    def __init__(self, layer: Any, bits: int, calibration: str) -> None:
         super().__init__()
-        self.layer: Any = layer
+        self.layer = layer
         self.limit = 2 ** (bits - 1) - 1
-        self.register_buffer("scale", weight_scale(self.layer.weight, self.limit, calibration))
+        self.register_buffer("scale", weight_scale(layer.weight, self.limit, calibration))
         self.register_buffer("zero", torch.zeros(len(self.scale), dtype=torch.int32))
+        self.register_buffer("bias_step", torch.zeros(len(self.scale)))
+
+    @torch.no_grad()
+    def settle_bias(self, input_scale: Tensor) -> None:
+        """The bias becomes a 32-bit integer in steps of input scale x weight scale.
+
+        Where that is too small for it (a channel with weights of almost nothing, an input that is
+        almost always 0) the weight scale grows.
+        """
+        if self.layer.bias is not None:
+            fits = self.layer.bias.abs() / (input_scale * BIAS_LIMIT)
+            self.scale.copy_(torch.maximum(self.scale, fits))
+            self.bias_step.copy_(self.scale * input_scale)
+
+    def bias_integers(self) -> Tensor:
+        """The bias in steps, [out_channels] float64."""
+        return torch.round(self.layer.bias.detach().double() / self.bias_step.double())
+
+    def rounded_bias(self) -> Tensor | None:
+        bias: Tensor | None = self.layer.bias
+        if bias is None or not self.bias_step.any():
+            return bias
+        rounded = self.bias_integers().float() * self.bias_step
+        return bias + (rounded - bias).detach()
 
     def rounded_weight(self) -> Tensor:
         zero: Any = self.zero
@@ -64,7 +91,7 @@ class QuantizedLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return apply_layer(self.layer, x, self.rounded_weight(), self.layer.bias)
+        return apply_layer(self.layer, x, self.rounded_weight(), self.rounded_bias())
 
 
 def apply_layer(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -102,9 +129,7 @@ def fold_norms(graph: fx.GraphModule, network: Network) -> fx.GraphModule:
     return graph
 
 
-def insert_quantizers(
-    graph: fx.GraphModule, network: Network, plan: Blueprint, calibration: str
-) -> fx.GraphModule:
+def insert_quantizers(graph: fx.GraphModule, plan: Blueprint, calibration: str) -> fx.GraphModule:
     """A copy of the folded ``graph`` with a quantizer at every value the blueprint names."""
     graph = copy.deepcopy(graph)
     for name, precision in plan.precision.items():
@@ -112,7 +137,8 @@ def insert_quantizers(
             continue
         layer: Any = graph.get_submodule(name)
         if getattr(layer, "padding_mode", "zeros") != "zeros":
-            raise Impossible(f"layer {name!r}: int8 needs padding with zeros, not {layer.padding_mode}")
+            mode = layer.padding_mode
+            raise Impossible(f"layer {name!r}: int8 needs padding with zeros, not {mode}")
         graph.set_submodule(name, QuantizedLayer(layer, plan.weight_bits, calibration))
     nodes = {node.name: node for node in graph.graph.nodes}
     for value, scale in plan.quantized.items():
@@ -127,6 +153,19 @@ def insert_quantizers(
     return graph
 
 
+def settle_biases(graph: fx.GraphModule, network: Network, plan: Blueprint) -> None:
+    """Rounds the biases of calibrated int8 layers as the runtime does, in place.
+
+    Not on sequences: there the runtime's kernel wants them in float (MatMulIntegerToFloat).
+    """
+    for name, layer in network.layers.items():
+        module, op = graph.get_submodule(name), network.op[layer.op]
+        sequences = layer.kind == "linear" and len(op.shape) > 2
+        if isinstance(module, QuantizedLayer) and not sequences:
+            source: Any = graph.get_submodule(quantizer_name(plan.quantized[op.inputs[0]]))
+            module.settle_bias(source.scale)
+
+
 def quantizer_name(scale: str) -> str:
     return f"quantizer_{scale}"
 
@@ -139,18 +178,13 @@ def calibrate(graph: fx.GraphModule, items: Items, calibration: str) -> None:
     quantizers = {n: m for n, m in graph.named_modules() if isinstance(m, ActivationQuantizer)}
     graph.eval()
     for quantizer in quantizers.values():
-        quantizer.observer = Observer()
-    passes = 1 if calibration == "minmax" else 2  # the extremes first, then the histogram
-    for step in range(passes):
-        for quantizer in quantizers.values():
-            assert quantizer.observer is not None
-            quantizer.observer.counting = step == 1
-        for batch in items.batches(128):
-            call(graph, batch.inputs)
+        quantizer.observer = Observer(counting=calibration != "minmax")
+    for batch in items.batches(128):
+        call(graph, batch.inputs)
     for name, quantizer in quantizers.items():
         assert quantizer.observer is not None
-        low, high = ACTIVATION_RANGES[calibration](quantizer.observer)
-        if not (-float("inf") < low <= high < float("inf")):
-            raise Impossible(f"{name}: the values to calibrate are not finite ({low} to {high})")
-        quantizer.set_range(low, high)
-        quantizer.observer = None
+        seen, quantizer.observer = quantizer.observer, None
+        if not (-float("inf") < seen.low <= seen.high < float("inf")):
+            bounds = f"{seen.low} to {seen.high}"
+            raise Impossible(f"{name}: the values to calibrate are not finite ({bounds})")
+        quantizer.set_range(*ACTIVATION_RANGES[calibration](seen))

@@ -96,9 +96,11 @@ def load_task(reference: str, folder: Path, arguments: Mapping[str, Any]) -> Any
     try:
         return getattr(module, name)(**arguments)
     except TypeError as error:
-        raise BadInput(f"task: {reference} does not take task_args {dict(arguments)}: {error}") from error
-    except (OSError, ValueError) as error:
-        raise BadInput(f"task: {reference} cannot be made: {error}") from error
+        given = dict(arguments)
+        raise BadInput(f"task: {reference} does not take task_args {given}: {error}") from error
+    except Exception as error:  # the user's code
+        what = f"{type(error).__name__}: {error}"
+        raise BadInput(f"task: {reference} cannot be made: {what}") from error
 
 
 def _from_file(path: Path) -> Any:
@@ -115,12 +117,14 @@ def _from_file(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise BadInput(f"task: {path} cannot be imported: {type(error).__name__}: {error}") from error
+        what = f"{type(error).__name__}: {error}"
+        raise BadInput(f"task: {path} cannot be imported: {what}") from error
     return module
 
 
 def _from_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise BadInput(f"task: module {name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise BadInput(f"task: module {name!r} cannot be imported: {what}") from error

@@ -7,6 +7,7 @@ import os
 for _name, _value in (
     ("RAY_AUTH_MODE", "token"),
     ("RAY_USAGE_STATS_ENABLED", "0"),
+    ("RAY_AIR_NEW_OUTPUT", "0"),
     ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1"),
     ("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1"),
 ):

@@ -1,25 +1,37 @@
 """The search itself, without Ray: what to try next, who climbs, when it ends.
 
 Everything it knows it has from the record; every result goes there first. Whoever runs trials
-(Ray Tune in ``tuning``, a loop in a test) calls ``propose``, ``result`` and ``failed``.
+(Ray Tune in ``tuning``, a loop in a test) calls ``propose``, ``result`` and ``failed``. Limits are
+enforced before the cost: a policy is priced first, and one that is over a limit is made smaller or
+rejected; it never becomes a trial.
 """
 
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from ..compressors import RUNGS
-from ..spaces import Policy
+from ..spaces import Impossible, Policy
 from .limits import Limits
 from .pareto import climbs
 from .proposals import Proposals
 from .record import Entry, Record
 
 REDUCTION = 2.0  # one in so many climbs from rung to rung
+SHRINKS = 16  # steps in which a policy that is over a limit can be made smaller
+ASKS = 32  # proposals over a limit, one after another, until the search gives up
 HOPELESS = 8  # trials that failed, none of them having reached a result: the search ends
 SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a policy costs on the target before it is trained. latency_ms: lower, middle, upper."""
+
+    latency_ms: tuple[float, float, float]
+    size_bytes: int
 
 
 @dataclass
@@ -28,6 +40,7 @@ class Trial:
 
     number: int
     policy: Policy
+    price: Price
     results: dict[str, Entry] = field(default_factory=dict)
     ended: str | None = None
 
@@ -47,6 +60,7 @@ class Controller:
     def __init__(
         self,
         proposals: Proposals,
+        price: Callable[[Policy], Price],
         limits: Limits,
         record: Record,
         budget: Budget,
@@ -56,7 +70,9 @@ class Controller:
     ) -> None:
         self.proposals, self.limits, self.record, self.budget = proposals, limits, record, budget
         self.trials: dict[int, Trial] = {}
+        self._price = price
         self.fatal: OSError | None = None
+        self.exhausted = False
         self.interrupted = False
         self._clock, self._listen = clock, listen
         self._again: list[Trial] = []  # of a search that was cut off
@@ -72,14 +88,68 @@ class Controller:
             return None
         if self._again:
             return self._again.pop(0)
-        trial = Trial(len(self.trials), self.proposals.ask())
+        found = self._affordable()
+        if found is None:
+            self.exhausted = True
+            return None
+        trial = Trial(len(self.trials), *found)
         self.trials[trial.number] = trial
         begin = {"kind": "begin", **self._name(trial), "policy": trial.policy.to_dict()}
-        return trial if self._append(begin) else None
+        return trial if self._append(begin | asdict(trial.price)) else None
+
+    def _affordable(self) -> tuple[Policy, Price] | None:
+        """A policy within the limits and its price; None when there seems to be none left."""
+        for _ in range(ASKS):
+            policy = self.proposals.ask()
+            if policy is None:
+                return None
+            try:
+                price = self._price(policy)
+            except Impossible as error:
+                self._reject(policy, str(error))
+                continue
+            if self._cost(price) <= 0:
+                return policy, price
+            self._reject(policy, "over a limit", price)
+            smaller = self._smaller(policy)
+            if smaller is not None:
+                return smaller
+        return None
+
+    def _smaller(self, policy: Policy) -> tuple[Policy, Price] | None:
+        """The largest shrunk form of ``policy`` that is within the limits and new."""
+        best = None
+        low, high = 0, SHRINKS  # within the limits at low / SHRINKS of the width, perhaps
+        while high - low > 1:
+            middle = (low + high) // 2
+            tried = self.proposals.space.shrunk(policy, middle / SHRINKS)
+            try:
+                price = self._price(tried)
+            except Impossible:
+                return best
+            if self._cost(price) <= 0:
+                low, best = middle, (tried, price)
+            else:
+                high = middle
+        return best if best and self.proposals.claim(best[0]) else None
+
+    def _cost(self, price: Price) -> float:
+        return self.limits.cost(price.latency_ms[1], price.size_bytes)
+
+    def _reject(self, policy: Policy, reason: str, price: Price | None = None) -> None:
+        if price is None:
+            self.proposals.fail(policy)
+        else:
+            self.proposals.reject(policy, price.latency_ms[1], self._cost(price))
+        entry = {"kind": "rejected", "digest": policy.digest, "reason": reason}
+        known = {} if price is None else asdict(price)
+        self._append({**entry, "policy": policy.to_dict(), **known, "time": self._clock()})
 
     def over(self) -> bool:
         """Whether no more trials begin."""
-        if self.fatal or self.interrupted or self.remaining() <= 0 or self.hopeless():
+        if self.fatal or self.interrupted or self.exhausted:
+            return True
+        if self.remaining() <= 0 or self.hopeless():
             return True
         return not self._again and len(self.trials) >= self.budget.trials
 
@@ -146,9 +216,8 @@ class Controller:
         return sorted(found, key=lambda e: float(e["time"]))
 
     def _entry(self, trial: Trial, outcome: Entry) -> Entry:
-        known = next(iter(trial.results.values()), {})
-        latency = outcome.get("latency_ms") or known["latency_ms"]
-        size = outcome.get("size_bytes") or known["size_bytes"]
+        latency = trial.price.latency_ms
+        size = outcome["size_bytes"]
         full = outcome["rung"] == RUNGS[-1]
         excess = (
             self.limits.excess(outcome["metric"], latency[1], size)
@@ -160,8 +229,7 @@ class Controller:
             **self._name(trial),
             "policy": trial.policy.to_dict(),
             **outcome,
-            "latency_ms": latency,
-            "size_bytes": size,
+            "latency_ms": list(latency),
             "constraint": excess,
         }
 
@@ -215,8 +283,11 @@ class Controller:
             last = entry["time"]
             if entry["kind"] == "begin":
                 policy = Policy.from_dict(entry["policy"])
-                self.trials[entry["trial"]] = Trial(entry["trial"], policy)
-                self.proposals.know(policy)
+                price = Price(tuple(entry["latency_ms"]), entry["size_bytes"])
+                self.trials[entry["trial"]] = Trial(entry["trial"], policy, price)
+                self.proposals.claim(policy)
+            elif entry["kind"] == "rejected":
+                self.proposals.claim(Policy.from_dict(entry["policy"]))
             elif entry["kind"] == "result":
                 self._learn(self.trials[entry["trial"]], entry)
             elif entry["kind"] == "end" and entry["reason"] != "interrupted":

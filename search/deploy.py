@@ -20,7 +20,7 @@ from ..spaces import BadInput, FlyweightError
 from .choose import Artifact, choose, kebab, read_chosen, read_result
 from .folder import write_folder
 from .spec import Spec, load_spec
-from .tracking import _ENVIRONMENT
+from .tracking import ENVIRONMENT
 
 TOLERANCE = 0.05  # points of the metric; the same file on the same data should give the same
 VERIFY_S = 3600.0
@@ -109,7 +109,7 @@ def rollback(
 
 
 def _registry(uri: str, name: str, alias: str) -> "Registry":
-    for variable, value in _ENVIRONMENT.items():  # before MLflow, which takes seconds, is imported
+    for variable, value in ENVIRONMENT.items():  # before MLflow, which takes seconds, is imported
         os.environ.setdefault(variable, value)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from .registry import Registry

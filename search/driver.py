@@ -16,12 +16,12 @@ from typing import Any
 import ray
 from ray import tune
 
-from ..compressors import RUNGS, compress
+from ..compressors import RUNGS, untrained
 from ..compressors.data import Items
 from ..compressors.parity import run_session
 from ..kernels import Timing
-from ..spaces import BadInput, FlyweightError
-from .controller import Budget, Controller, failures
+from ..spaces import BadInput, FlyweightError, Policy
+from .controller import Budget, Controller, Price, failures
 from .limits import Limits
 from .progress import Progress
 from .proposals import Proposals
@@ -135,8 +135,8 @@ class _Search:
         if not self.resumed:
             self._check_limits(meter, limits)
         tracker = self._tracker(header)
-        controller = self._controller(limits, tracker, header)
-        self._trials(controller, meter)
+        controller = self._controller(limits, tracker, header, meter)
+        self._trials(controller)
         ray.kill(meter)
         self._note_end(controller)
         found = self._measure(controller, limits, header)
@@ -185,8 +185,8 @@ class _Search:
             return
         latencies = {}
         for policy in self.ready.smallest():
-            candidate = compress(self.ready.prepared, policy, RUNGS[0])
-            latencies[policy.digest] = ray.get(meter.provisional.remote(candidate.model))[1]
+            model = untrained(self.ready.prepared, policy)
+            latencies[policy.digest] = ray.get(meter.provisional.remote(model))[1]
         check_reachable(self.ready, limits, latencies)
 
     def _tracker(self, header: dict[str, Any]) -> Tracker:
@@ -198,35 +198,33 @@ class _Search:
         return MlflowTracker(tracking.uri, tracking.experiment, location, header["search_id"])
 
     def _controller(self, limits: Limits, tracker: Tracker, header: dict[str, Any]) -> Controller:
-        for entry in self.record.entries():  # what an earlier session did not deliver
-            if entry["kind"] != "begin":
-                tracker.record(entry)
-        self.record.append(header)
-        tracker.record(header)
         search = self.spec.search
-        first = [] if self.resumed else self.ready.recipes()
         self.progress = Progress(
-            self.console,
-            trials=search.trials,
-            budget_s=search.time_budget,
-            clock=time.time,
-            teacher=header["teacher"],
-            objective=header["objective"],
+            self.console, trials=search.trials, budget_s=search.time_budget, clock=time.time
         )
 
         def listen(entry: dict[str, Any]) -> None:
-            if entry["kind"] != "begin":
+            if entry["kind"] not in ("begin", "rejected"):  # of trials, MLflow shows results
                 tracker.record(entry)
             self.progress.entry(entry)
 
+        self.record.append(header)
+        for entry in self.record.entries():  # of a resumed search also what came before
+            listen(entry)
+        first = [] if self.resumed else self.ready.recipes()
         proposals = Proposals(self.ready.space, search.sampler, search.seed, first)
         budget = Budget(search.trials, search.time_budget)
-        return Controller(proposals, limits, self.record, budget, listen=[listen])
 
-    def _trials(self, controller: Controller, meter: Any) -> None:
+        def price(policy: Policy) -> Price:
+            model = untrained(self.ready.prepared, policy)
+            return Price(ray.get(meter.provisional.remote(model)), len(model))
+
+        return Controller(proposals, price, limits, self.record, budget, listen=[listen])
+
+    def _trials(self, controller: Controller) -> None:
         facts = facts_of(self.spec, self.ready.prepared.runtime.fingerprint)
         answers = teacher_answers(self.ready.prepared)
-        job = Job(self.spec, self.run_dir, facts, meter, answers)
+        job = Job(self.spec, self.run_dir, facts, answers)
         resources = {"cpu": self.spec.resources.cpus, "gpu": self.spec.resources.gpus}
         with self.progress, _terminable():
             run_trials(

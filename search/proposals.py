@@ -48,22 +48,34 @@ class Proposals:
         self._best: dict[str, dict[str, Any]] = {}  # rung -> values of its best policy
         self._best_loss: dict[str, float] = {}
 
-    def ask(self) -> Policy:
-        """A policy that was not proposed before, unless the space is exhausted."""
-        policy = self._next()
+    def ask(self) -> Policy | None:
+        """A policy that was not proposed before; None when none is found any more."""
         for _ in range(TRIES):
-            if policy.digest not in self._seen:
-                break
             policy = self._next()
-        else:
-            near = [p for p in self.space.neighbours(policy) if p.digest not in self._seen]
-            policy = self._rng.choice(near) if near else policy
-        self._seen.add(policy.digest)
+            if self.claim(policy):
+                return policy
+        near = [p for p in self.space.neighbours(policy) if p.digest not in self._seen]
+        if not near:
+            return None
+        policy = self._rng.choice(near)
+        self.claim(policy)
         return policy
 
-    def know(self, policy: Policy) -> None:
-        """``policy`` was proposed in an earlier session: it is not proposed again."""
+    def claim(self, policy: Policy) -> bool:
+        """Marks ``policy`` as proposed; whether it was new."""
+        new = policy.digest not in self._seen
         self._seen.add(policy.digest)
+        return new
+
+    def reject(self, policy: Policy, latency_ms: float, constraint: float) -> None:
+        """``policy`` is over a limit by its price alone: its study learns that."""
+        asked = self._asked.pop(policy.digest, None)
+        if asked:
+            rung, trial = asked
+            # What it would lose is unknown and does not matter: TPE ranks what breaks a
+            # constraint by the breach alone.
+            trial.set_constraint("limit", constraint)
+            self._studies[rung].tell(trial, [0.0, latency_ms])
 
     def tell(
         self, policy: Policy, rung: str, loss: float, latency_ms: float, constraint: float

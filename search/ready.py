@@ -18,7 +18,7 @@ from .limits import Limits, limits
 from .spec import Spec
 from .store import write_whole
 
-RECIPES = (0.5, 0.625, 0.75, 0.875)  # shares of channels kept by the uniform recipes
+RECIPES = (1.0, 0.75, 0.5)  # shares of channels kept by the uniform recipes
 
 
 def schedule_of(spec: Spec) -> Schedule:
@@ -43,7 +43,7 @@ class Ready:
     def recipes(self) -> list[Policy]:
         """The uniform recipes of people: what a search must at least have tried."""
         precisions = [p for p in ("int8", "fp32") if p in self.spec.space.quantize.precisions]
-        found = [self.space.uniform(keep, p) for p in precisions for keep in RECIPES]
+        found = [self.space.uniform(keep, p) for keep in RECIPES for p in precisions]
         return list(dict.fromkeys(found))
 
     def request(self) -> dict[str, np.ndarray[Any, Any]]:
@@ -64,7 +64,6 @@ def ready(spec: Spec, run_dir: Path | None = None) -> Ready:
     prepared = prepare(task, runtime, schedule_of(spec))
     space = Space(prepared.network, runtime.capabilities, spec.space.settings())
     untouched = compress(prepared, Policy(), "recalibrate")
-    assert untouched.model is not None
     if run_dir is not None:
         write_whole(run_dir / "teacher" / "model.onnx", untouched.model)
     session = runtime.load(untouched.model)

@@ -84,7 +84,7 @@ def read(path: Path) -> Iterator[Entry]:
     for number, line in enumerate(_whole_lines(path.read_bytes()).splitlines(), 1):
         try:
             yield json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise BadInput(f"{path}, line {number} is damaged: {error}") from error
 
 

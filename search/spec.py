@@ -83,7 +83,7 @@ class Prune(Section):
     min_keep: float = Field(0.125, gt=0, le=1)
     multiple_of: int | None = Field(None, ge=1)
     criteria: Annotated[tuple[str, ...], Field(min_length=1), _names(CRITERIA)] = ("l1", "taylor")
-    reconstruct: Annotated[tuple[Literal[False], ...], Field(min_length=1)] = (False,)
+    reconstruct: Choices = (True, False)
     depth: Literal[False] = False
 
 
@@ -238,7 +238,7 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     got = error["input"]
     shown = "" if isinstance(got, dict) or error["type"] == "missing" else f" (got {got!r})"
-    if where.endswith("reconstruct.0") or where == "space.prune.depth":
+    if where == "space.prune.depth":
         message = "is not built yet; leave it out or give false"
     if where == "search.strategy":
         message = "only 'joint' is built yet"

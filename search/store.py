@@ -39,7 +39,6 @@ def artifact_path(digest: str) -> str:
 
 def write_artifact(run_dir: Path, candidate: Candidate, facts: dict[str, Any]) -> str:
     """Stores the artifact of ``candidate`` with its policy and ``facts``; its relative path."""
-    assert candidate.model is not None
     digest = candidate.policy.digest
     place = run_dir / artifact_path(digest)
     write_whole(place, candidate.model)

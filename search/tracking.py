@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 # What a user has set stays. MLflow's own retries are off because they last minutes, and because a
 # creation that is repeated below us, after an answer that got lost, would make a second run.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     # Ending a run would print two lines to stdout, at the cost of one more request.
@@ -225,7 +225,7 @@ class MlflowTracker:
                 self._changed.notify_all()
 
     def _open(self) -> "Runs | None":
-        for name, value in _ENVIRONMENT.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # MLflow takes seconds to import and a new database seconds to set up: not the search's.
         from .mlflow_runs import Runs

@@ -22,12 +22,11 @@ from .store import write_artifact
 
 @dataclass(frozen=True)
 class Job:
-    """What all trials of a search share. ``answers``: the teacher's, per variant of the data."""
+    """What all trials of a search share. answers: the teacher's, per variant of the data."""
 
     spec: Spec
     run_dir: Path
     facts: dict[str, Any]
-    meter: Any
     answers: dict[int, np.ndarray[Any, Any]]
 
 
@@ -72,18 +71,14 @@ class CompressionTrial(tune.Trainable):  # type: ignore[misc]
         return outcome | {"rung_seconds": time.perf_counter() - began}
 
     def _outcome(self, candidate: Candidate) -> dict[str, Any]:
-        model, artifact = candidate.model, None
-        latency = None
-        if candidate.rung == RUNGS[0]:
-            latency = ray.get(self.job.meter.provisional.remote(model))
+        artifact = None
         if candidate.rung == RUNGS[-1]:
             artifact = write_artifact(self.job.run_dir, candidate, self.job.facts)
         return {
             "rung": candidate.rung,
             "loss": candidate.loss,
             "metric": candidate.metric,
-            "latency_ms": latency,
-            "size_bytes": None if model is None else len(model),
+            "size_bytes": len(candidate.model),
             "seconds": candidate.seconds,
             "samples": candidate.samples,
             "macs": candidate.plan.macs,

@@ -223,3 +223,14 @@ class Space:
         for name, known in self.precisions.items():
             values[f"precision/{name}"] = precision if precision in known else known[0]
         return self.policy(values)
+
+    def shrunk(self, policy: Policy, share: float) -> Policy:
+        """``policy`` with every width at ``share`` of what it is, rounded to a legal one.
+
+        At share 1 it is ``policy`` itself, at 0 the smallest of its precisions.
+        """
+        values = self.values(policy)
+        for name, choices in self.widths.items():
+            wish = share * values[f"width/{name}"]
+            values[f"width/{name}"] = min(choices, key=lambda w: (abs(w - wish), w))
+        return self.policy(values)

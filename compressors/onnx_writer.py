@@ -1,0 +1,46 @@
+"""Writes a traced module as ONNX, operation by operation.
+
+In milliseconds; torch.onnx takes seconds (it rebuilds its registry at each call and traces a
+network four times), and every trial would pay for them. Here are only the operations that
+convolutional networks consist of. ``write`` returns None for a module that has another, and
+``export.to_onnx`` gives that one to torch.onnx.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from onnx import helper
+from torch import fx
+
+from .onnx_file import NotCovered, Writer
+from .onnx_operations import OPERATIONS
+from .prune import in_order
+
+OPSET = 20  # QuantizeLinear of 8-bit types, understood by every runtime flyweight names
+
+
+def write(graph: fx.GraphModule, example: Any, inputs: list[str]) -> bytes | None:
+    """``graph`` as ONNX with a dynamic first axis, or None if it has an operation unknown here.
+
+    inputs: what to call the inputs; those of a dict carry their keys. The output is named
+    ``output``; every other value is named as its node.
+    """
+    holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    if isinstance(example, Mapping):
+        inputs = [str(node.target) for node in holders]
+    writer = Writer(graph, dict(zip(holders, inputs, strict=True)), OPERATIONS)
+    try:
+        with torch.no_grad():
+            writer.run(*in_order(graph, example))
+    except NotCovered:
+        return None
+    made = helper.make_graph(
+        writer.nodes, "flyweight", writer.inputs, writer.outputs, writer.constants()
+    )
+    opset = helper.make_opsetid("", OPSET)
+    version = helper.find_min_ir_version_for([opset])
+    model = helper.make_model(
+        made, opset_imports=[opset], ir_version=version, producer_name="flyweight"
+    )
+    return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]

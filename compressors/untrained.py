@@ -1,0 +1,30 @@
+"""The artifact of a policy as far as its latency goes: right kernels, arbitrary weights."""
+
+import torch
+
+from ..spaces import Policy, blueprint
+from ..spaces.tracing import trace_graph
+from .export import to_onnx
+from .freeze import freeze
+from .prepared import Prepared
+from .prune import remove
+from .quantize import calibrate, fold_norms, insert_quantizers, settle_biases
+
+ITEMS = 8  # enough for ranges that are not degenerate
+
+
+def untrained(prepared: Prepared, policy: Policy) -> bytes:
+    """An ONNX file with the kernels that ``policy`` gives; what it answers means nothing.
+
+    Which channels stay does not change what the runtime executes, so no importance is computed
+    and nothing is trained. Raises Impossible.
+    """
+    plan = blueprint(prepared.network, policy, prepared.runtime.capabilities)
+    kept = {name: torch.arange(plan.widths[name]) for name in policy.prune.width}
+    pruned = remove(prepared.teacher, prepared.network, prepared.example, kept)
+    student = fold_norms(trace_graph(pruned, prepared.example), prepared.network)
+    if plan.quantized:
+        student = insert_quantizers(student, plan, "minmax")
+        calibrate(student, prepared.splits.calibration.take(torch.arange(ITEMS)), "minmax")
+        settle_biases(student, prepared.network, plan)
+    return to_onnx(freeze(student), prepared.example)

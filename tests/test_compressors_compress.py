@@ -1,0 +1,194 @@
+"""``compress``: from a task and a policy to a candidate and its artifact."""
+
+import copy
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from flyweight.compressors import RUNGS, ClassificationTask, Prepared, Schedule, compress, prepare
+from flyweight.compressors.parity import run_session
+from flyweight.kernels import float_layers, int8_layers, make_runtime
+from flyweight.spaces import Distill, Impossible, Policy, Prune, Quantize
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+
+class Noisy(ClassificationTask):
+    """With random variants of the training data."""
+
+    def augment(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
+        return inputs + 0.1 * torch.randn(inputs.shape, generator=generator)
+
+
+def images(count: int, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 5
+    patterns = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(9))
+    noise = torch.randn(count, 3, 8, 8, generator=generator)
+    return TensorDataset(patterns[labels] + noise, labels)
+
+
+@pytest.fixture(scope="module")
+def prepared(networks: ModuleType) -> Prepared:
+    model, _ = networks.make("plain")
+    model.train()
+    data = images(256, 0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    for step in range(40):
+        pick = torch.arange(64) + 64 * (step % 4)
+        loss = nn.functional.cross_entropy(model(data.tensors[0][pick]), data.tensors[1][pick])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    task = Noisy(model, data, images(200, 1), images(60, 2))
+    return prepare(
+        task, make_runtime("onnxruntime", 1), Schedule(full_epochs=2, short=0.25, batch=32)
+    )
+
+
+def policy(prepared: Prepared, **how: Any) -> Policy:
+    """Half of every group, all in int8, distilled."""
+    groups, layers = prepared.network.groups, prepared.network.layers
+    parts = {
+        "prune": Prune({name: group.width // 2 for name, group in groups.items()}, "taylor"),
+        "quantize": Quantize(dict.fromkeys(layers, "int8"), "mse", qat=True),
+        "distill": Distill(learning_rate=0.02),
+    }
+    return Policy(**(parts | how))
+
+
+def state(prepared: Prepared) -> dict[str, Tensor]:
+    return copy.deepcopy(prepared.teacher.state_dict())
+
+
+def test_nothing_done_is_the_teacher(prepared: Prepared) -> None:
+    found = compress(prepared, Policy(), "recalibrate")
+    search = prepared.splits.search
+    assert found.metric == prepared.task.metric(prepared.search_answers, search.targets)
+    assert found.metric > 80
+    assert found.loss == pytest.approx(0, abs=1e-6)
+    assert (found.samples, found.plan.quantized) == (0, {})
+    assert float_layers(found.model) == 4
+
+
+def test_a_candidate_has_the_widths_and_kernels_of_its_policy(prepared: Prepared) -> None:
+    found = compress(prepared, policy(prepared), "recalibrate")
+    student: Any = found.student
+    assert (student.c1.out_channels, student.c2.in_channels, student.c2.out_channels) == (8, 8, 12)
+    assert (student.l1.in_features, student.l1.out_features) == (48, 16)
+    assert (int8_layers(found.model), float_layers(found.model)) == (4, 0)
+    assert all(p.is_contiguous() for p in student.parameters())  # as checkpoints want them
+
+
+def test_the_rungs_climb_and_leave_everything_behind_as_it_was(prepared: Prepared) -> None:
+    teacher, how = state(prepared), policy(prepared)
+    climbed, before = [], None
+    for rung in RUNGS:
+        kept = None if before is None else copy.deepcopy(before.student.state_dict())
+        found = compress(prepared, how, rung, before, seed=3)
+        if before is not None:
+            assert all(torch.equal(kept[k], v) for k, v in before.student.state_dict().items())
+        climbed.append(before := found)
+    assert all(torch.equal(teacher[k], v) for k, v in prepared.teacher.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in prepared.teacher.parameters())
+    # 256 items are 8 batches of 32: a quarter of 2 epochs, then the rest
+    assert [c.samples for c in climbed] == [0, 128, 128 + 128 + 256]
+    assert climbed[0].seconds < climbed[1].seconds < climbed[2].seconds
+    assert climbed[2].loss < climbed[0].loss
+    assert [c.parity is None for c in climbed] == [True, True, False]
+    direct = compress(prepared, how, "full", seed=3)
+    assert direct.model == climbed[2].model
+    assert (direct.metric, direct.loss) == (climbed[2].metric, climbed[2].loss)
+    assert compress(prepared, how, "short", climbed[0], seed=4).model != climbed[1].model
+
+
+def test_the_numbers_are_those_of_the_artifact(prepared: Prepared) -> None:
+    found = compress(prepared, policy(prepared), "full")
+    selection = prepared.splits.selection
+    answers = run_session(prepared.runtime.load(found.model), selection)
+    assert found.metric == prepared.task.metric(answers, selection.targets)
+    assert found.parity is not None
+    assert found.parity.agreement >= 0.98
+    assert found.parity.inputs == 100
+
+
+def test_without_distillation_nothing_is_trained(prepared: Prepared) -> None:
+    found = compress(prepared, policy(prepared, distill=None), "full")
+    assert found.samples == 0
+
+
+def test_a_rung_is_held_to_the_one_before_it(prepared: Prepared) -> None:
+    first = compress(prepared, Policy(), "recalibrate")
+    for rung, how in (("full", Policy()), ("recalibrate", Policy()), ("short", policy(prepared))):
+        with pytest.raises(ValueError, match="goes on from the rung before it"):
+            compress(prepared, how, rung, first)
+    with pytest.raises(ValueError, match="rung must be one of"):
+        compress(prepared, Policy(), "long")
+
+
+def test_divergence_fails_the_candidate(prepared: Prepared) -> None:
+    how = policy(prepared, distill=Distill(learning_rate=1e6))
+    with pytest.raises(Impossible, match=r"learning rate 1e\+06"):
+        compress(prepared, how, "short")
+
+
+def test_an_answer_that_overflows_fails_the_candidate(prepared: Prepared) -> None:
+    student = compress(prepared, Policy(distill=Distill()), "recalibrate")
+    with torch.no_grad():
+        for parameter in student.student.parameters():
+            parameter.mul_(1e30)
+    with pytest.raises(Impossible, match=r"diverged|NaN or infinity"):
+        compress(prepared, Policy(distill=Distill()), "short", student)
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(6, 16), nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, b: Tensor, a: Tensor) -> Tensor:
+        return self.head(torch.relu(self.left(b) + self.right(a)))  # type: ignore[no-any-return]
+
+
+class Records:
+    """Items as dicts (``keys``) or as tuples, without a batch axis."""
+
+    def __init__(self, count: int, keys: bool) -> None:
+        self.b, self.a = torch.randn(count, 6), torch.randn(count, 4)
+        self.keys = keys
+
+    def __len__(self) -> int:
+        return len(self.b)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        b, a = self.b[index], self.a[index]
+        return ({"a": a, "b": b} if self.keys else (b, a)), index % 3
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_inputs_as_dicts_and_tuples_without_augment(keys: bool) -> None:
+    torch.manual_seed(0)
+    task = ClassificationTask(Pair(), Records(64, keys), Records(40, keys))
+    found = prepare(task, make_runtime("onnxruntime", 1), Schedule(1, 0.5, 16))
+    assert found.variants == 1
+    how = Policy(
+        Prune({name: 8 for name in found.network.groups}),
+        Quantize({"head": "int8"}),
+        Distill(learning_rate=0.01),
+    )
+    candidate = compress(found, how, "full")
+    assert candidate.samples == 64
+    assert candidate.parity is not None
+    assert (int8_layers(candidate.model), float_layers(candidate.model)) == (1, 2)
+
+
+@pytest.mark.parametrize("size", [2, 33])
+def test_tiny_training_sets(size: int, networks: ModuleType) -> None:
+    # 33 is a batch and one item, which has no variance of its own
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(size, 12), torch.arange(size) % 4)
+    task = ClassificationTask(networks.make("mlp")[0], data, data)
+    found = prepare(task, make_runtime("onnxruntime", 1), Schedule(2, 0.5, 32))
+    how = Policy(Prune({"a": 8}), Quantize({"a": "int8", "b": "int8"}), Distill(learning_rate=1e-3))
+    assert compress(found, how, "full").samples > 0

@@ -1,0 +1,320 @@
+"""From a quantized student to the runtime: frozen twin, artifact, parity."""
+
+import copy
+import random
+from types import ModuleType
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from flyweight.compressors.data import Items
+from flyweight.compressors.export import _torch_onnx, to_onnx
+from flyweight.compressors.freeze import FrozenLayer, freeze
+from flyweight.compressors.parity import (
+    check_parity,
+    compare,
+    feed,
+    first_departure,
+    run_module,
+    run_session,
+)
+from flyweight.compressors.prune import remove
+from flyweight.compressors.quantize import (
+    calibrate,
+    fold_norms,
+    insert_quantizers,
+    settle_biases,
+)
+from flyweight.kernels import Runtime, float_layers, int8_layers, make_runtime, optimized_kernels
+from flyweight.spaces import Impossible, Policy, Quantize, blueprint
+from flyweight.spaces.tracing import trace, trace_graph
+from torch import Tensor, fx, nn
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    return make_runtime("onnxruntime", 1)
+
+
+def items_of(example: Any, count: int) -> Items:
+    torch.manual_seed(2)
+
+    def draw(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: draw(v) for k, v in value.items()}
+        if isinstance(value, tuple):
+            return tuple(draw(v) for v in value)
+        return torch.randn(count, *value.shape[1:])
+
+    return Items(draw(example), torch.zeros(count))
+
+
+def student(
+    model: nn.Module, example: Any, int8: list[str], runtime: Runtime, count: int = 64
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The quantized student (``int8``: its layers in int8) and its frozen twin."""
+    network = trace(model, example)
+    policy = Policy(quantize=Quantize(dict.fromkeys(int8, "int8")))
+    plan = blueprint(network, policy, runtime.capabilities)
+    graph = fold_norms(trace_graph(model, example), network)
+    if int8:
+        graph = insert_quantizers(graph, plan, "minmax")
+        calibrate(graph, items_of(example, count), "minmax")
+        settle_biases(graph, network, plan)
+    return graph, freeze(graph)
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Norms that do something."""
+    torch.manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return model
+
+
+WRITTEN = [
+    "plain",
+    "mlp",
+    "separable",
+    "concat",
+    "quiet",
+    "preactivation",
+    "grouped",
+    "gate",
+    "two",
+]
+LEFT_TO_TORCH = ["sequence", "groupnorm", "fixed"]
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_artifact_computes_what_the_model_computes(
+    networks: ModuleType, runtime: Runtime, name: str
+) -> None:
+    model, example = networks.make(name)
+    graph, frozen = student(shaken(model), example, [], runtime)
+    artifact = to_onnx(frozen, example)
+    onnx.checker.check_model(onnx.load_from_string(artifact), full_check=True)
+    assert b"flyweight" in artifact[:100]  # written here, not by torch.onnx
+    items = items_of(example, 107)
+    found = compare(run_module(graph, items), run_session(runtime.load(artifact), items))
+    assert found.agreement == 1
+    assert found.max_steps < 0.1
+    assert to_onnx(frozen, example) == artifact
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_int8_in_the_runtime_equals_the_student(
+    networks: ModuleType, runtime: Runtime, name: str
+) -> None:
+    model, example = networks.make(name)
+    layers = list(networks.traced(name).layers)
+    graph, frozen = student(shaken(model), example, layers, runtime)
+    artifact = to_onnx(frozen, example)
+    items = items_of(example, 500)
+    answers = run_module(graph, items)
+    assert torch.allclose(run_module(frozen, items), answers, atol=1e-6)
+    found = compare(answers, run_session(runtime.load(artifact), items))
+    assert found.agreement >= 0.995
+    assert found.mean_steps < 0.2
+    if name != "grouped":
+        assert int8_layers(artifact) == len(layers)
+        assert float_layers(artifact) == 0
+
+
+@pytest.mark.parametrize("name", ["plain", "mlp", "separable", "concat", "preactivation"])
+def test_mixed_precision_runs_as_the_policy_says(
+    networks: ModuleType, runtime: Runtime, name: str
+) -> None:
+    model, example = networks.make(name)
+    layers = list(networks.traced(name).layers)
+    rng = random.Random(name)
+    for _ in range(4):
+        int8 = [layer for layer in layers if rng.random() < 0.5]
+        graph, frozen = student(shaken(copy.deepcopy(model)), example, int8, runtime)
+        artifact = to_onnx(frozen, example)
+        assert (int8_layers(artifact), float_layers(artifact)) == (
+            len(int8), len(layers) - len(int8),
+        ), int8  # fmt: skip
+        items = items_of(example, 300)
+        found = compare(run_module(graph, items), run_session(runtime.load(artifact), items))
+        assert found.agreement >= 0.99, int8
+
+
+def test_a_float_layer_between_int8_layers_keeps_its_weights(
+    networks: ModuleType, runtime: Runtime
+) -> None:
+    # ONNX Runtime would round them to 8 bits and one scale: it takes such a layer for forgotten.
+    model, example = networks.make("separable")
+    with torch.no_grad():
+        model.depth[0].weight[0] *= 300  # with one scale the other channels would vanish
+    graph, frozen = student(model, example, ["expand.0", "project.0"], runtime)
+    items = items_of(example, 100)
+    answers = run_session(runtime.load(to_onnx(frozen, example)), items)
+    assert compare(run_module(graph, items), answers).mean_steps < 0.05
+
+
+def test_the_resnet_runs_in_int8_as_a_whole(resnet: ModuleType, runtime: Runtime) -> None:
+    torch.manual_seed(0)
+    model = shaken(resnet.ResNet((8, 16, 16)).eval())
+    example = torch.rand(1, 1, 28, 28)
+    layers = list(trace(model, example).layers)
+    graph, frozen = student(model, example, layers, runtime)
+    artifact = to_onnx(frozen, example)
+    kernels = optimized_kernels(artifact)
+    assert (int8_layers(artifact), float_layers(artifact)) == (16, 0)
+    assert kernels["QLinearAdd"] >= 5
+    items = items_of(example, 200)
+    check_parity(
+        frozen, artifact, run_session(runtime.load(artifact), items), items, "int8", runtime
+    )
+    assert torch.allclose(run_module(graph, items), run_module(frozen, items), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "separable"])
+def test_torch_onnx_says_the_same(networks: ModuleType, runtime: Runtime, name: str) -> None:
+    # The other way to an artifact, an independent answer to what each operation means.
+    model, example = networks.make(name)
+    _, frozen = student(shaken(model), example, list(networks.traced(name).layers), runtime)
+    items = items_of(example, 50)
+    ours = run_session(runtime.load(to_onnx(frozen, example)), items)
+    theirs = run_session(runtime.load(_torch_onnx(frozen, (example,), {}, ["input"])), items)
+    assert compare(theirs, ours).mean_steps < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEFT_TO_TORCH)
+def test_what_is_not_written_here_is_exported_by_torch(
+    networks: ModuleType, runtime: Runtime, name: str
+) -> None:
+    model, example = networks.make(name)
+    graph, frozen = student(model, example, [], runtime)
+    items = items_of(example, 7)
+    answers = run_session(runtime.load(to_onnx(frozen, example)), items)
+    assert compare(run_module(graph, items), answers).max_steps < 0.1
+
+
+class Functional(nn.Module):
+    """Operations as functions and methods, with their settings in every place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Conv2d(3, 8, 3, stride=(2, 1), padding=(1, 0), dilation=(1, 2), bias=False)
+        self.p = nn.AvgPool2d(2, padding=1, count_include_pad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = nn.functional
+        x = f.max_pool2d(self.c(x), (2, 1), stride=1, padding=(1, 0)).relu()
+        x = torch.add(x, f.relu6(x))
+        x += x
+        x = self.p(torch.cat((x, x), 1))
+        return torch.flatten(x, start_dim=1)
+
+
+class Named(nn.Module):
+    """A value whose name is that of an input, and an answer that is a transparent operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input = nn.Linear(4, 4)
+        self.output = nn.Linear(4, 3)
+        self.end = nn.Identity()
+
+    def forward(self, b: Tensor, a: Tensor) -> Tensor:
+        return self.end(self.output(torch.relu(self.input(b)) + a))
+
+
+@pytest.mark.parametrize("example", [
+    torch.rand(1, 3, 12, 12), (torch.rand(1, 4), torch.rand(1, 4)),
+    {"a": torch.rand(1, 4), "b": torch.rand(1, 4)},
+])  # fmt: skip
+def test_inputs_settings_and_names(example: Any, runtime: Runtime) -> None:
+    model = (Functional() if isinstance(example, Tensor) else Named()).eval()
+    artifact = to_onnx(model, example)
+    assert b"flyweight" in artifact[:100]
+    graph = onnx.load_from_string(artifact).graph
+    expected = set(feed(example))
+    assert {i.name for i in graph.input} == expected
+    assert isinstance(example, dict) or expected <= {"input", "input_0", "input_1"}
+    assert [o.name for o in graph.output] == ["output"]
+    session = runtime.load(artifact)
+    for count in (1, 7):  # the batch is free
+        items = items_of(example, count)
+        assert torch.allclose(run_session(session, items), run_module(model, items), atol=1e-5)
+
+
+def test_a_module_that_no_exporter_takes_is_impossible() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.svd(x).S
+
+    with pytest.raises(Impossible, match=r"torch\.onnx cannot export"):
+        to_onnx(Odd(), torch.rand(1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("layer", "value", "int8"),
+    [("c2", "relu_1", True), ("l1", "relu_2", True), ("c2", "c2", False)],
+)
+def test_an_artifact_that_departs_is_refused_and_the_place_named(
+    networks: ModuleType, runtime: Runtime, layer: str, value: str, int8: bool
+) -> None:
+    model, example = networks.make("plain")
+    layers = list(networks.traced("plain").layers) if int8 else []
+    _, frozen = student(model, example, layers, runtime)
+    artifact = to_onnx(frozen, example)  # and then the twin moves away from it
+    module: Any = frozen.get_submodule(layer)
+    assert isinstance(module, FrozenLayer) == int8
+    module.weight[3] = -module.weight[3]
+    module.weight[0] = module.weight[1]
+    items = items_of(example, 100)
+    answers = run_session(runtime.load(artifact), items)
+    assert first_departure(frozen, artifact, items, runtime) == f"value {value!r}"
+    wrong = answers.roll(1, 1)  # so that the check fails whatever the weights are worth
+    with pytest.raises(Impossible, match=f"parity: .*departs first at value '{value}'"):
+        check_parity(frozen, artifact, wrong, items, "int8" if int8 else "fp32", runtime)
+
+
+def test_a_runtime_that_errs_only_at_the_end_is_located_there(
+    networks: ModuleType, runtime: Runtime
+) -> None:
+    model, example = networks.make("plain")
+    _, frozen = student(model, example, ["c1", "c2"], runtime)
+    items = items_of(example, 100)
+    artifact = to_onnx(frozen, example)
+    frozen.get_submodule("l2").weight.mul_(-1)  # type: ignore[union-attr,operator]
+    assert first_departure(frozen, artifact, items, runtime) == "the output"
+    answers = run_session(runtime.load(artifact), items)
+    with pytest.raises(Impossible, match="the output"):
+        check_parity(frozen, artifact, answers, items, "int8", runtime)
+
+
+def test_comparing_counts_steps_of_the_range() -> None:
+    student = torch.tensor([[0.0, 255.0], [10.0, 5.0]])
+    found = compare(student, torch.tensor([[0.0, 253.0], [10.0, 11.0]]))
+    assert (found.agreement, found.mean_steps, found.max_steps) == (0.5, 2.0, 6.0)
+    assert compare(torch.arange(4.0)[:, None], torch.arange(4.0)[:, None]).agreement == 1
+
+
+def test_freezing_leaves_the_student_as_it_is(networks: ModuleType, runtime: Runtime) -> None:
+    model, example = networks.make("plain")
+    graph, frozen = student(model, example, ["c1", "l1"], runtime)
+    before = copy.deepcopy(graph.state_dict())
+    freeze(graph).get_submodule("c1").weight.zero_()  # type: ignore[union-attr,operator]
+    assert all(torch.equal(before[k], v) for k, v in graph.state_dict().items())
+    weights = [m.weight for m in frozen.modules() if isinstance(m, FrozenLayer)]
+    assert [w.dtype for w in weights] == [torch.int8] * 2
+
+
+def test_a_pruned_student_exports(networks: ModuleType, runtime: Runtime) -> None:
+    model, example = networks.make("separable")
+    network = networks.traced("separable")
+    kept = {name: torch.arange(8) for name in network.groups}
+    pruned = trace_graph(remove(shaken(model), network, example, kept), example)
+    items = items_of(example, 20)
+    answers = run_session(runtime.load(to_onnx(pruned, example)), items)
+    assert compare(run_module(pruned, items), answers).max_steps < 0.1

@@ -1,0 +1,171 @@
+"""Pruning: which channels stay, the surgery, and batch-norm statistics anew."""
+
+import copy
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from flyweight.compressors.data import Items
+from flyweight.compressors.prune import (
+    CRITERIA,
+    call,
+    importance,
+    kept_channels,
+    lay_out,
+    recompute_statistics,
+    remove,
+)
+from flyweight.spaces import Impossible
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+NAMES = ["plain", "mlp", "separable", "concat", "preactivation", "two"]
+
+
+def batch_of(example: Any, count: int) -> Any:
+    torch.manual_seed(1)
+    if isinstance(example, tuple):
+        return tuple(torch.randn(count, *t.shape[1:]) for t in example)
+    return torch.randn(count, *example.shape[1:])
+
+
+def halves(network: Any, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randperm(group.width, generator=generator)[: group.width // 2].sort().values
+        for name, group in network.groups.items()
+        if group.multiple_of == 1
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_removing_dead_channels_changes_no_answer(networks: ModuleType, name: str) -> None:
+    # Independent of the surgery: channels that say nothing may go, and nobody may notice.
+    model, example = networks.make(name)
+    network = networks.traced(name)
+    kept = halves(network)
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for group, indices in kept.items():
+            gone = sorted(set(range(network.groups[group].width)) - set(indices.tolist()))
+            for member in network.groups[group].members:
+                modules[member].weight[gone] = 0
+                if modules[member].bias is not None:
+                    modules[member].bias[gone] = 0
+        for module in modules.values():  # a norm maps 0 to 0, so that a dead channel stays dead
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.bias.zero_()
+                module.running_mean.zero_()
+        student = remove(model, network, example, kept)
+        inputs = batch_of(example, 3)
+        assert torch.allclose(call(student, inputs), call(model, inputs), atol=1e-5)
+    assert sum(p.numel() for p in student.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_removal_keeps_the_channels_asked_for_and_the_teacher(networks: ModuleType) -> None:
+    model, example = networks.make("plain")
+    before = copy.deepcopy(model.state_dict())
+    kept = {"c1": torch.tensor([1, 3, 4, 11]), "l1": torch.arange(0, 32, 2)}
+    student: Any = remove(model, networks.traced("plain"), example, kept)
+    assert torch.equal(student.c1.weight, before["c1.weight"][kept["c1"]])
+    assert torch.equal(student.c2.weight, before["c2.weight"][:, kept["c1"]])
+    assert torch.equal(student.l1.weight, before["l1.weight"][kept["l1"]])
+    assert torch.equal(student.l2.weight, before["l2.weight"][:, kept["l1"]])
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_flattened_channels_go_with_all_their_positions(networks: ModuleType) -> None:
+    model, example = networks.make("plain")
+    student: Any = remove(model, networks.traced("plain"), example, {"c2": torch.tensor([0, 5])})
+    weight = dict(model.named_parameters())["l1.weight"].reshape(32, 24, 4)
+    assert torch.equal(student.l1.weight, weight[:, [0, 5]].reshape(32, 8))
+
+
+def scores_of(networks: ModuleType, name: str, criterion: str) -> dict[str, torch.Tensor]:
+    model, example = networks.make(name)
+    calibration = Items(batch_of(example, 8), torch.arange(8) % 3)
+    network = networks.traced(name)
+    return importance(model, network, example, criterion, calibration, F.cross_entropy)
+
+
+def test_l1_is_the_mean_over_the_layers_of_a_group(networks: ModuleType) -> None:
+    model: Any = networks.make("plain")[0]
+    outs = model.c1.weight.abs().sum((1, 2, 3))
+    ins = model.c2.weight.abs().sum((0, 2, 3))
+    expected = (outs + ins) / (outs + ins).mean()
+    assert torch.allclose(scores_of(networks, "plain", "l1")["c1"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+def test_every_criterion_scores_every_channel_and_repeats(
+    networks: ModuleType, criterion: str
+) -> None:
+    found = scores_of(networks, "separable", criterion)
+    groups = networks.traced("separable").groups
+    assert {name: len(v) for name, v in found.items()} == {n: g.width for n, g in groups.items()}
+    assert all(torch.isfinite(v).all() for v in found.values())
+    torch.manual_seed(7)  # whatever ran before
+    again = scores_of(networks, "separable", criterion)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+def test_taylor_leaves_out_what_the_answer_does_not_depend_on(networks: ModuleType) -> None:
+    model: Any
+    model, example = networks.make("plain")
+    with torch.no_grad():
+        model.c2.weight[:, 3] = 0  # nobody listens to channel 3, however loud it is
+        model.c1.weight[3] *= 100
+    calibration = Items(batch_of(example, 8), torch.arange(8) % 5)
+    network = networks.traced("plain")
+    taylor = importance(model, network, example, "taylor", calibration, F.cross_entropy)["c1"]
+    l1 = importance(model, network, example, "l1", calibration, F.cross_entropy)["c1"]
+    assert taylor.argmin() == 3
+    assert l1.argmax() == 3
+
+
+def test_an_unknown_criterion_is_refused(networks: ModuleType) -> None:
+    with pytest.raises(Impossible, match="did you mean 'taylor'"):
+        scores_of(networks, "mlp", "taylr")
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=30, unique=True), st.data())
+def test_the_most_important_channels_are_kept(values: list[float], data: Any) -> None:
+    width = data.draw(st.integers(1, len(values)))
+    scores = torch.tensor(values, dtype=torch.float64)
+    kept = kept_channels({"g": scores}, {"g": width})
+    if width == len(values):
+        assert kept == {}
+        return
+    assert kept["g"].tolist() == sorted(kept["g"].tolist())
+    assert sorted(scores[kept["g"]].tolist()) == sorted(values)[-width:]
+
+
+def test_statistics_are_those_of_the_data() -> None:
+    model: Any = nn.Sequential(nn.Linear(12, 6), nn.BatchNorm1d(6), nn.ReLU())
+    items = Items(torch.randn(96, 12) * 3 + 1, torch.zeros(96))
+    recompute_statistics(model, items, batch=32)
+    with torch.no_grad():
+        values = copy.deepcopy(model[0]).double()(items.inputs.double()).reshape(3, 32, 6)
+    assert torch.allclose(model[1].running_mean.double(), values.mean((0, 1)), atol=1e-5)
+    assert torch.allclose(model[1].running_var.double(), values.var(1).mean(0), rtol=1e-4)
+    assert model[1].momentum == 0.1
+    assert not model[1].training
+
+
+def test_statistics_leave_out_a_last_batch_of_one() -> None:
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    recompute_statistics(model, Items(torch.randn(33, 3), torch.zeros(33)), batch=32)
+    assert torch.isfinite(model[1].running_var).all()
+
+
+def test_layout_changes_no_answer(networks: ModuleType) -> None:
+    model, example = networks.make("separable")
+    with torch.no_grad():
+        before = model(example)
+        lay_out(model, torch.channels_last)
+        assert torch.allclose(model(example), before, atol=1e-6)
+    lay_out(model, torch.contiguous_format)
+    assert all(p.is_contiguous() for p in model.parameters())

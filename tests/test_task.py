@@ -1,0 +1,195 @@
+"""The task: loading it, and every rule it is held to before anything is spent."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flyweight.compressors import ClassificationTask, Schedule, load_task, prepare
+from flyweight.compressors.data import split, stack
+from flyweight.kernels import make_runtime
+from flyweight.spaces import BadInput
+from torch import Tensor, nn
+
+GOOD = """
+from flyweight.compressors import ClassificationTask
+class Mine(ClassificationTask):
+    def __init__(self, size=3):
+        if size < 0:
+            raise RuntimeError("size is negative")
+        self.size = size
+class Other: ...
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "task.py").write_text(GOOD)
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    (tmp_path / "missing.py").write_text("import no_such_library_at_all\n")
+    return tmp_path
+
+
+def test_a_task_is_loaded_from_its_file(folder: Path) -> None:
+    assert load_task("task.py:Mine", folder, {"size": 5}).size == 5
+
+
+@pytest.mark.parametrize(
+    ("reference", "arguments", "message"),
+    [
+        ("task.py", {}, "'file.py:Name' or 'module:Name', but got 'task.py'"),
+        ("tusk.py:Mine", {}, "no file .*tusk.py"),
+        ("task.py:Mien", {}, "task.py has no 'Mien'; did you mean 'Mine'"),
+        ("task.py:Mine", {"sise": 1}, "does not take task_args .*sise"),
+        ("task.py:Mine", {"size": -1}, "cannot be made: RuntimeError: size is negative"),
+        ("broken.py:Mine", {}, "broken.py cannot be imported: SyntaxError"),
+        ("missing.py:Mine", {}, "cannot be imported: ModuleNotFoundError.*no_such_library"),
+        ("no_such_library_at_all:Mine", {}, "module 'no_such_library_at_all' cannot be imported"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(
+    folder: Path, reference: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        load_task(reference, folder, arguments)
+
+
+class Data(list[Any]):
+    """Items in a list."""
+
+
+def items(count: int = 20) -> Data:
+    torch.manual_seed(0)
+    return Data((torch.randn(6), i % 3) for i in range(count))
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+class Mine(ClassificationTask):
+    """A good task; each test breaks one thing."""
+
+    def __init__(self, **broken: Any) -> None:
+        super().__init__(model(), items(), items(), items())
+        for name, value in broken.items():
+            setattr(self, name, value)
+
+
+class Changing(Data):
+    def __getitem__(self, index: Any) -> Any:
+        return torch.randn(6), 0
+
+
+class Failing(Data):
+    def __getitem__(self, index: Any) -> Any:
+        if index == 7:
+            raise KeyError("gone")
+        return super().__getitem__(index)
+
+
+def poisoned(where: int, what: float) -> Data:
+    found = items()
+    found[where][0][2] = what
+    return found
+
+
+def with_nan() -> nn.Module:
+    broken: Any = model()
+    with torch.no_grad():
+        broken[2].bias[1] = float("nan")
+    return broken  # type: ignore[no-any-return]
+
+
+class Detached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x).sum(0)  # type: ignore[no-any-return]
+
+
+def fails(*_: Any) -> Any:
+    raise FileNotFoundError("teacher.safetensors")
+
+
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({"model": lambda: "resnet"}, r"model\(\) must be a torch.nn.Module, but got str"),
+    ({"model": fails}, r"model\(\) fails: FileNotFoundError: teacher"),
+    ({"model": with_nan}, "the model's '2.bias' has values that are NaN or infinite"),
+    ({"model": Detached}, r"answer to 10 items has shape \(3,\)"),
+    ({"example_input": fails}, r"example_input\(\) fails"),
+    ({"example_input": lambda: torch.rand(1, 5)}, r"does not run on example_input\(\)"),
+    ({"train": Data()}, "train is empty"),
+    ({"train": items(1)}, "train needs at least 2 items, but has 1"),
+    ({"val": items(1)}, "val needs at least 2 items, but has 1"),
+    ({"test": Data()}, "test is empty"),
+    (
+        {"train": poisoned(4, float("nan"))},
+        r"train has inputs that are NaN or infinite: items \[4\]",
+    ),
+    ({"val": poisoned(5, float("inf"))}, r"val has inputs that are NaN or infinite: items \[5\]"),
+    ({"train": Data([(torch.rand(6), 0), (torch.rand(5), 1)])}, "items of train do not stack"),
+    ({"train": Data([torch.rand(6)] * 2)}, r"train\[0\] must be a pair .*but is a Tensor"),
+    ({"train": Data([(torch.rand(6), "cat")] * 3)}, "targets of train must be tensors or numbers"),
+    ({"train": Data([(torch.rand(6), float("nan"))] * 3)}, "train has targets that are NaN"),
+    ({"train": Failing(items())}, r"train\[7\] fails: KeyError"),
+    ({"train": Changing(items())}, r"train\[0\] gives another item each time; move random"),
+    ({"val": Data([(torch.rand(4), 0)] * 6)}, "does not take items of val"),
+    ({"loss": lambda output, _: output.sum() * float("nan")}, "loss must be one finite number"),
+    ({"loss": lambda output, _: output.sum(1)}, "loss must be one finite number, but got"),
+    ({"loss": lambda output, _: output.argmax(1).sum()}, "loss cannot be differentiated"),
+    ({"loss": fails}, "loss or metric fails on output"),
+    ({"metric": lambda *_: float("nan")}, "metric must be one finite number, but got nan"),
+    ({"metric": lambda *_: "good"}, "metric must be one finite number, but got 'good'"),
+]
+
+
+@pytest.mark.parametrize(("broken", "message"), BROKEN)
+def test_a_broken_task_is_refused_with_the_rule_it_breaks(
+    broken: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadInput, match=message):
+        prepare(Mine(**broken), make_runtime("onnxruntime", 1), Schedule())
+
+
+def test_a_task_that_lacks_something_is_told_what() -> None:
+    class Bare:
+        train = val = items()
+
+    bare: Any = Bare()
+    with pytest.raises(BadInput, match="Bare has no 'model', which every task needs"):
+        prepare(bare, make_runtime("onnxruntime", 1), Schedule())
+
+
+def test_preparing_leaves_the_users_model_alone() -> None:
+    mine = Mine()
+    own = mine.model().train()
+    before = {k: v.clone() for k, v in own.state_dict().items()}
+    found = prepare(mine, make_runtime("onnxruntime", 1), Schedule())
+    assert own.training
+    assert all(p.requires_grad for p in own.parameters())
+    assert all(torch.equal(before[k], v) for k, v in own.state_dict().items())
+    assert found.teacher is not own
+
+
+def test_the_halves_of_val_are_stratified_and_always_the_same() -> None:
+    mine = Mine(val=items(30))
+    first, again = split(mine, seed=0), split(mine, seed=1)
+    assert torch.equal(first.search.inputs, again.search.inputs)
+    assert first.search.targets.bincount().tolist() == [5, 5, 5]
+    joined = torch.cat([first.search.inputs, first.selection.inputs])
+    assert len(joined.unique(dim=0)) == 30
+
+
+def test_numbers_and_scalars_stack() -> None:
+    found = stack(Data([(1.5, 2), (2.5, 3)]), "train")
+    assert found.inputs.tolist() == [1.5, 2.5]
+    assert found.targets.tolist() == [2, 3]
+
+
+def test_accuracy_is_in_percent() -> None:
+    output = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    assert Mine().metric(output, torch.tensor([0, 1, 1, 0])) == 75.0
