@@ -42,7 +42,7 @@ def input_moments(model: nn.Module, network: Network, items: Items) -> dict[str,
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             rows = _rows(module, inputs[0])
-            count, total, square = sums.get(name, (0, 0.0, 0.0))  # type: ignore[assignment]
+            count, total, square = sums.get(name, (0, 0.0, 0.0))
             sums[name] = (count + len(rows), total + rows.sum(0), square + rows.T @ rows)
 
         return hook
@@ -119,7 +119,7 @@ def _kept_inputs(network: Network, value: str, kept: Mapping[str, Tensor]) -> Te
     """Indices of the channels of ``value`` that remain, None if all do."""
     indices, offset, lost = [], 0, False
     for group, size in network.op[value].parts:
-        if group in kept:
+        if group is not None and group in kept:
             spread = size // network.groups[group].width
             part = (kept[group][:, None] * spread + torch.arange(spread)).flatten()
             lost = True

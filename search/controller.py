@@ -178,9 +178,7 @@ class Controller:
             return False
         entry = self._entry(trial, outcome)
         rung = entry["rung"]
-        earlier = [
-            (e["loss"], e["latency_ms"][1]) for e in self.results(rung) if e["constraint"] <= 0
-        ]
+        earlier = [_point(e) for e in self.results(rung) if e["constraint"] <= 0]
         if not self._append(entry):
             return False
         self._learn(trial, entry)
@@ -188,7 +186,7 @@ class Controller:
             self._end(trial, "over_limit")
         elif rung == RUNGS[-1]:
             self._end(trial, "finished")
-        elif not climbs(earlier, (entry["loss"], entry["latency_ms"][1]), REDUCTION):
+        elif self._doomed(entry) or not climbs(earlier, _point(entry), REDUCTION):
             self._end(trial, "stopped")
         elif self.interrupted:
             self._end(trial, "interrupted")
@@ -257,6 +255,22 @@ class Controller:
             listener(entry)
         return True
 
+    def _doomed(self, entry: Entry) -> bool:
+        """Whether finished trials say that this one will lose too much: two that were no worse at
+        its rung ended over ``max_drop``, and none that was no better there kept it."""
+        if self.limits.max_drop is None:
+            return False
+        over = 0
+        for trial in self.trials.values():
+            full, then = trial.results.get(RUNGS[-1]), trial.results.get(entry["rung"])
+            if full is None or then is None:
+                continue
+            kept = self.limits.drop(full["metric"]) <= self.limits.max_drop
+            if kept and then["loss"] >= entry["loss"]:
+                return False
+            over += not kept and then["loss"] <= entry["loss"]
+        return over >= 2
+
     def _in_time(self, rung: str) -> bool:
         """Whether a trial that climbs to ``rung`` now will end near the deadline.
 
@@ -296,6 +310,10 @@ class Controller:
         self._again = [t for t in self.trials.values() if not t.ended]
         for trial in self._again:
             trial.results.clear()  # it begins anew: what it learned before is in the studies
+
+
+def _point(entry: Entry) -> tuple[float, float]:
+    return entry["loss"], entry["latency_ms"][1]
 
 
 def failures(entries: Sequence[Entry], most: int = 3) -> list[tuple[str, int]]:

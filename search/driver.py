@@ -1,6 +1,7 @@
 """A whole search: prepare, run trials, measure the finalists, write what came of it."""
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray import tune
 
 from ..compressors import RUNGS, untrained
@@ -39,7 +41,7 @@ from .report import write_report
 from .results import finalists, measured_front, result
 from .spec import Spec, load_spec
 from .store import read_artifact, write_json, write_whole
-from .tracking import MemoryTracker, MlflowTracker, Tracker
+from .tracking import MemoryTracker, MlflowTracker, Status, Tracker
 from .tuning import run_trials
 from .workers import CompressionTrial, Job, start_meter
 
@@ -134,6 +136,8 @@ class _Search:
         limits = self.ready.limits(header["teacher"]["latency_ms"])
         if not self.resumed:
             self._check_limits(meter, limits)
+        self.answers = teacher_answers(self.ready.prepared)  # before the time budget begins
+        torch.set_num_threads(1)  # from here on the trials have the cores
         tracker = self._tracker(header)
         controller = self._controller(limits, tracker, header, meter)
         self._trials(controller)
@@ -197,7 +201,9 @@ class _Search:
         location = folder.as_uri() if folder else None
         return MlflowTracker(tracking.uri, tracking.experiment, location, header["search_id"])
 
-    def _controller(self, limits: Limits, tracker: Tracker, header: dict[str, Any]) -> Controller:
+    def _controller(
+        self, limits: Limits, tracker: Tracker, header: dict[str, Any], meter: Any
+    ) -> Controller:
         search = self.spec.search
         self.progress = Progress(
             self.console, trials=search.trials, budget_s=search.time_budget, clock=time.time
@@ -223,8 +229,7 @@ class _Search:
 
     def _trials(self, controller: Controller) -> None:
         facts = facts_of(self.spec, self.ready.prepared.runtime.fingerprint)
-        answers = teacher_answers(self.ready.prepared)
-        job = Job(self.spec, self.run_dir, facts, answers)
+        job = Job(self.spec, self.run_dir, facts, self.answers)
         resources = {"cpu": self.spec.resources.cpus, "gpu": self.spec.resources.gpus}
         with self.progress, _terminable():
             run_trials(
@@ -289,7 +294,7 @@ class _Search:
         for entry in self.record.entries():
             if entry["kind"] == "measured":
                 tracker.record(entry)
-        status = (
+        status: Status = (
             "KILLED" if controller.interrupted else "FAILED" if controller.fatal else "FINISHED"
         )
         files = [self.run_dir / name for name in ("result.json", "report.html", "spec.yaml")]
@@ -328,7 +333,7 @@ def _ray(spec: Spec, address: str | None) -> Iterator[None]:
         ray.init(
             address=address,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             **({} if address else local),
         )
         yield

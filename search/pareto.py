@@ -14,7 +14,8 @@ def dominates(a: Point, b: Point) -> bool:
 def front(points: Sequence[Point]) -> list[int]:
     """Indices of the points that no other dominates, by ascending second coordinate."""
     order = sorted(range(len(points)), key=lambda i: (points[i][1], points[i][0]))
-    best, out = math.inf, []
+    best = math.inf
+    out: list[int] = []
     for i in order:
         if points[i][0] < best or (out and points[i] == points[out[-1]]):
             out.append(i)

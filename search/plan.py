@@ -23,7 +23,7 @@ def make_plan(spec_path: Path) -> dict[str, Any]:
     meter = Meter(spec.target.runtime, spec.target.threads, found.teacher, found.request())
     teacher_ms = meter.alone()
     limits = found.limits(teacher_ms)
-    cases = []
+    cases: list[dict[str, Any]] = []
     for name, policies in (("smallest", found.smallest()), ("uniform", found.recipes())):
         for policy in policies:
             candidate = compress(found.prepared, policy, RUNGS[0])

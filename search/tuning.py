@@ -21,7 +21,7 @@ class _Unpickled:
         return {}
 
 
-class ControlledSearcher(_Unpickled, Searcher):  # type: ignore[misc]
+class ControlledSearcher(_Unpickled, Searcher):
     """Tune asks, the controller proposes. Results reach it through the scheduler alone: Tune does
     not tell a searcher what made it stop a trial."""
 
@@ -54,11 +54,11 @@ class ControlledSearcher(_Unpickled, Searcher):  # type: ignore[misc]
         return None
 
 
-class ControlledScheduler(_Unpickled, FIFOScheduler):  # type: ignore[misc]
+class ControlledScheduler(_Unpickled, FIFOScheduler):
     """Goes on or stops, never pauses: a paused trial would hold a place of the running ones."""
 
     def __init__(self, searcher: ControlledSearcher) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.searcher = searcher
 
     def on_trial_result(self, _: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -125,7 +125,7 @@ def run_trials(
     controller.close()
 
 
-class _Watch(_Unpickled, tune.Callback):  # type: ignore[misc]
+class _Watch(_Unpickled, tune.Callback):
     def __init__(self, watch: Callable[[], None]) -> None:
         self.watch = watch
 

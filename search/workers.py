@@ -30,7 +30,7 @@ class Job:
     answers: dict[int, np.ndarray[Any, Any]]
 
 
-class CompressionTrial(tune.Trainable):  # type: ignore[misc]
+class CompressionTrial(tune.Trainable):
     """One policy climbing the rungs: each step is a rung, the scheduler says whether to go on."""
 
     prepared: Prepared | None = None
@@ -86,16 +86,17 @@ class CompressionTrial(tune.Trainable):  # type: ignore[misc]
             "artifact": artifact,
         }
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:  # the record is what a resume reads
+    def save_checkpoint(self, _: str) -> None:  # the record is what a resume reads
         return None
 
-    def load_checkpoint(self, checkpoint: Any) -> None:
+    def load_checkpoint(self, _: Any) -> None:
         return None
 
 
 def start_meter(ready: Ready) -> Any:
-    """The one measuring actor, on a node that carries the resource ``target`` where there is one."""
-    on_target = {"target": 1} if ray.cluster_resources().get("target") else None
+    """The one measuring actor, on a node that carries the resource ``target`` where one does."""
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    on_target = {"target": 1} if cluster.get("target") else None
     actor = ray.remote(Meter).options(num_cpus=0, resources=on_target)
     target = ready.spec.target
     return actor.remote(target.runtime, target.threads, ready.teacher, ready.request())

@@ -1,4 +1,4 @@
-"""Writes the embedded subset, data/*.npz, from the official files: ``python make_data.py [FOLDER]``.
+"""Writes the embedded subset from the official files: ``python make_data.py [FOLDER]``.
 
 15,000 of the 55,000 images the teacher learned from, all 5,000 it never saw, and 2,000 of the
 official test set, each with as many images of every class as of any other.

@@ -71,4 +71,6 @@ class FashionMnist(ClassificationTask):
         padded = F.pad(x, (2, 2, 2, 2), value=-MEAN / STD)
         dy, dx = torch.randint(0, 5, (2, n, 1), generator=generator)
         rows, columns = torch.arange(28) + dy, torch.arange(28) + dx
-        return padded[torch.arange(n)[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
+        return padded[torch.arange(n)[:, None, None], 0, rows[:, :, None], columns[:, None, :]][
+            :, None
+        ]

@@ -71,7 +71,9 @@ def main() -> None:
     )
     batch = 128
     steps = len(train[1]) // batch
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=0.15, total_steps=args.epochs * steps, pct_start=0.2
     )
@@ -92,7 +94,10 @@ def main() -> None:
             f"{accuracy(ema.module, *val):.2f}, {time.monotonic() - began:.0f} s",
             flush=True,
         )
-        save_file({k: v.contiguous() for k, v in ema.module.state_dict().items()}, HERE / "teacher.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in ema.module.state_dict().items()},
+            HERE / "teacher.safetensors",
+        )
 
     test = tensors(*official.read("t10k", args.folder))
     note = {
