@@ -151,6 +151,7 @@ def _space() -> Any:
     import importlib.util
 
     import torch
+
     from flyweight.kernels import make_runtime
     from flyweight.search.spec import load_spec
     from flyweight.spaces import Space, trace

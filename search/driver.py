@@ -143,7 +143,7 @@ class _Search:
         self._trials(controller)
         ray.kill(meter)
         self._note_end(controller)
-        found = self._measure(controller, limits, header)
+        found = self._measure(controller, header)
         found |= {"mlflow_run_id": tracker.wait_run_id(30.0)}
         write_json(self.run_dir / "result.json", found)
         write_report(self.run_dir)
@@ -217,7 +217,7 @@ class _Search:
         self.record.append(header)
         for entry in self.record.entries():  # of a resumed search also what came before
             listen(entry)
-        first = [] if self.resumed else self.ready.recipes()
+        first = self.ready.recipes()
         proposals = Proposals(self.ready.space, search.sampler, search.seed, first)
         budget = Budget(search.trials, search.time_budget)
 
@@ -247,11 +247,9 @@ class _Search:
             reasons = "; ".join(f"{n}x {text}" for text, n in failures(self.record.entries()))
             self.notes.append(f"Every trial failed: {reasons}")
 
-    def _measure(
-        self, controller: Controller, limits: Limits, header: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _measure(self, controller: Controller, header: dict[str, Any]) -> dict[str, Any]:
         """Finalists, alone, in a process of its own; the front and result.json's content."""
-        entries = finalists(controller.results(RUNGS[-1]), limits)
+        entries = finalists(controller.results(RUNGS[-1]))
         models = {}
         for entry in entries:
             try:

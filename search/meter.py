@@ -44,7 +44,7 @@ class Meter:
         return found.min_ms * scale, found.median_ms * scale, found.max_ms * scale
 
     def finalists(self, models: Mapping[str, bytes]) -> dict[str, Timing]:
-        """Timings of ``models`` and the teacher, interleaved; again when the machine was disturbed."""
+        """Timings of ``models`` and the teacher, interleaved; again when they were disturbed."""
         sessions = {"teacher": self._teacher}
         sessions |= {name: self._runtime.load(model) for name, model in models.items()}
         for _ in range(AGAIN):

@@ -12,7 +12,7 @@ from .record import Entry
 FINALISTS = 12
 
 
-def finalists(results: Sequence[Entry], metric_limits: Limits) -> list[Entry]:
+def finalists(results: Sequence[Entry]) -> list[Entry]:
     """The full-rung results worth measuring: non-dominated in metric and expected latency, at
     most 12; those within every limit first, then spread along latency."""
     unique = list({e["digest"]: e for e in results if e["rung"] == RUNGS[-1]}.values())

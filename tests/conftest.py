@@ -8,8 +8,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from flyweight.spaces import Capabilities
 from hypothesis import settings
+
+from flyweight.spaces import Capabilities
 
 ROOT = Path(__file__).parents[1]
 

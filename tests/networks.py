@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from flyweight.spaces import Network
-from flyweight.spaces.tracing import trace
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from flyweight.spaces import Network
+from flyweight.spaces.tracing import trace
 
 
 def image(channels: int = 3, size: int = 8) -> Tensor:

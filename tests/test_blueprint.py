@@ -8,6 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils.flop_counter import FlopCounterMode
+
 from flyweight.compressors.prune import remove
 from flyweight.spaces import (
     Blueprint,
@@ -22,11 +28,6 @@ from flyweight.spaces import (
     blueprint,
 )
 from flyweight.spaces.tracing import trace, trace_graph
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.fx.passes.shape_prop import ShapeProp
-from torch.utils.flop_counter import FlopCounterMode
 
 Traced = Callable[[str], Network]
 BOTH = ("fp32", "int8")

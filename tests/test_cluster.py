@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from flyweight.search import cluster
 from flyweight.search.package import ROOMS, pack
 from flyweight.spaces import BadInput

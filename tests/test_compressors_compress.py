@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
 from flyweight.compressors import RUNGS, ClassificationTask, Prepared, Schedule, compress, prepare
 from flyweight.compressors.parity import run_session
 from flyweight.kernels import float_layers, int8_layers, make_runtime
 from flyweight.spaces import Distill, Impossible, Policy, Prune, Quantize
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 
 class Noisy(ClassificationTask):

@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flyweight.compressors.data import Items
-from flyweight.compressors.distill import Epoch, _rate, _steps, distill, kl_divergence
-from flyweight.spaces import Distill, Impossible
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import rel_entr, softmax
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from flyweight.compressors.data import Items
+from flyweight.compressors.distill import Epoch, _rate, _steps, distill, kl_divergence
+from flyweight.spaces import Distill, Impossible
 
 
 @given(st.integers(0, 1000), st.sampled_from([1.0, 2.5, 8.0]))

@@ -8,6 +8,8 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from torch import Tensor, fx, nn
+
 from flyweight.compressors.data import Items
 from flyweight.compressors.export import _torch_onnx, to_onnx
 from flyweight.compressors.freeze import FrozenLayer, freeze
@@ -29,7 +31,6 @@ from flyweight.compressors.quantize import (
 from flyweight.kernels import Runtime, float_layers, int8_layers, make_runtime, optimized_kernels
 from flyweight.spaces import Impossible, Policy, Quantize, blueprint
 from flyweight.spaces.tracing import trace, trace_graph
-from torch import Tensor, fx, nn
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
 from flyweight.compressors.data import Items
 from flyweight.compressors.prune import (
     CRITERIA,
@@ -17,10 +22,6 @@ from flyweight.compressors.prune import (
     remove,
 )
 from flyweight.spaces import Impossible
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import nn
-from torch.nn import functional as F
 
 NAMES = ["plain", "mlp", "separable", "concat", "preactivation", "two"]
 

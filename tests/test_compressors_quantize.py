@@ -7,6 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import Tensor, nn
+
 from flyweight.compressors.data import Items
 from flyweight.compressors.observe import (
     ACTIVATION_RANGES,
@@ -26,10 +31,6 @@ from flyweight.compressors.quantize import (
 )
 from flyweight.spaces import Capabilities, Impossible, Policy, Quantize, blueprint
 from flyweight.spaces.tracing import trace_graph
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-from torch import Tensor, nn
 
 FLOATS = st.floats(-100, 100, width=32)
 

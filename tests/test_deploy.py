@@ -14,12 +14,13 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+from onnx import TensorProto, helper, numpy_helper
+
 from flyweight.kernels import make_runtime
 from flyweight.search.choose import choose, kebab, read_result, task_name
 from flyweight.search.deploy import Deployed, deploy, rollback
 from flyweight.search.folder import describe
 from flyweight.spaces import BadInput, FlyweightError, Policy, Prune
-from onnx import TensorProto, helper, numpy_helper
 
 TASK = """
 import torch

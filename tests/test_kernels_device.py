@@ -5,6 +5,9 @@ import platform
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from flyweight.kernels import (
     OnnxRuntime,
     SimulatedRuntime,
@@ -17,8 +20,6 @@ from flyweight.kernels.device import cpu, describe, fingerprint_of, parse_cpuinf
 from flyweight.kernels.device import weight_bits_by_flags as by_flags
 from flyweight.kernels.probe import probe_model
 from flyweight.spaces.errors import Impossible
-from hypothesis import given
-from hypothesis import strategies as st
 
 X86 = """processor\t: 0
 model name\t: AMD EPYC

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+
 from flyweight.kernels import float_layers, int8_layers, optimized_kernels
 from flyweight.spaces.errors import Impossible
-from onnx import TensorProto, helper, numpy_helper
 
 node = helper.make_node
 CONV = np.full((8, 8, 3, 3), 3, np.int8)

@@ -7,10 +7,11 @@ import sys
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
+
 from flyweight import kernels
 from flyweight.kernels import OnnxRuntime, SimulatedRuntime, make_runtime, time_sessions
 from flyweight.spaces.errors import BadInput, Impossible
-from onnx import TensorProto, helper, numpy_helper
 
 WEIGHT = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], np.float32)
 

@@ -7,9 +7,10 @@ import pickle
 from typing import Any
 
 import pytest
-from flyweight.spaces import BadInput, Distill, Policy, Prune, Quantize
 from hypothesis import given
 from hypothesis import strategies as st
+
+from flyweight.spaces import BadInput, Distill, Policy, Prune, Quantize
 
 # The example of the design, as a user may write it.
 EXAMPLE = """

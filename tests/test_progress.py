@@ -4,6 +4,8 @@ import math
 from io import StringIO
 
 import pytest
+from rich.console import Console
+
 from flyweight.search.progress import (
     Progress,
     Summary,
@@ -13,7 +15,6 @@ from flyweight.search.progress import (
     print_closing,
     size,
 )
-from rich.console import Console
 
 TEACHER = {"metric": 93.0, "metric_test": 92.8, "latency_ms": 1.0, "size_bytes": 2_800_000}
 OBJECTIVE = {"speedup": 2.0, "latency_ms": None, "max_drop": 0.5, "size_bytes": None}

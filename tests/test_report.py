@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+
 from flyweight.search.report import write_report
 from flyweight.spaces import BadInput
 

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from flyweight.spaces import (
     BadInput,
     Capabilities,
@@ -23,8 +26,6 @@ from flyweight.spaces import (
     Settings,
     Space,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 BOTH = ("fp32", "int8")
 TARGET = Capabilities({"conv": BOTH, "linear": BOTH}, width_multiple=8)

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from flyweight.compressors import ClassificationTask, Schedule, load_task, prepare
 from flyweight.compressors.data import split, stack
 from flyweight.kernels import make_runtime
 from flyweight.spaces import BadInput
-from torch import Tensor, nn
 
 GOOD = """
 from flyweight.compressors import ClassificationTask

@@ -6,10 +6,11 @@ from statistics import median
 
 import numpy as np
 import pytest
-from flyweight.kernels import SimulatedClock, SimulatedSession, Timing, disturbed, time_sessions
-from flyweight.kernels.timing import calls_within, visiting_order
 from hypothesis import given
 from hypothesis import strategies as st
+
+from flyweight.kernels import SimulatedClock, SimulatedSession, Timing, disturbed, time_sessions
+from flyweight.kernels.timing import calls_within, visiting_order
 
 INPUTS = {"input": np.zeros((1, 2), np.float32)}
 LATENCIES = st.lists(st.integers(1, 10**9).map(lambda ns: ns / 1e6), min_size=1, max_size=30)

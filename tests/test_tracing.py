@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from flyweight.compressors.prune import remove
 from flyweight.spaces import BadInput, Group, Network, Untraceable
 from flyweight.spaces.tracing import trace, trace_graph
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 Traced = Callable[[str], Network]
 

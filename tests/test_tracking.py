@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from flyweight.search.tracking import MemoryTracker, MlflowTracker, Tracker, Undelivered, redact
 from flyweight.spaces import BadInput, Policy, Prune
 
