@@ -19,7 +19,7 @@ from .prune import importance, lay_out
 from .reconstruct import Moments, input_moments
 from .task import Task
 
-MAX_VARIANTS = 8  # augmented copies of the training data whose teacher answers are kept
+MAX_VARIANTS = 3  # augmented copies of the training data: the teacher answers each beforehand
 
 
 @dataclass(frozen=True)

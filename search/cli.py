@@ -189,35 +189,53 @@ def report(run_dir: Path) -> None:
 @click.option("--max-latency-ms", type=float, help="The most accurate within this latency.")
 @click.option("--alias", default="champion", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="Also write what a device needs.")
+@click.option("--name", help="The registered model [default: the task's name].")
+@click.option("--tracking-uri", help="Another MLflow than the search's.")
 @click.option("--force", is_flag=True, help="Replace a model that another task registered.")
 @JSON
 @answers
 def deploy(
     run_dir: Path, digest: str | None, max_latency_ms: float | None, alias: str,
-    folder: Path | None, force: bool, as_json: bool,
+    folder: Path | None, name: str | None, tracking_uri: str | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Verify an artifact of RUN_DIR in a clean process and register it under an alias."""
     from .deploy import deploy as run
 
     found = run(
         run_dir, digest=digest, max_latency_ms=max_latency_ms, alias=alias, folder=folder,
-        force=force,
+        name=name, tracking_uri=tracking_uri, force=force,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps(vars(found), indent=2, default=str))
-    else:
-        click.echo(f"{found.name} version {found.version} is {found.alias}: {found.digest[:12]}")
+        return
+    click.echo(f"{found.name} version {found.version} is {found.alias}: {found.digest[:12]}")
+    if not found.same_device:
+        click.echo("It was measured on another device: its latency here is not known.")
+
+
+@main.command()
+@click.argument("name")
+@click.option("--alias", default="champion", show_default=True)
+@click.option("--tracking-uri", help="The MLflow that holds the registry.")
+@answers
+def rollback(name: str, alias: str, tracking_uri: str | None) -> None:
+    """Give the alias of registered model NAME back to the version before."""
+    from .deploy import rollback as run
+
+    found = run(name, alias=alias, tracking_uri=tracking_uri)
+    click.echo(f"{name} version {found.version} is {alias}")
 
 
 @main.command()
 @SPEC
 @click.option("--address", required=True, help="The cluster's dashboard, http://host:8265.")
+@click.option("--out", help="Run directory on the cluster [default: ~/flyweight/JOB].")
 @answers
-def submit(spec: Path, address: str) -> None:
+def submit(spec: Path, address: str, out: str | None) -> None:
     """Run the search of SPEC as a job on a Ray cluster; prints the job's id."""
     from .cluster import submit as run
 
-    click.echo(run(spec, address))
+    click.echo(run(spec, address, out=out))
 
 
 ID = click.argument("job")

@@ -126,7 +126,7 @@ class Controller:
             try:
                 price = self._price(tried)
             except Impossible:
-                return best
+                break
             if self._cost(price) <= 0:
                 low, best = middle, (tried, price)
             else:
@@ -173,8 +173,9 @@ class Controller:
         trial = self.trials.get(number)
         if trial is None or trial.ended:
             return False  # a result that arrives after the end of its trial changes nothing
-        if outcome.get("error"):
-            self._end(trial, "failed", outcome["error"])
+        error = outcome.get("error") or _not_a_number(outcome)
+        if error:
+            self._end(trial, "failed", error)
             return False
         entry = self._entry(trial, outcome)
         rung = entry["rung"]
@@ -199,6 +200,11 @@ class Controller:
         trial = self.trials.get(number)
         if trial and not trial.ended:
             self._end(trial, "interrupted" if self.interrupted else "failed", error)
+
+    def cut_off(self) -> bool:
+        """Whether a trial that ran has not ended, though nothing was wrong with the record."""
+        running = [t for t in self.trials.values() if not t.ended and t not in self._again]
+        return not self.fatal and (bool(running) or not self.over())
 
     def close(self) -> None:
         """Ends every trial that still runs, so that nothing stays open."""
@@ -310,6 +316,14 @@ class Controller:
         self._again = [t for t in self.trials.values() if not t.ended]
         for trial in self._again:
             trial.results.clear()  # it begins anew: what it learned before is in the studies
+
+
+def _not_a_number(outcome: Entry) -> str | None:
+    """What is wrong with figures that can neither be compared nor written as JSON."""
+    for name in ("loss", "metric"):
+        if not math.isfinite(outcome[name]):
+            return f"{outcome['rung']}: the {name} is {outcome[name]}"
+    return None
 
 
 def _point(entry: Entry) -> tuple[float, float]:

@@ -136,6 +136,7 @@ class _Search:
         limits = self.ready.limits(header["teacher"]["latency_ms"])
         if not self.resumed:
             self._check_limits(meter, limits)
+        torch.set_num_threads(os.cpu_count() or 1)
         self.answers = teacher_answers(self.ready.prepared)  # before the time budget begins
         torch.set_num_threads(1)  # from here on the trials have the cores
         tracker = self._tracker(header)

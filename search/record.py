@@ -53,9 +53,12 @@ class FileRecord:
             raise BadInput(
                 f"{path} is being written by another search; wait or use --out"
             ) from error
-        whole = len(_whole_lines(path.read_bytes()))
-        os.truncate(self._file.fileno(), whole)
-        self._entries = list(read(path))
+        try:
+            self._entries = list(read(path))
+        except BadInput:
+            self._file.close()
+            raise
+        os.truncate(self._file.fileno(), len(_whole_lines(path.read_bytes())))
 
     def append(self, entry: Entry) -> None:
         line = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
@@ -83,9 +86,12 @@ def read(path: Path) -> Iterator[Entry]:
     """The entries of a record file, also of one that is still being written."""
     for number, line in enumerate(_whole_lines(path.read_bytes()).splitlines(), 1):
         try:
-            yield json.loads(line)
+            entry = json.loads(line)
         except ValueError as error:
             raise BadInput(f"{path}, line {number} is damaged: {error}") from error
+        if not isinstance(entry, dict) or "kind" not in entry:
+            raise BadInput(f"{path}, line {number} is damaged: it is no entry of a record")
+        yield entry
 
 
 def _whole_lines(content: bytes) -> bytes:

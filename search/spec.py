@@ -46,7 +46,7 @@ Choices = Annotated[tuple[bool, ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Target(Section):
@@ -180,6 +180,8 @@ class Spec(Section):
         values = self.model_dump(mode="json")
         if self.tracking is not None:
             values["tracking"]["uri"] = redact(self.tracking.uri)
+        if self.storage is not None:
+            values["storage"] = redact(self.storage)
         return yaml.safe_dump(values, sort_keys=False)
 
 

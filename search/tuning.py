@@ -120,7 +120,7 @@ def run_trials(
         ).fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    if not controller.over() or any(not t.ended for t in controller.trials.values()):
+    if controller.cut_off():
         controller.interrupted = True  # Tune took the Ctrl-C and ended what ran
     controller.close()
 

@@ -1,0 +1,347 @@
+"""The search without Ray: a record in memory, a clock and a price that a test sets."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flyweight.compressors import RUNGS
+from flyweight.search.controller import HOPELESS, Budget, Controller, Price, Trial, failures
+from flyweight.search.limits import Limits
+from flyweight.search.proposals import Proposals
+from flyweight.search.record import Entry, MemoryRecord
+from flyweight.spaces import (
+    Capabilities,
+    Group,
+    Impossible,
+    Layer,
+    Network,
+    Op,
+    Policy,
+    Settings,
+    Space,
+)
+
+BOTH = ("fp32", "int8")
+WIDTHS = {"a": 32, "b": 64}
+
+
+def space(**changes: Any) -> Space:
+    """A chain of two convolutions and a linear layer."""
+    ops = [Op("x", "input", "x", (), "", (1, 3, 4, 4), ((None, 3),))]
+    layers, before, inputs = {}, 3, "x"
+    for name, width in WIDTHS.items():
+        ops.append(Op(name, "conv", "Conv2d", (inputs,), name, (1, width, 4, 4), ((name, width),)))
+        layers[name] = Layer(name, "conv", name, before, width, (1, 1), (1, 1), 1, name, 1, 1)
+        before, inputs = width, name
+    groups = {n: Group(n, w, (n,), 1) for n, w in WIDTHS.items()}
+    network = Network(tuple(ops), layers, groups, ("x",), inputs)
+    target = Capabilities({"conv": BOTH, "linear": BOTH}, width_multiple=8)
+    return Space(network, target, Settings(**{"min_keep": 0.125, "qat": (True, False)} | changes))
+
+
+class Clock:
+    """Time that a test moves."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def width(policy: Policy) -> float:
+    kept = sum(policy.prune.width.get(n, w) for n, w in WIDTHS.items())
+    return kept / sum(WIDTHS.values())
+
+
+def price(policy: Policy) -> Price:
+    """Latency is the share of channels kept, a tenth less per int8 layer."""
+    ms = width(policy) * (1 - 0.1 * len(policy.quantize.precision))
+    return Price((ms * 0.9, ms, ms * 1.1), int(1000 * width(policy)))
+
+
+def outcome(policy: Policy, rung: str, seconds: float = 1.0) -> Entry:
+    """A smaller student loses more; the higher the rung, the less."""
+    loss = 1 / width(policy) / (1 + RUNGS.index(rung)) + policy.quantize.qat * 0.01
+    return {
+        "rung": rung, "loss": loss, "metric": 95 - loss, "size_bytes": price(policy).size_bytes,
+        "seconds": seconds, "samples": 1, "artifact": None, "error": None, "rung_seconds": seconds,
+    }  # fmt: skip
+
+
+NONE = Limits(95.0)
+
+
+def controller(
+    record: Any = None, *, limits: Limits = NONE, trials: int = 12, seconds: float | None = None,
+    clock: Clock | None = None, costs: Callable[[Policy], Price] = price, seed: int = 0,
+    listen: Any = (), **settings: Any,
+) -> Controller:  # fmt: skip
+    return Controller(
+        Proposals(space(**settings), seed=seed), costs, limits,
+        MemoryRecord() if record is None else record, Budget(trials, seconds),
+        clock=clock or Clock(), listen=listen,
+    )  # fmt: skip
+
+
+def climb(control: Controller, trial: Trial, clock: Clock | None = None) -> None:
+    """Runs one trial as far as it may go."""
+    for rung in RUNGS:
+        if clock:
+            clock.now += 1
+        if not control.result(trial.number, outcome(trial.policy, rung)):
+            return
+
+
+def run(control: Controller, clock: Clock | None = None) -> None:
+    while (trial := control.propose()) is not None:
+        climb(control, trial, clock)
+
+
+def kinds(record: MemoryRecord, kind: str) -> list[Entry]:
+    return [e for e in record.entries() if e["kind"] == kind]
+
+
+def test_a_whole_search_leaves_nothing_open_and_repeats_nothing() -> None:
+    record = MemoryRecord()
+    control = controller(record, trials=40)
+    run(control)
+    assert sorted(control.trials) == list(range(40))
+    assert len({t.policy.digest for t in control.trials.values()}) == 40
+    assert {t.ended for t in control.trials.values()} == {"finished", "stopped"}
+    assert control.proposals.running() == 0
+    assert not control.cut_off()
+    counts = [len(control.results(r)) for r in RUNGS]
+    assert counts[0] == 40 > counts[1] > counts[2] > 0
+    assert [e["trial"] for e in kinds(record, "begin")] == list(range(40))
+    assert len(kinds(record, "end")) == 40
+
+
+def test_the_limit_is_enforced_before_the_cost() -> None:
+    record = MemoryRecord()
+    control = controller(record, limits=Limits(95.0, latency_ms=0.3), trials=30)
+    run(control)
+    assert control.trials
+    assert all(t.price.latency_ms[1] <= 0.3 for t in control.trials.values())
+    rejected = kinds(record, "rejected")
+    assert rejected
+    assert all(e["latency_ms"][1] > 0.3 for e in rejected)
+    begun = {e["digest"] for e in kinds(record, "begin")}
+    assert not begun & {e["digest"] for e in rejected}
+    assert control.proposals.running() == 0
+
+
+def test_what_is_over_a_limit_is_made_smaller() -> None:
+    control = controller(limits=Limits(95.0, latency_ms=0.4), trials=1)
+    full = control.proposals.space.uniform(1.0)
+    control.proposals._queue.append(full)
+    trial = control.propose()
+    assert trial is not None
+    assert trial.policy.prune.width
+    assert 0.2 < trial.price.latency_ms[1] <= 0.4  # the largest within, not the smallest there is
+
+
+def test_a_shrunk_policy_is_claimed_also_when_a_smaller_one_is_impossible() -> None:
+    def costs(policy: Policy) -> Price:
+        if 0.45 < width(policy) < 0.7:
+            raise Impossible("no kernel")
+        return price(policy)
+
+    control = controller(limits=Limits(95.0, latency_ms=0.44), costs=costs, trials=200)
+    run(control)
+    digests = [t.policy.digest for t in control.trials.values()]
+    assert len(set(digests)) == len(digests)
+
+
+def test_out_of_reach_ends_without_a_trial() -> None:
+    record = MemoryRecord()
+    control = controller(record, limits=Limits(95.0, latency_ms=1e-6))
+    assert control.propose() is None
+    assert control.exhausted
+    assert not control.trials
+    assert control.proposals.running() == 0
+
+
+def test_an_impossible_policy_is_rejected_with_its_reason() -> None:
+    def costs(policy: Policy) -> Price:
+        if policy.quantize.acts:
+            raise Impossible("no int8 here")
+        return price(policy)
+
+    record = MemoryRecord()
+    run(controller(record, costs=costs))
+    assert {e["reason"] for e in kinds(record, "rejected")} == {"no int8 here"}
+
+
+def test_the_deadline_drains() -> None:
+    clock, record = Clock(), MemoryRecord()
+    control = controller(record, seconds=20.0, trials=1000, clock=clock)
+    run(control, clock)
+    assert 3 <= len(control.trials) < 20
+    assert control.elapsed() <= 20 + 3 + 0.1 * 20
+    assert control.results("full")
+    assert all(t.ended for t in control.trials.values())
+
+
+def test_a_search_that_only_fails_ends() -> None:
+    record = MemoryRecord()
+    control = controller(record, trials=100)
+    while (trial := control.propose()) is not None:
+        control.result(trial.number, {"rung": RUNGS[0], "error": "boom\nmore"})
+    assert control.hopeless()
+    assert len(control.trials) == HOPELESS
+    assert failures(record.entries()) == [("boom", HOPELESS)]
+    assert control.proposals.running() == 0
+
+
+@pytest.mark.parametrize("name", ["loss", "metric"])
+def test_figures_that_are_no_numbers_fail_the_trial_alone(name: str) -> None:
+    record = MemoryRecord()
+    control = controller(record)
+    trial = control.propose()
+    assert trial is not None
+    broken = outcome(trial.policy, RUNGS[0]) | {name: float("nan")}
+    assert not control.result(trial.number, broken)
+    assert trial.ended == "failed"
+    assert "nan" in kinds(record, "end")[0]["error"]
+    assert control.propose() is not None
+
+
+def test_late_and_foreign_results_are_ignored() -> None:
+    record = MemoryRecord()
+    control = controller(record)
+    trial = control.propose()
+    assert trial is not None
+    control.failed(trial.number, "its worker died")
+    before = record.entries()
+    assert not control.result(trial.number, outcome(trial.policy, RUNGS[0]))
+    assert not control.result(99, outcome(trial.policy, RUNGS[0]))
+    control.failed(trial.number, "again")
+    control.failed(99, "unknown")
+    control.close()
+    assert record.entries() == before
+
+
+class FullDisk(MemoryRecord):
+    """Takes so many entries and no more."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def append(self, entry: Entry) -> None:
+        if len(self._entries) >= self.room:
+            raise OSError(28, "No space left on device")
+        super().append(entry)
+
+
+@pytest.mark.parametrize("room", range(12))
+def test_a_record_that_cannot_be_written_ends_the_search(room: int) -> None:
+    heard: list[Entry] = []
+    control = controller(FullDisk(room), listen=[heard.append])
+    run(control)
+    control.close()
+    assert isinstance(control.fatal, OSError)
+    assert control.propose() is None
+    assert not control.cut_off()  # an error, not an interruption
+    assert heard == control.record.entries()
+
+
+def searched() -> list[Entry]:
+    clock, record = Clock(), MemoryRecord()
+    record.append({"kind": "search", "time": clock.now})
+    run(controller(record, limits=Limits(95.0, latency_ms=0.6), clock=clock), clock)
+    return record.entries()
+
+
+WHOLE = searched()
+
+
+@given(st.integers(1, len(WHOLE)), st.booleans())
+def test_any_prefix_of_a_record_goes_on_without_repeating(cut: int, announced: bool) -> None:
+    kept = WHOLE[:cut]
+    clock = Clock(5000.0)
+    record = MemoryRecord([*kept, {"kind": "search", "time": clock.now}])
+    control = controller(record, limits=Limits(95.0, latency_ms=0.6), clock=clock)
+    ended = {e["trial"] for e in kept if e["kind"] == "end"}
+    digests = {e["digest"] for e in kept if e["kind"] in ("begin", "rejected")}
+    assert control.elapsed() == kept[-1]["time"] - kept[0]["time"]
+    assert {n for n, t in control.trials.items() if t.ended} == ended
+    known = set(control.trials)
+    if announced:
+        control.close()  # as an interrupted session does: they begin again all the same
+        control = controller(record, limits=Limits(95.0, latency_ms=0.6), clock=clock)
+    again: list[int] = []
+    while (trial := control.propose()) is not None:
+        again.append(trial.number)
+        assert trial.number not in ended
+        assert trial.number in known or trial.policy.digest not in digests
+        climb(control, trial, clock)
+    assert len(again) == len(set(again))
+    assert known - ended <= set(again)
+    assert sorted(control.trials) == list(range(12))
+    assert all(t.ended for t in control.trials.values())
+    assert control.proposals.running() == 0
+
+
+@given(st.integers(1, len(WHOLE)))
+def test_the_same_record_gives_the_same_next_decision(cut: int) -> None:
+    twins = [controller(MemoryRecord(WHOLE[:cut]), trials=50, seed=3) for _ in range(2)]
+    for _ in range(3):
+        a, b = (c.propose() for c in twins)
+        assert (a and a.policy) == (b and b.policy)
+
+
+def test_elapsed_adds_up_over_sessions_and_leaves_out_the_time_between() -> None:
+    entries: list[Entry] = []
+    for begin, spent in ((0.0, 5.0), (100.0, 7.0), (900.0, 0.0)):
+        entries.append({"kind": "search", "time": begin})
+        if spent:
+            entries.append(
+                {"kind": "rejected", "policy": Policy().to_dict(), "time": begin + spent}
+            )
+    clock = Clock(900.0)
+    control = controller(MemoryRecord(entries), clock=clock, seconds=20.0)
+    assert control.elapsed() == 12.0
+    clock.now += 3
+    assert control.remaining() == 5.0
+
+
+def test_trials_that_wait_for_a_spent_budget_are_no_interruption() -> None:
+    entries = [e for e in WHOLE if e["kind"] != "end" or e["trial"] != 0]
+    clock = Clock(5000.0)
+    control = controller(
+        MemoryRecord([*entries, {"kind": "search", "time": clock.now}]), clock=clock, seconds=1.0
+    )
+    assert control.propose() is None
+    assert not control.cut_off()
+
+
+def test_a_running_trial_is_an_interruption() -> None:
+    control = controller(trials=1)
+    trial = control.propose()
+    assert control.cut_off()
+    control.close()
+    assert trial is not None
+    assert trial.ended == "interrupted"
+    assert not control.cut_off()
+
+
+def test_concurrent_trials_in_any_order() -> None:
+    control = controller(trials=30)
+    running: list[tuple[Trial, Any]] = []
+    for step in itertools.count():
+        while len(running) < 4 and (trial := control.propose()) is not None:
+            running.append((trial, iter(RUNGS)))
+        if not running:
+            break
+        at = step * 7 % len(running)
+        trial, rungs = running[at]
+        if not control.result(trial.number, outcome(trial.policy, next(rungs))):
+            running.pop(at)
+    assert all(t.ended for t in control.trials.values())
+    assert control.proposals.running() == 0

@@ -1,0 +1,89 @@
+"""Limits, finalists and the choice of the best, against brute force."""
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flyweight.search.limits import Limits, limits
+from flyweight.search.results import FINALISTS, choose, finalists
+
+ROW = st.fixed_dictionaries(
+    {
+        "metric": st.integers(80, 95).map(float),
+        "latency_ms": st.integers(1, 9).map(float),
+        "size_bytes": st.integers(1, 9),
+    }
+)
+ROWS = st.lists(ROW, max_size=10).map(
+    lambda rows: [r | {"digest": str(i)} for i, r in enumerate(rows)]
+)
+LIMITS = st.builds(
+    Limits,
+    st.just(92.0),
+    st.none() | st.integers(1, 9).map(float),
+    st.none() | st.integers(0, 6).map(float),
+    st.none() | st.integers(1, 9),
+)
+
+
+def keeps(row: dict[str, Any], bound: Limits) -> bool:
+    return (
+        (bound.latency_ms is None or row["latency_ms"] <= bound.latency_ms)
+        and (bound.size_bytes is None or row["size_bytes"] <= bound.size_bytes)
+        and (bound.max_drop is None or bound.teacher_metric - row["metric"] <= bound.max_drop)
+    )
+
+
+@given(ROWS, LIMITS)
+def test_best_and_nearest_miss(rows: list[dict[str, Any]], bound: Limits) -> None:
+    best, miss = choose(rows, bound)
+    feasible = [r for r in rows if keeps(r, bound)]
+    by = {r["digest"]: r for r in rows}
+    if not rows:
+        assert (best, miss) == (None, None)
+    elif not feasible:
+        assert best is None
+        assert miss in by
+    elif bound.max_drop is not None:
+        assert by[best or ""] in feasible
+        assert by[best or ""]["latency_ms"] == min(r["latency_ms"] for r in feasible)
+    else:
+        assert by[best or ""] in feasible
+        assert by[best or ""]["metric"] == max(r["metric"] for r in feasible)
+    assert best is None or miss is None
+
+
+@given(ROW, LIMITS)
+def test_excess_is_positive_only_over_a_limit(row: dict[str, Any], bound: Limits) -> None:
+    over = bound.excess(row["metric"], row["latency_ms"], row["size_bytes"]) > 0
+    assert over != keeps(row, bound)
+
+
+def test_a_drop_that_is_the_limit_is_within_it() -> None:
+    assert Limits(92.3, max_drop=0.1).excess(92.2, 1.0, 1) <= 0  # 92.3 - 92.2 > 0.1 in floats
+
+
+def test_limits_of_an_objective() -> None:
+    assert limits({"speedup": 2.5}, 90.0, 5.0).latency_ms == 2.0
+    assert limits({"latency_ms": 3.0}, 90.0, 5.0).latency_ms == 3.0
+    assert limits({"max_drop": 1.0, "size_bytes": 5}, 90.0, 5.0) == Limits(90.0, None, 1.0, 5)
+
+
+@given(st.lists(ROW, max_size=40))
+def test_finalists_are_the_front_and_at_most_twelve(rows: list[dict[str, Any]]) -> None:
+    entries = [
+        {"rung": "full", "digest": str(i), "metric": r["metric"],
+         "latency_ms": [0.0, r["latency_ms"], 99.0], "constraint": r["size_bytes"] - 5}
+        for i, r in enumerate(rows)
+    ]  # fmt: skip
+    entries += [dict(e, rung="short", digest="s" + e["digest"], metric=99.0) for e in entries]
+    found = finalists(entries)
+    assert len(found) <= FINALISTS
+    assert all(e["rung"] == "full" for e in found)
+    for e in found:
+        assert not any(
+            o["metric"] >= e["metric"] and o["latency_ms"][1] <= e["latency_ms"][1]
+            and (o["metric"], o["latency_ms"]) != (e["metric"], e["latency_ms"])
+            for o in entries[: len(rows)]
+        )  # fmt: skip

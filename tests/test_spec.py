@@ -1,0 +1,140 @@
+"""search.yaml: what is accepted, and what every refusal names."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flyweight.search.spec import Spec, load_spec
+from flyweight.spaces import BadInput
+
+DESIGN = """
+task: task.py:FashionMnist          # file or module, then the name
+task_args: {data: embedded}
+target: {runtime: onnxruntime, threads: 1, batch_size: 1, profile: null}
+objective: {speedup: 2.5, max_drop: 0.5}
+space:
+  prune: {min_keep: 0.125, multiple_of: 8, criteria: [l1, taylor], reconstruct: [true, false], depth: false}
+  quantize: {precisions: [fp32, int8], calibrations: [minmax, percentile, mse], qat: [true, false]}
+  distill: {students: [pruned], losses: [kl], temperature: [1, 8], alpha: [0.1, 1.0], learning_rate: [0.001, 0.1]}
+search: {strategy: joint, trials: 64, time_budget: 4m, concurrency: 2, seed: 0, sampler: tpe}
+rungs: {short: 0.1, full_epochs: 2}
+resources: {cpus: 1, gpus: 0, accelerator: null}
+storage: null
+tracking: {uri: "sqlite:///mlflow.db", experiment: fashion-mnist}
+"""  # noqa: E501 (as the design has it)
+LEAST: dict[str, Any] = {"task": "task.py:T", "objective": {"max_drop": 1}}
+
+
+def spec(folder: Path, **changes: Any) -> Spec:
+    path = folder / "search.yaml"
+    path.write_text(yaml.safe_dump(LEAST | changes))
+    return load_spec(path)
+
+
+def test_the_example_of_the_design_is_accepted_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text(DESIGN)
+    found = load_spec(tmp_path / "search.yaml")
+    assert found.task == f"{tmp_path.resolve()}/task.py:FashionMnist"
+    assert found.search.time_budget == 240.0
+    assert found.tracking is not None
+    assert found.tracking.uri == f"sqlite:///{tmp_path.resolve()}/mlflow.db"
+    assert found.space.settings().temperature == (1.0, 8.0)
+
+
+def test_a_spec_written_by_a_search_is_read_back_the_same(tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text(DESIGN)
+    found = load_spec(tmp_path / "search.yaml")
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "spec.yaml").write_text(found.to_yaml())
+    assert load_spec(other / "spec.yaml").model_dump() == found.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"objektive": {}}, ["objektive", "did you mean 'objective'"]),
+        ({"search": {"trails": 3}}, ["search.trails", "did you mean 'trials'"]),
+        ({"space": {"prune": {"min_kep": 1}}}, ["space.prune.min_kep", "'min_keep'"]),
+        ({"tracking": {"url": "x"}}, ["tracking.url", "did you mean 'uri'"]),
+        ({"space": {"distill": {"alpha": [1, 0.5]}}}, ["alpha: low <= high", "low=1, high=0.5"]),
+        ({"space": {"distill": {"alpha": [0, 2]}}}, ["alpha: high <= 1", "2"]),
+        ({"space": {"distill": {"temperature": 0}}}, ["temperature", "low >= 0.001"]),
+        ({"space": {"quantize": {"precisions": ["int4"]}}}, ["'int4'", "'int8'"]),
+        ({"space": {"prune": {"criteria": []}}}, ["space.prune.criteria"]),
+        ({"space": {"prune": {"depth": True}}}, ["space.prune.depth", "not built yet"]),
+        ({"search": {"strategy": "greedy"}}, ["only 'joint'"]),
+        ({"search": {"time_budget": "4 fortnights"}}, ["search.time_budget", "90s, 4m or 1h"]),
+        ({"search": {"time_budget": "0s"}}, ["search.time_budget"]),
+        ({"search": {"time_budget": "1.2.3s"}}, ["search.time_budget"]),
+        ({"search": {"trials": 0}}, ["search.trials"]),
+        ({"target": {"runtime": "onnxruntim"}}, ["did you mean 'onnxruntime'"]),
+        ({"target": {"profile": "x.json"}}, ["target.profile", "not built yet"]),
+        ({"objective": {"speedup": 2, "latency_ms": 3}}, ["not both"]),
+        ({"objective": {}}, ["at least one of"]),
+        ({"objective": {"speedup": float("inf")}}, ["objective.speedup"]),
+        ({"objective": {"max_drop": float("nan")}}, ["objective.max_drop"]),
+        ({"objective": {"speedup": 0}}, ["objective.speedup"]),
+        ({"rungs": {"short": 1}}, ["rungs.short"]),
+        ({"space": 3}, ["space"]),
+        ({"folder": "/"}, ["folder"]),
+        ({3: 4}, ["search.yaml"]),
+    ],
+)
+def test_a_refusal_names_the_key_the_rule_and_the_value(
+    tmp_path: Path, changes: dict[str, Any], words: list[str]
+) -> None:
+    path = tmp_path / "search.yaml"
+    path.write_text(yaml.safe_dump(LEAST | changes))
+    with pytest.raises(BadInput) as caught:
+        load_spec(path)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "- a", "a: [", "\t", b"\xff\xfe\x00"])
+def test_what_is_not_a_spec(tmp_path: Path, content: str | bytes) -> None:
+    path = tmp_path / "search.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(BadInput, match=r"search\.yaml"):
+        load_spec(path)
+
+
+def test_no_spec_and_no_task(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="flyweight init"):
+        load_spec(tmp_path / "none.yaml")
+    (tmp_path / "search.yaml").write_text("objective: {max_drop: 1}")
+    with pytest.raises(BadInput, match="task"):
+        load_spec(tmp_path / "search.yaml")
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [("90s", 90), ("1.5m", 90), ("1h", 3600), ("2d", 172800), (7, 7), (" 4 m ", 240)]
+)  # fmt: skip
+def test_durations(tmp_path: Path, given: Any, seconds: float) -> None:
+    assert spec(tmp_path, search={"time_budget": given}).search.time_budget == seconds
+
+
+def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    found = spec(tmp_path, storage="../kept", task="package.module:T")
+    assert found.storage == str(tmp_path.resolve().parent / "kept")
+    assert found.task == "package.module:T"
+    assert spec(tmp_path, storage="s3://bucket/x").storage == "s3://bucket/x"
+    uri = "sqlite:////tmp/absolute.db"
+    tracking = spec(tmp_path, tracking={"uri": uri}).tracking
+    assert tracking is not None
+    assert tracking.uri == uri
+    assert spec(tmp_path, tracking=None).tracking is None
+
+
+def test_one_number_is_a_range_of_one(tmp_path: Path) -> None:
+    assert spec(tmp_path, space={"distill": {"alpha": 0.5}}).space.distill.alpha == (0.5, 0.5)
+
+
+def test_secrets_are_not_written(tmp_path: Path) -> None:
+    found = spec(
+        tmp_path, tracking={"uri": "https://me:hunter2@host/x"}, storage="s3://key:hunter2@bucket/x"
+    )
+    assert "hunter2" not in found.to_yaml()
