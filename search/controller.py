@@ -310,6 +310,8 @@ class Controller:
                 self.proposals.claim(Policy.from_dict(entry["policy"]))
             elif entry["kind"] == "result":
                 self._learn(self.trials[entry["trial"]], entry)
+                if entry["rung"] == RUNGS[-1]:
+                    self.trials[entry["trial"]].ended = "finished"
             elif entry["kind"] == "end" and entry["reason"] != "interrupted":
                 self.trials[entry["trial"]].ended = entry["reason"]
         self._spent += last - began

@@ -30,7 +30,8 @@ def layers(points: Sequence[Point]) -> list[list[int]]:
     while left:
         peel = [left[i] for i in front([points[i] for i in left])]
         out.append(peel)
-        left = [i for i in left if i not in set(peel)]
+        gone = set(peel)
+        left = [i for i in left if i not in gone]
     return out
 
 

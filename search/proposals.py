@@ -21,6 +21,7 @@ from ..spaces import Impossible, Parameter, Policy, Space
 ENOUGH = 10  # results until a rung's study is asked
 WINDOW = 256  # newest results a study holds: the time to ask stays flat
 TRIES = 20  # proposals that were seen before until a neighbour is taken
+DRAWS = 200  # policies at random, where every neighbour was seen, until the space counts as tried
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("optuna").setLevel(logging.WARNING)
@@ -54,12 +55,16 @@ class Proposals:
             policy = self._next()
             if self.claim(policy):
                 return policy
-        near = [p for p in self.space.neighbours(policy) if p.digest not in self._seen]
-        if not near:
-            return None
-        policy = self._rng.choice(near)
-        self.claim(policy)
-        return policy
+        near = [p for p in self.space.neighbours(policy) if self._new(p)]
+        # A sampler that has settled is surrounded by what it tried: the rest of the space is not.
+        anywhere = (self.space.sample(self._rng) for _ in range(0 if near else DRAWS))
+        found = self._rng.choice(near) if near else next(filter(self._new, anywhere), None)
+        if found is not None:
+            self.claim(found)
+        return found
+
+    def _new(self, policy: Policy) -> bool:
+        return policy.digest not in self._seen
 
     def claim(self, policy: Policy) -> bool:
         """Marks ``policy`` as proposed; whether it was new."""

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 from ..spaces import BadInput
 
 Entry = dict[str, Any]
+# A sync takes milliseconds in which Tune waits. What is not synced at once can be had again: a
+# trial that began, a rejection; that a trial ended follows from its last result.
+SYNCED = ("search", "result", "measured")
 
 
 class Record(Protocol):
@@ -39,8 +42,9 @@ class MemoryRecord:
 class FileRecord:
     """``record.jsonl`` in a run directory, held by one process at a time.
 
-    Each entry is written whole and synced. A last line that a crash cut off is removed on opening;
-    damage anywhere else is an error.
+    Each entry is written whole, and results are synced with all that came before them: a process
+    that dies loses nothing, a machine that dies no result. A last line that a crash cut off is
+    removed on opening; damage anywhere else is an error.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +73,8 @@ class FileRecord:
                 raise OSError(
                     f"only {written} of {len(line)} bytes could be written to {self.path}"
                 )
-            os.fsync(self._file.fileno())
+            if entry.get("kind") in SYNCED:
+                os.fsync(self._file.fileno())
         except OSError:
             os.truncate(self._file.fileno(), before)  # a full disk leaves no half line behind
             raise

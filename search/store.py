@@ -77,3 +77,5 @@ def read_policy(path: Path) -> Policy:
         return Policy.from_json(path.read_text())
     except OSError as error:
         raise BadInput(f"no policy at {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not a policy: {error}") from error

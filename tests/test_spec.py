@@ -111,7 +111,8 @@ def test_no_spec_and_no_task(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "seconds"), [("90s", 90), ("1.5m", 90), ("1h", 3600), ("2d", 172800), (7, 7), (" 4 m ", 240)]
+    ("given", "seconds"),
+    [("90s", 90), ("1.5m", 90), ("1h", 3600), ("2d", 172800), (7, 7), (" 4 m ", 240)],
 )  # fmt: skip
 def test_durations(tmp_path: Path, given: Any, seconds: float) -> None:
     assert spec(tmp_path, search={"time_budget": given}).search.time_budget == seconds

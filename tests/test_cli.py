@@ -1,0 +1,82 @@
+"""The command line: help, exit codes, the cheap commands."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from flyweight.search.cli import main
+from flyweight.search.plan import space_of
+from flyweight.spaces import Policy
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(w) for w in words])
+
+
+@pytest.mark.parametrize("name", [None, *sorted(main.commands)])
+def test_help(name: str | None) -> None:
+    for flag in ("-h", "--help"):
+        found = run(*([name] if name else []), flag)
+        assert found.exit_code == 0
+        assert "Usage:" in found.output
+
+
+def test_the_commands_of_the_design_that_are_built() -> None:
+    assert {"init", "plan", "search", "sample", "replay", "report", "deploy", "serve", "rollback",
+            "submit", "status", "logs", "stop"} >= set(main.commands) >= {
+        "init", "plan", "search", "sample", "replay", "report", "deploy"}  # fmt: skip
+    assert "0." in run("--version").output
+
+
+def test_init_writes_a_starter_once(tmp_path: Path) -> None:
+    assert run("init", tmp_path / "new" / "s").exit_code == 0
+    assert sorted(p.name for p in (tmp_path / "new" / "s").iterdir()) == ["search.yaml", "task.py"]
+    (tmp_path / "new" / "s" / "task.py").write_text("mine")
+    (tmp_path / "new" / "s" / "search.yaml").unlink()
+    again = run("init", tmp_path / "new" / "s")
+    assert again.exit_code == 2
+    assert "exists" in again.output
+    assert (tmp_path / "new" / "s" / "task.py").read_text() == "mine"
+
+
+def test_bad_input_is_one_line_and_code_2(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("task: t.py:T\nobjective: {max_drop: 1}\ntrials: 3\n")
+    missing = tmp_path / "missing.yaml"
+    for words in (
+        ("plan", missing), ("search", missing), ("search", bad), ("plan", bad),
+        ("sample", "--spec", missing, "-n", 1), ("sample", "--spec", bad, "-n", 0),
+        ("replay", tmp_path / "p.json", "--spec", bad), ("report", tmp_path), ("deploy", tmp_path),
+        ("serch",), ("search",),
+    ):  # fmt: skip
+        found = run(*words)
+        assert found.exit_code == 2, (words, found.output)
+        assert "Traceback" not in found.output
+
+
+def test_a_task_that_cannot_be_loaded(tmp_path: Path) -> None:
+    spec = tmp_path / "search.yaml"
+    spec.write_text("task: task.py:T\nobjective: {max_drop: 1}\n")
+    assert run("plan", spec).exit_code == 2
+    (tmp_path / "task.py").write_text("class Other: pass\n")
+    found = run("plan", spec)
+    assert found.exit_code == 2
+    assert "T" in found.output
+
+
+@pytest.mark.slow
+def test_sample_writes_numbered_legal_policies(tmp_path: Path) -> None:
+    assert run("init", tmp_path / "s").exit_code == 0
+    spec, out = tmp_path / "s" / "search.yaml", tmp_path / "out"
+    assert run("sample", "--spec", spec, "-n", 11, "--seed", 3, "-o", out).exit_code == 0
+    names = sorted(p.name for p in out.iterdir())
+    assert names == [f"policy-{n:02d}.json" for n in range(11)]
+    space, rng = space_of(spec), random.Random(3)
+    found = [Policy.from_json((out / name).read_text()) for name in names]
+    assert all(space.contains(p) for p in found)
+    assert found == [space.sample(rng) for _ in range(11)]
+    lines = run("sample", "--spec", spec, "-n", 11, "--seed", 3).output.splitlines()
+    assert [Policy.from_dict(json.loads(line)) for line in lines] == found
