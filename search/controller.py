@@ -55,7 +55,7 @@ class Budget:
 
 class Controller:
     """Proposes policies, takes results, decides. Never raises into its caller: a record that
-    cannot be written ends the search with ``fatal`` set."""
+    cannot be written, or a meter that is gone, ends the search with ``fatal`` set."""
 
     def __init__(
         self,
@@ -88,7 +88,11 @@ class Controller:
             return None
         if self._again:
             return self._again.pop(0)
-        found = self._affordable()
+        try:
+            found = self._affordable()
+        except OSError as error:  # nothing can be priced any more
+            self.fatal = self.fatal or error
+            return None
         if found is None:
             self.exhausted = True
             return None

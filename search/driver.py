@@ -224,7 +224,10 @@ class _Search:
 
         def price(policy: Policy) -> Price:
             model = untrained(self.ready.prepared, policy)
-            return Price(ray.get(meter.provisional.remote(model)), len(model))
+            try:
+                return Price(ray.get(meter.provisional.remote(model)), len(model))
+            except ray.exceptions.RayError as error:
+                raise OSError(f"the measuring actor died: {error}") from error
 
         return Controller(proposals, price, limits, self.record, budget, listen=[listen])
 
@@ -243,7 +246,7 @@ class _Search:
 
     def _note_end(self, controller: Controller) -> None:
         if controller.fatal:
-            self.notes.append(f"The record could not be written: {controller.fatal}")
+            self.notes.append(f"The search could not go on: {controller.fatal}")
         if controller.hopeless():
             reasons = "; ".join(f"{n}x {text}" for text, n in failures(self.record.entries()))
             self.notes.append(f"Every trial failed: {reasons}")
