@@ -262,7 +262,9 @@ class _Search:
                 self.notes.append(str(error))
         entries = [e for e in entries if e["digest"] in models]
         meter = start_meter(self.ready)
-        timings: dict[str, Timing] = ray.get(meter.finalists.remote(models))
+        timings: dict[str, Timing] = ray.get(
+            meter.finalists.remote(models, header["teacher"]["latency_ms"])
+        )
         ray.kill(meter)
         teacher = dict(header["teacher"]) | {"latency_ms": timings["teacher"].median_ms}
         tests = {digest: self._test(model) for digest, model in models.items()}
