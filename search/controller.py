@@ -138,7 +138,8 @@ class Controller:
         return best if best and self.proposals.claim(best[0]) else None
 
     def _cost(self, price: Price) -> float:
-        return self.limits.cost(price.latency_ms[1], price.size_bytes)
+        # By the upper end: what is measured alone in the end must still be within the limit.
+        return self.limits.cost(price.latency_ms[2], price.size_bytes)
 
     def _reject(self, policy: Policy, reason: str, price: Price | None = None) -> None:
         if price is None:
