@@ -7,11 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..compressors import RUNGS, compress, load_task, prepare
-from ..kernels import make_runtime
+from ..compressors import RUNGS, compress
 from ..spaces import Policy, Space
 from .meter import Meter
-from .ready import facts_of, ready, schedule_of
+from .ready import facts_of, prepare_task, ready
 from .spec import load_spec
 from .store import read_policy, write_artifact
 
@@ -117,20 +116,16 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
 def space_of(spec_path: Path) -> Space:
     """The space of a spec."""
     spec = load_spec(spec_path)
-    runtime = make_runtime(spec.target.runtime, spec.target.threads)
-    task = load_task(spec.task, spec.folder, spec.task_args)
-    network = prepare(task, runtime, schedule_of(spec)).network
-    return Space(network, runtime.capabilities, spec.space.settings())
+    prepared = prepare_task(spec)
+    return Space(prepared.network, prepared.runtime.capabilities, spec.space.settings())
 
 
 def replay(policy_path: Path, spec_path: Path, rung: str, out: Path) -> dict[str, Any]:
     """Rebuilds the artifact of a policy up to ``rung`` into ``out``; its facts."""
     policy, spec = read_policy(policy_path), load_spec(spec_path)
-    runtime = make_runtime(spec.target.runtime, spec.target.threads)
-    task = load_task(spec.task, spec.folder, spec.task_args)
-    prepared = prepare(task, runtime, schedule_of(spec))
+    prepared = prepare_task(spec)
     candidate = compress(prepared, policy, rung, seed=spec.search.seed)
-    facts = facts_of(spec, runtime.fingerprint)
+    facts = facts_of(spec, prepared.runtime.fingerprint)
     path = write_artifact(out, candidate, facts)
     return {
         "digest": policy.digest, "artifact": str(out / path), "rung": rung,

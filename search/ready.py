@@ -21,8 +21,12 @@ from .store import write_whole
 RECIPES = (1.0, 0.75, 0.5)  # shares of channels kept by the uniform recipes
 
 
-def schedule_of(spec: Spec) -> Schedule:
-    return Schedule(full_epochs=spec.rungs.full_epochs, short=spec.rungs.short)
+def prepare_task(spec: Spec, answers: dict[int, torch.Tensor] | None = None) -> Prepared:
+    """The prepared task of ``spec`` on its target. answers: the teacher's, where they are known."""
+    runtime = make_runtime(spec.target.runtime, spec.target.threads)
+    task = load_task(spec.task, spec.folder, spec.task_args)
+    schedule = Schedule(full_epochs=spec.rungs.full_epochs, short=spec.rungs.short)
+    return prepare(task, runtime, schedule, answers)
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,8 @@ class Ready:
 
 def ready(spec: Spec, run_dir: Path | None = None) -> Ready:
     """Loads and checks everything; writes the teacher's artifact. Raises BadInput."""
-    runtime = make_runtime(spec.target.runtime, spec.target.threads)
-    task = load_task(spec.task, spec.folder, spec.task_args)
-    prepared = prepare(task, runtime, schedule_of(spec))
+    prepared = prepare_task(spec)
+    task, runtime = prepared.task, prepared.runtime
     space = Space(prepared.network, runtime.capabilities, spec.space.settings())
     untouched = compress(prepared, Policy(), "recalibrate")
     if run_dir is not None:

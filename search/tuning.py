@@ -3,7 +3,6 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +86,10 @@ def run_trials(
     concurrency: int,
     resources: dict[str, float],
     accelerator: str | None = None,
-    watch: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs trials until the controller proposes no more and all have ended.
 
-    On Ctrl-C Tune ends the running trials and this returns. ``watch`` is called at every step of
-    Tune's loop.
+    On Ctrl-C Tune ends the running trials and this returns.
     """
     searcher = ControlledSearcher(controller)
     request: dict[str, Any] = dict(resources)
@@ -114,7 +111,6 @@ def run_trials(
                 name="trials",
                 storage_path=scratch,
                 verbose=0,
-                callbacks=[_Watch(watch)],
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
         ).fit()
@@ -123,11 +119,3 @@ def run_trials(
     if controller.cut_off():
         controller.interrupted = True  # Tune took the Ctrl-C and ended what ran
     controller.close()
-
-
-class _Watch(_Unpickled, tune.Callback):
-    def __init__(self, watch: Callable[[], None]) -> None:
-        self.watch = watch
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.watch()

@@ -11,11 +11,10 @@ import ray
 import torch
 from ray import tune
 
-from ..compressors import RUNGS, Candidate, Prepared, compress, load_task, prepare
-from ..kernels import make_runtime
+from ..compressors import RUNGS, Candidate, Prepared, compress
 from ..spaces import Impossible, Policy
 from .meter import Meter
-from .ready import Ready, schedule_of
+from .ready import Ready, prepare_task
 from .spec import Spec
 from .store import write_artifact
 
@@ -40,10 +39,8 @@ class CompressionTrial(tune.Trainable):
         self.job = job
         spec = job.spec
         torch.set_num_threads(max(1, int(spec.resources.cpus)))
-        runtime = make_runtime(spec.target.runtime, spec.target.threads)
-        task = load_task(spec.task, spec.folder, spec.task_args)
         answers = {k: torch.from_numpy(np.array(v)) for k, v in job.answers.items()}
-        self.prepared = prepare(task, runtime, schedule_of(spec), answers)
+        self.prepared = prepare_task(spec, answers)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
