@@ -8,8 +8,10 @@ rejected; it never becomes a trial.
 
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 
 from ..compressors import RUNGS
@@ -55,7 +57,11 @@ class Budget:
 
 class Controller:
     """Proposes policies, takes results, decides. Never raises into its caller: a record that
-    cannot be written, or a meter that is gone, ends the search with ``fatal`` set."""
+    cannot be written, or a meter that is gone, ends the search with ``fatal`` set.
+
+    look_ahead: a thread finds and prices the next policy while trials run, so that nobody waits
+    for it; it then knows all results but those of the last moment.
+    """
 
     def __init__(
         self,
@@ -67,6 +73,7 @@ class Controller:
         *,
         clock: Callable[[], float] = time.time,
         listen: Sequence[Callable[[Entry], None]] = (),
+        look_ahead: bool = False,
     ) -> None:
         self.proposals, self.limits, self.record, self.budget = proposals, limits, record, budget
         self.trials: dict[int, Trial] = {}
@@ -75,6 +82,9 @@ class Controller:
         self.exhausted = False
         self.interrupted = False
         self._clock, self._listen = clock, listen
+        self._lock = threading.RLock()  # guards everything but the price
+        self._finder = ThreadPoolExecutor(1, "flyweight-finder") if look_ahead else None
+        self._ahead: Future[tuple[Policy, Price] | None] | None = None
         self._again: list[Trial] = []  # of a search that was cut off
         self._spent = 0.0
         self._rebuild(record.entries())
@@ -89,22 +99,29 @@ class Controller:
         if self._again:
             return self._again.pop(0)
         try:
-            found = self._affordable()
+            found = self._ahead.result() if self._ahead else self._affordable()
         except OSError as error:  # nothing can be priced any more
             self.fatal = self.fatal or error
             return None
+        self._ahead = None
         if found is None:
             self.exhausted = True
             return None
-        trial = Trial(len(self.trials), *found)
-        self.trials[trial.number] = trial
-        begin = {"kind": "begin", **self._name(trial), "policy": trial.policy.to_dict()}
-        return trial if self._append(begin | asdict(trial.price)) else None
+        with self._lock:
+            trial = Trial(len(self.trials), *found)
+            self.trials[trial.number] = trial
+            begin = {"kind": "begin", **self._name(trial), "policy": trial.policy.to_dict()}
+            if not self._append(begin | asdict(trial.price)):
+                return None
+        if self._finder and not self.over():
+            self._ahead = self._finder.submit(self._affordable)
+        return trial
 
     def _affordable(self) -> tuple[Policy, Price] | None:
         """A policy within the limits and its price; None when there seems to be none left."""
         for _ in range(ASKS):
-            policy = self.proposals.ask()
+            with self._lock:
+                policy = self.proposals.ask()
             if policy is None:
                 return None
             try:
@@ -135,20 +152,22 @@ class Controller:
                 low, best = middle, (tried, price)
             else:
                 high = middle
-        return best if best and self.proposals.claim(best[0]) else None
+        with self._lock:
+            return best if best and self.proposals.claim(best[0]) else None
 
     def _cost(self, price: Price) -> float:
         # By the upper end: what is measured alone in the end must still be within the limit.
         return self.limits.cost(price.latency_ms[2], price.size_bytes)
 
     def _reject(self, policy: Policy, reason: str, price: Price | None = None) -> None:
-        if price is None:
-            self.proposals.fail(policy)
-        else:
-            self.proposals.reject(policy, price.latency_ms[1], self._cost(price))
         entry = {"kind": "rejected", "digest": policy.digest, "reason": reason}
         known = {} if price is None else asdict(price)
-        self._append({**entry, "policy": policy.to_dict(), **known, "time": self._clock()})
+        with self._lock:
+            if price is None:
+                self.proposals.fail(policy)
+            else:
+                self.proposals.reject(policy, price.latency_ms[1], self._cost(price))
+            self._append({**entry, "policy": policy.to_dict(), **known, "time": self._clock()})
 
     def over(self) -> bool:
         """Whether no more trials begin."""
@@ -175,6 +194,10 @@ class Controller:
 
     def result(self, number: int, outcome: Entry) -> bool:
         """Takes the outcome of a rung; whether the trial goes on to the next."""
+        with self._lock:
+            return self._result(number, outcome)
+
+    def _result(self, number: int, outcome: Entry) -> bool:
         trial = self.trials.get(number)
         if trial is None or trial.ended:
             return False  # a result that arrives after the end of its trial changes nothing
@@ -202,9 +225,10 @@ class Controller:
 
     def failed(self, number: int, error: str) -> None:
         """The trial's worker died or raised."""
-        trial = self.trials.get(number)
-        if trial and not trial.ended:
-            self._end(trial, "interrupted" if self.interrupted else "failed", error)
+        with self._lock:
+            trial = self.trials.get(number)
+            if trial and not trial.ended:
+                self._end(trial, "interrupted" if self.interrupted else "failed", error)
 
     def cut_off(self) -> bool:
         """Whether a trial that ran has not ended, though nothing was wrong with the record."""
@@ -213,9 +237,15 @@ class Controller:
 
     def close(self) -> None:
         """Ends every trial that still runs, so that nothing stays open."""
-        for trial in self.trials.values():
-            if not trial.ended:
-                self._end(trial, "interrupted")
+        if self._finder:
+            self._finder.shutdown()
+        with self._lock:
+            if self._ahead and not self._ahead.exception() and (found := self._ahead.result()):
+                self.proposals.fail(found[0])
+            self._ahead = None
+            for trial in self.trials.values():
+                if not trial.ended:
+                    self._end(trial, "interrupted")
 
     # What is known.
 

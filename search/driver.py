@@ -41,7 +41,8 @@ from .report import write_report
 from .results import finalists, measured_front, result
 from .spec import Spec, load_spec
 from .store import read_artifact, write_json, write_whole
-from .tracking import MemoryTracker, MlflowTracker, Status, Tracker
+from .tracking import MemoryTracker, Status, Tracker
+from .tracking_process import TrackerProcess
 from .tuning import run_trials
 from .workers import CompressionTrial, Job, start_meter
 
@@ -200,7 +201,7 @@ class _Search:
             return MemoryTracker()
         folder = self.spec.folder / "mlartifacts" if tracking.uri.startswith("sqlite:") else None
         location = folder.as_uri() if folder else None
-        return MlflowTracker(tracking.uri, tracking.experiment, location, header["search_id"])
+        return TrackerProcess(tracking.uri, tracking.experiment, location, header["search_id"])
 
     def _controller(
         self, limits: Limits, tracker: Tracker, header: dict[str, Any], meter: Any
@@ -229,7 +230,9 @@ class _Search:
             except ray.exceptions.RayError as error:
                 raise OSError(f"the measuring actor died: {error}") from error
 
-        return Controller(proposals, price, limits, self.record, budget, listen=[listen])
+        return Controller(
+            proposals, price, limits, self.record, budget, listen=[listen], look_ahead=True
+        )
 
     def _trials(self, controller: Controller) -> None:
         facts = facts_of(self.spec, self.ready.prepared.runtime.fingerprint)

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +11,8 @@ from typing import Any, Protocol
 from ..spaces import BadInput
 
 Entry = dict[str, Any]
-# A sync takes milliseconds in which Tune waits. What is not synced at once can be had again: a
-# trial that began, a rejection; that a trial ended follows from its last result.
+# What is synced. The rest can be had again: a trial that began, a rejection; that a trial ended
+# follows from its last result.
 SYNCED = ("search", "result", "measured")
 
 
@@ -20,7 +21,8 @@ class Record(Protocol):
     search, result, end, rejected, measured."""
 
     def append(self, entry: Entry) -> None:
-        """Adds one entry; it is on the disk when this returns. Raises OSError."""
+        """Adds one entry; a process that dies after this has lost nothing. Raises OSError, also
+        when an entry before this one could not be brought to the disk."""
 
     def entries(self) -> list[Entry]:
         """All entries so far, oldest first."""
@@ -42,9 +44,10 @@ class MemoryRecord:
 class FileRecord:
     """``record.jsonl`` in a run directory, held by one process at a time.
 
-    Each entry is written whole, and results are synced with all that came before them: a process
-    that dies loses nothing, a machine that dies no result. A last line that a crash cut off is
-    removed on opening; damage anywhere else is an error.
+    Each entry is written whole before ``append`` returns: a process that dies loses nothing. A
+    thread syncs results with all that came before them, one sync for as many as came during the
+    last: a machine that dies loses some milliseconds, and no trial waits for the disk. A last
+    line that a crash cut off is removed on opening; damage anywhere else is an error.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,6 +66,8 @@ class FileRecord:
             self._file.close()
             raise
         os.truncate(self._file.fileno(), len(_whole_lines(path.read_bytes())))
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="flyweight-record")
+        self._synced: Future[None] = self._syncer.submit(os.fsync, self._file.fileno())
 
     def append(self, entry: Entry) -> None:
         line = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
@@ -74,7 +79,7 @@ class FileRecord:
                     f"only {written} of {len(line)} bytes could be written to {self.path}"
                 )
             if entry.get("kind") in SYNCED:
-                os.fsync(self._file.fileno())
+                self._sync()
         except OSError:
             os.truncate(self._file.fileno(), before)  # a full disk leaves no half line behind
             raise
@@ -84,7 +89,20 @@ class FileRecord:
         return list(self._entries)
 
     def close(self) -> None:
-        self._file.close()
+        """Waits until everything is on the disk. Raises OSError if it does not get there."""
+        try:
+            self._syncer.shutdown()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+    def _sync(self) -> None:
+        last = self._synced
+        if last.done():
+            last.result()  # raises what it raised
+        elif not last.running():
+            return  # it has not begun: it will take this entry along
+        self._synced = self._syncer.submit(os.fsync, self._file.fileno())
 
 
 def read(path: Path) -> Iterator[Entry]:

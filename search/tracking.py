@@ -95,10 +95,10 @@ class MemoryTracker:
     ) -> Undelivered:
         if self.status is None:
             self.status, self.files = status, tuple(files)
-        return Undelivered(self._left_out, _LATE if self._left_out else None)
+        return Undelivered(self._left_out, LATE if self._left_out else None)
 
 
-_LATE = "came after the end"
+LATE = "came after the end"
 
 
 class MlflowTracker:
@@ -164,7 +164,7 @@ class MlflowTracker:
     def record(self, entry: Entry) -> None:
         with self._changed:
             if self._done or self._ending is not None:
-                self._leave_out(1, _LATE)
+                self._leave_out(1, LATE)
             elif self._held >= self._capacity:
                 self._leave_out(1, f"more than {self._capacity} entries waited")
             else:
