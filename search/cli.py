@@ -80,7 +80,10 @@ def init(folder: Path) -> None:
     for name in names:
         if (folder / name).exists():
             raise BadInput(f"{folder / name} exists; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be a folder: {error}; choose another") from error
     for name in names:
         (folder / name).write_text((templates / f"{name}.txt").read_text())
     click.echo(f"Wrote {folder / 'task.py'} and {folder / 'search.yaml'}. Next:")

@@ -264,6 +264,7 @@ class _Search:
             except FlyweightError as error:
                 self.notes.append(str(error))
         entries = [e for e in entries if e["digest"] in models]
+        self.progress.note(f"Measuring {len(models)} finalists, alone")
         meter = start_meter(self.ready)
         timings: dict[str, Timing] = ray.get(
             meter.finalists.remote(models, header["teacher"]["latency_ms"])

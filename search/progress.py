@@ -218,7 +218,7 @@ class Progress:
         """Shows a remark, such as that finalists are being measured."""
         with self._lock:
             self._last = one_line(text)
-        if not self._live:
+        if not (self._live and self._in):
             self._say(self._last)
 
     def line(self) -> str:
