@@ -4,7 +4,7 @@ MLflow takes about as much of a core as everything else that happens between two
 driver's interpreter Ray Tune and Optuna would wait for it. And should it crash, the search goes on.
 
 What goes in and out are lines of JSON: first how to reach MLflow, then ``{"entry": ...}`` and
-``{"finish": ...}``; back come ``{"run_id": ...}``, ``{"warning": ...}`` and ``{"undelivered": ...}``.
+``{"finish": ...}``; back come ``{"run_id": ...}``, ``{"warning": ...}``, ``{"undelivered": ...}``.
 """
 
 import contextlib
