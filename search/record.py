@@ -67,7 +67,8 @@ class FileRecord:
             raise
         os.truncate(self._file.fileno(), len(_whole_lines(path.read_bytes())))
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="flyweight-record")
-        self._synced: Future[None] = self._syncer.submit(os.fsync, self._file.fileno())
+        self._next_sync: Future[None] = Future()
+        self._failed: OSError | None = None  # kept: the system tells of a failed sync only once
 
     def append(self, entry: Entry) -> None:
         line = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
@@ -90,19 +91,23 @@ class FileRecord:
 
     def close(self) -> None:
         """Waits until everything is on the disk. Raises OSError if it does not get there."""
-        try:
-            self._syncer.shutdown()
-            os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
+        self._syncer.shutdown()
+        self._bring_to_disk()
+        self._file.close()
+        if self._failed:
+            raise self._failed
 
     def _sync(self) -> None:
-        last = self._synced
-        if last.done():
-            last.result()  # raises what it raised
-        elif not last.running():
-            return  # it has not begun: it will take this entry along
-        self._synced = self._syncer.submit(os.fsync, self._file.fileno())
+        if self._failed:
+            raise self._failed
+        self._next_sync.cancel()  # if it has not begun: the new one takes its entries along
+        self._next_sync = self._syncer.submit(self._bring_to_disk)
+
+    def _bring_to_disk(self) -> None:
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._failed = self._failed or error
 
 
 def read(path: Path) -> Iterator[Entry]:

@@ -99,6 +99,7 @@ class MemoryTracker:
 
 
 LATE = "came after the end"
+NOT_IN_TIME = "MLflow did not take everything in the time given"
 
 
 class MlflowTracker:
@@ -187,7 +188,7 @@ class MlflowTracker:
     def _undelivered(self, in_time: bool) -> Undelivered:
         reasons = [f"{count} entries: {why}" for why, count in self._left_out.items()]
         if not in_time:
-            reasons.append(self._outage or "MLflow did not take everything in the time given")
+            reasons.append(self._outage or NOT_IN_TIME)
         if self._runs and self._runs.complaint:
             reasons.append(self._runs.complaint)
         count = self._held + sum(self._left_out.values())

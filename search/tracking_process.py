@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .tracking import LATE, Entry, MlflowTracker, Status, Undelivered, redact
+from .tracking import LATE, NOT_IN_TIME, Entry, MlflowTracker, Status, Undelivered, redact
 
 NICENESS = 19  # it follows: trials and the search go first
 GRACE_S = 2.0  # beyond the time that the tracker itself has to finish
@@ -81,7 +81,7 @@ class TrackerProcess:
                 self._outbox.put({"finish": [status, [str(f) for f in files], timeout_s]})
                 self._outbox.put(None)
             self._changed.wait_for(lambda: self._over, timeout_s + GRACE_S)
-            answer = self._answer or Undelivered(self._given, _DIED if self._gone else _SILENT)
+            answer = self._answer or Undelivered(self._given, _DIED if self._gone else NOT_IN_TIME)
             late = self._late
         self._process.kill()
         self._process.wait()
@@ -125,9 +125,6 @@ class TrackerProcess:
             self._changed.notify_all()
 
 
-_SILENT = "MLflow did not take everything in the time given"
-
-
 class _Warnings(logging.Handler):
     """Sends what is logged here to the driver, which has the display."""
 
@@ -143,23 +140,21 @@ def _say(**message: Any) -> None:
 def _main() -> None:
     os.nice(NICENESS)
     logging.getLogger("flyweight").addHandler(_Warnings(logging.WARNING))
-    tracker: MlflowTracker | None = None
+    if not (opening := sys.stdin.readline()):
+        return  # the driver was killed before it said anything
+    tracker = MlflowTracker(*json.loads(opening)["open"])
+    threading.Thread(target=_tell_run_id, args=(tracker,), daemon=True).start()
     for line in sys.stdin:
-        ((kind, content),) = json.loads(line).items()
-        if kind == "open":
-            tracker = MlflowTracker(*content)
-            threading.Thread(target=_tell_run_id, args=(tracker,), daemon=True).start()
+        message = json.loads(line)
+        if "entry" in message:
+            tracker.record(message["entry"])
             continue
-        assert tracker is not None
-        if kind == "entry":
-            tracker.record(content)
-            continue
-        status, files, timeout_s = content
+        status, files, timeout_s = message["finish"]
         missing = tracker.finish(status, [Path(f) for f in files], timeout_s)
         _say(undelivered=[missing.entries, missing.reason])
         return
-    if tracker is not None:  # the driver was killed: the search can be resumed, its run stays open
-        tracker.wait_delivered(ORPHAN_S)
+    # The driver was killed: its search can be resumed, so the run stays open.
+    tracker.wait_delivered(ORPHAN_S)
 
 
 def _tell_run_id(tracker: MlflowTracker) -> None:

@@ -1,6 +1,7 @@
 """The record: what is appended stays, whole or not at all."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,41 @@ def test_entries_are_read_back_as_they_were_appended(tmp_path: Path) -> None:
     again = FileRecord(tmp_path / "r")
     assert again.entries() == memory.entries() == [entry(n) for n in range(3)]
     again.close()
+
+
+def test_what_the_disk_refuses_is_told_at_the_next_result_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = FileRecord(tmp_path / "r")
+    sync, calls = os.fsync, []
+
+    def fail_once(descriptor: int) -> None:  # as Linux does: the next sync succeeds
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError("input/output error")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    record.append({"kind": "result", "trial": 0})
+    record._next_sync.result()
+    with pytest.raises(OSError, match="input/output"):
+        record.append({"kind": "result", "trial": 1})
+    assert [e["trial"] for e in read(tmp_path / "r")] == [0]
+    with pytest.raises(OSError, match="input/output"):
+        record.close()
+
+
+def test_the_last_result_is_synced_after_it_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = FileRecord(tmp_path / "r")
+    sizes = []
+    monkeypatch.setattr(os, "fsync", lambda d: sizes.append(os.fstat(d).st_size))
+    for number in range(50):
+        record.append({"kind": "result", "trial": number})
+    record._next_sync.result()
+    assert sizes[-1] == (tmp_path / "r").stat().st_size
+    record.close()
 
 
 def test_a_last_line_that_a_crash_cut_off_is_dropped(tmp_path: Path) -> None:
