@@ -9,7 +9,6 @@ from torch import Tensor, fx
 
 from ..kernels import Session
 from ..spaces import Blueprint, Impossible, Policy, blueprint
-from ..spaces.tracing import trace_graph
 from .data import Items
 from .distill import distill, kl_divergence
 from .export import to_onnx
@@ -114,11 +113,11 @@ def prune(prepared: Prepared, policy: Policy, plan: Blueprint) -> fx.GraphModule
     """The pruned teacher as a traced graph, its statistics recomputed, ready to be trained."""
     widths = {name: plan.widths[name] for name in policy.prune.width}
     scores = prepared.importance(policy.prune.criterion) if widths else {}
-    kept = kept_channels(scores, widths)
+    kept = kept_channels(scores, widths, prepared.network.groups)
     pruned = remove(prepared.teacher, prepared.network, prepared.example, kept)
     if kept and policy.prune.reconstruct:
         reconstruct_(pruned, prepared.teacher, prepared.network, kept, prepared.input_moments)
-    student = lay_out(trace_graph(pruned, prepared.example), torch.channels_last)
+    student = lay_out(pruned, torch.channels_last)
     if kept:
         recompute_statistics(student, statistics_items(prepared))
     return student

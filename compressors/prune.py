@@ -1,15 +1,16 @@
 """Structured pruning: which channels stay, and the surgery that removes the others."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch_pruning as tp  # type: ignore[import-untyped]
 from torch import Tensor, fx, nn
 
-from ..spaces import Impossible, Network, nearest
-from ..spaces.tracing import dependencies, pruner
+from ..spaces import Group, Impossible, Network, nearest
+from ..spaces.surgery import operate
+from ..spaces.tracing import trace_graph
 from .data import Items
 
 # Importance of a channel from its weights in all layers of the group (and their gradients).
@@ -38,48 +39,89 @@ def importance(
     if criterion not in CRITERIA:
         raise Impossible(f"no criterion {criterion!r}; {nearest(criterion, CRITERIA)}")
     model = copy.deepcopy(model).eval().requires_grad_()
-    graph = dependencies(model, example)
     if criterion in NEED_GRADIENTS:
         for batch in calibration.batches(128):
             output = call(model, batch.inputs)
             value = loss(output, batch.targets) * len(batch) / len(calibration)
             value.backward()  # type: ignore[no-untyped-call]
     score = CRITERIA[criterion]()
-    modules = dict(model.named_modules())
     out: dict[str, Tensor] = {}
     for name, group in network.groups.items():
-        module = modules[name]
-        members = graph.get_pruning_group(module, pruner(module), list(range(group.width)))
         with torch.random.fork_rng([]):
             torch.manual_seed(len(out))  # "random" is the same in every process
-            out[name] = score(members).detach()
+            scores = score(members(model, group)).detach()
+        # A unit, such as an attention head, counts as the sum of its channels.
+        out[name] = _normalized(scores[torch.tensor(group.unit)])
     return out
 
 
-def kept_channels(scores: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:
-    """For each group the indices of its most important channels, ascending, [width]."""
-    return {
-        name: scores[name].topk(width).indices.sort().values
-        for name, width in widths.items()
-        if width < len(scores[name])
-    }
+def members(model: nn.Module, group: Group) -> Any:
+    """``group`` as torch-pruning's criteria read one: modules, what they lose, and whose it is."""
+    found = tp.dependency.Group()
+    for slot in group.slots:
+        path, _, attribute = slot.tensor.rpartition(".")
+        module = model.get_submodule(path)
+        handler = _handler(module, slot.axis) if attribute == "weight" else None
+        if handler is None:
+            continue
+        node = tp.dependency.Node(module, None, path)
+        places = [i for i, unit in enumerate(slot.units) if unit >= 0]
+        found.add_dep(tp.dependency.Dependency(handler, handler, node, node), places)
+        found[-1].root_idxs = [slot.units[i] for i in places]
+    return found
+
+
+def _handler(module: nn.Module, axis: int) -> Any:
+    """torch-pruning's function that removes channels along ``axis`` of the weights."""
+    if isinstance(module, nn.Linear):
+        return (tp.prune_linear_out_channels, tp.prune_linear_in_channels)[axis]
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if 1 < module.groups == module.in_channels == module.out_channels:
+            return tp.prune_depthwise_conv_out_channels
+        return (tp.prune_conv_out_channels, tp.prune_conv_in_channels)[axis]
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return tp.prune_batchnorm_out_channels
+    if isinstance(module, nn.LayerNorm):
+        return tp.prune_layernorm_out_channels
+    return None
+
+
+def _normalized(scores: Tensor) -> Tensor:
+    """``scores`` [width] with mean 1, so that groups compare: 0.1 is a tenth of an average channel
+    of its own group, whatever its weights' scale. All 1 where nothing distinguishes them."""
+    mean = scores.mean()
+    return scores / mean if mean > 0 else torch.ones_like(scores)
+
+
+def kept_channels(
+    scores: Mapping[str, Tensor], widths: Mapping[str, int], groups: Mapping[str, Group]
+) -> dict[str, Tensor]:
+    """For each group the channels of its most important units, ascending, [width]."""
+    kept = {}
+    for name, width in widths.items():
+        group, unit = groups[name], torch.tensor(groups[name].unit)
+        if width == group.width:
+            continue
+        count = group.width // group.multiple_of
+        totals = torch.zeros(count, dtype=scores[name].dtype).index_add(0, unit, scores[name])
+        best = totals.topk(width // group.multiple_of).indices
+        kept[name] = torch.isin(unit, best).nonzero().flatten()
+    return kept
 
 
 def remove(
-    model: nn.Module, network: Network, example: Any, kept: Mapping[str, Tensor]
-) -> nn.Module:
-    """A copy of ``model`` without the channels that are not in ``kept``."""
-    student = copy.deepcopy(model).eval().requires_grad_()
-    if not kept:
-        return student
-    graph = dependencies(student, example)
-    modules = dict(student.named_modules())
-    for name, indices in kept.items():
-        width = network.groups[name].width
-        gone = sorted(set(range(width)) - set(indices.tolist()))
-        module = modules[name]
-        graph.get_pruning_group(module, pruner(module), gone).prune()
-    return student
+    model: nn.Module,
+    network: Network,
+    example: Any,
+    kept: Mapping[str, Tensor],
+    drop: Iterable[str] = (),
+) -> fx.GraphModule:
+    """A copy of ``model`` without the channels that are not in ``kept`` and without the residual
+    branches ``drop``, as the graph of its operations."""
+    if model.training:
+        model = copy.deepcopy(model).eval()
+    student = operate(trace_graph(model, example), network, kept, drop)
+    return student.eval().requires_grad_()
 
 
 def lay_out(model: Model, layout: torch.memory_format) -> Model:

@@ -3,7 +3,6 @@
 import torch
 
 from ..spaces import Policy, blueprint
-from ..spaces.tracing import trace_graph
 from .export import to_onnx
 from .freeze import freeze
 from .prepared import Prepared
@@ -20,9 +19,10 @@ def untrained(prepared: Prepared, policy: Policy) -> bytes:
     and nothing is trained. Raises Impossible.
     """
     plan = blueprint(prepared.network, policy, prepared.runtime.capabilities)
-    kept = {name: torch.arange(plan.widths[name]) for name in policy.prune.width}
+    groups = prepared.network.groups
+    kept = {n: torch.tensor(groups[n].first(width)) for n, width in policy.prune.width.items()}
     pruned = remove(prepared.teacher, prepared.network, prepared.example, kept)
-    student = fold_norms(trace_graph(pruned, prepared.example), prepared.network)
+    student = fold_norms(pruned, prepared.network)
     if plan.quantized:
         student = insert_quantizers(student, plan, "minmax")
         calibrate(student, prepared.splits.calibration.take(torch.arange(ITEMS)), "minmax")
