@@ -9,6 +9,7 @@ from .freeze import freeze
 from .prepared import Prepared
 from .prune import remove
 from .quantize import calibrate, fold_norms, insert_quantizers, settle_biases
+from .sparsify import sparsify_
 
 ITEMS = 8  # enough for ranges that are not degenerate
 
@@ -19,12 +20,15 @@ def untrained(prepared: Prepared, policy: Policy) -> bytes:
     Which channels stay does not change what the runtime executes, so no importance is computed
     and nothing is trained. Raises Impossible.
     """
-    plan = blueprint(prepared.network, policy, prepared.runtime.capabilities)
+    start = prepared.start(policy)
+    plan = blueprint(start.network, policy, prepared.runtime.capabilities)
     kept = {name: torch.arange(plan.widths[name]) for name in policy.prune.width}
-    pruned = remove(prepared.teacher, prepared.network, prepared.example, kept)
-    student = fold_norms(trace_graph(pruned, prepared.example), prepared.network)
+    pruned = remove(start.model, start.network, prepared.example, kept)
+    if policy.prune.sparsity:
+        sparsify_(pruned, start.network, policy.prune.sparsity)
+    student = fold_norms(trace_graph(pruned, prepared.example), start.network)
     if plan.quantized:
         student = insert_quantizers(student, plan, "minmax")
         calibrate(student, prepared.splits.calibration.take(torch.arange(ITEMS)), "minmax")
-        settle_biases(student, prepared.network, plan)
+        settle_biases(student, start.network, plan)
     return to_onnx(freeze(student), prepared.example)

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .errors import BadInput
+from .policy import MAX_SPARSITY
 
 Range = tuple[float, float]
 
 
 _CHOICES = {
     "criteria": str, "reconstruct": bool, "precisions": str, "calibrations": str, "qat": bool,
-    "students": str, "losses": str,
+    "students": str, "losses": str, "sparsity": float,
 }  # fmt: skip
 _RANGES: dict[
     str, tuple[str, Callable[[float], bool]]
@@ -33,6 +34,7 @@ class Settings:
     multiple_of: int | None = None  # None: what the target likes
     criteria: tuple[str, ...] = ("l1",)
     reconstruct: tuple[bool, ...] = (False,)
+    sparsity: tuple[float, ...] = (0.0,)
     precisions: tuple[str, ...] = ("fp32", "int8")
     calibrations: tuple[str, ...] = ("minmax",)
     qat: tuple[bool, ...] = (False,)
@@ -55,6 +57,8 @@ class Settings:
             _require(all(type(v) is kind for v in values), rule, list(values))
             rule = f"the choices of {name} differ"
             _require(len(set(values)) == len(values), rule, list(values))
+        within = all(0 <= share <= MAX_SPARSITY for share in self.sparsity)
+        _require(within, f"0 <= sparsity <= {MAX_SPARSITY}", list(self.sparsity))
         for name, (rule, holds) in _RANGES.items():
             bounds = tuple(getattr(self, name))
             object.__setattr__(self, name, bounds)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from flyweight.compressors.data import Items
 from flyweight.compressors.prune import (
     CRITERIA,
+    FISHER_BATCH,
     call,
     importance,
     kept_channels,
@@ -113,6 +114,71 @@ def test_every_criterion_scores_every_channel_and_repeats(
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+@pytest.mark.parametrize("name", ["separable", "plain", "sequence"])
+def test_groups_compare(networks: ModuleType, name: str, criterion: str) -> None:
+    # 1 is an average channel of its group, whatever the criterion's unit and the weights' scale.
+    for scores in scores_of(networks, name, criterion).values():
+        assert scores.mean().item() == pytest.approx(1, rel=1e-5)
+        assert (scores >= 0).all()
+
+
+def rescaled(networks: ModuleType) -> tuple[Any, Any]:
+    """The same function twice: with relu, c1 may be twice as loud if c2 listens half as much."""
+    model: Any = networks.make("plain")[0]
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        factors = torch.linspace(0.5, 2, 16)
+        twin.c1.weight.mul_(factors[:, None, None, None])
+        twin.c1.bias.mul_(factors)
+        twin.c2.weight.div_(factors[None, :, None, None])
+    return model, twin
+
+
+@pytest.mark.parametrize(("criterion", "same"), [("taylor", True), ("fisher", True), ("l1", False)])
+def test_what_the_loss_decides_does_not_depend_on_the_scale_of_weights(
+    networks: ModuleType, criterion: str, same: bool
+) -> None:
+    model, twin = rescaled(networks)
+    example = networks.make("plain")[1]
+    items = Items(batch_of(example, 24), torch.arange(24) % 5)
+    assert torch.allclose(model(items.inputs), twin(items.inputs), atol=1e-5)
+    network = networks.traced("plain")
+    one, other = (
+        importance(m, network, example, criterion, items, F.cross_entropy)["c1"]
+        for m in (model, twin)
+    )
+    assert torch.allclose(one, other, rtol=1e-3) == same
+
+
+def test_fisher_is_the_mean_of_squared_gradients(networks: ModuleType) -> None:
+    model: Any
+    model, example = networks.make("plain")
+    items = Items(batch_of(example, 2 * FISHER_BATCH), torch.arange(2 * FISHER_BATCH) % 5)
+    found = importance(model, networks.traced("plain"), example, "fisher", items, F.cross_entropy)
+    out, into = torch.zeros(16), torch.zeros(16)
+    for batch in items.batches(FISHER_BATCH):
+        loss = F.cross_entropy(model(batch.inputs), batch.targets)
+        ours, theirs = torch.autograd.grad(loss, [model.c1.weight, model.c2.weight])
+        out += (model.c1.weight * ours).detach().square().sum((1, 2, 3))
+        into += (model.c2.weight * theirs).detach().square().sum((0, 2, 3))
+    expected = (out + into) / (out + into).mean()
+    assert torch.allclose(found["c1"], expected, rtol=1e-4)
+
+
+def test_a_group_that_nothing_distinguishes_scores_1(networks: ModuleType) -> None:
+    model: Any
+    model, example = networks.make("plain")
+    with torch.no_grad():
+        model.l2.weight.zero_()  # nothing reaches the answer
+    items = Items(batch_of(example, 8), torch.arange(8) % 5)
+    for criterion in ("taylor", "fisher"):
+        found = importance(
+            model, networks.traced("plain"), example, criterion, items, F.cross_entropy
+        )
+        assert torch.equal(found["c1"], torch.ones(16))
+
+
 def test_taylor_leaves_out_what_the_answer_does_not_depend_on(networks: ModuleType) -> None:
     model: Any
     model, example = networks.make("plain")
@@ -128,8 +194,10 @@ def test_taylor_leaves_out_what_the_answer_does_not_depend_on(networks: ModuleTy
 
 
 def test_an_unknown_criterion_is_refused(networks: ModuleType) -> None:
-    with pytest.raises(Impossible, match="did you mean 'taylor'"):
+    with pytest.raises(Impossible, match="no criterion 'taylr'; did you mean 'taylor'"):
         scores_of(networks, "mlp", "taylr")
+    with pytest.raises(Impossible, match="known: fisher, l1, l2, random, taylor"):
+        scores_of(networks, "mlp", "zzz")
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=30, unique=True), st.data())
