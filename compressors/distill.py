@@ -1,6 +1,5 @@
 """Distillation: the student learns from the teacher's softened answers and from the labels."""
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..spaces import Distill, Impossible, nearest
-from .data import Items, tree_map
-from .losses import LOSSES, Hints, Loss, Seen, kl_divergence, tapped
+from .data import Items
+from .losses import LOSSES, Seen, kl_divergence, tapped
 from .prune import call
 from .sparsify import masks
 

@@ -103,7 +103,7 @@ class Prepared:
         return Items(self.task.augment(train.inputs, generator), train.targets)
 
     def input_moments(self, student: str) -> dict[str, Moments]:
-        """Moments of the inputs of the layers ``student`` starts with: the same for every policy."""
+        """Moments of the inputs of what ``student`` starts from: the same for every policy."""
         if student not in self._moments:
             start = self.starts[student]
             self._moments[student] = input_moments(
@@ -117,7 +117,7 @@ class Prepared:
         return run_module(self.teacher, self.splits.search)
 
     def importance(self, student: str, criterion: str) -> dict[str, Tensor]:
-        """Importance of the channels ``student`` starts with: the same for every policy."""
+        """Importance of the channels of what ``student`` starts from: the same for every policy."""
         if (student, criterion) not in self._importance:
             start = self.starts[student]
             self._importance[student, criterion] = importance(

@@ -134,9 +134,9 @@ class SpaceSection(Section):
         p, q, d = self.prune, self.quantize, self.distill
         return Settings(
             min_keep=p.min_keep, multiple_of=p.multiple_of, criteria=p.criteria,
-            reconstruct=p.reconstruct, sparsity=p.sparsity, precisions=q.precisions, calibrations=q.calibrations,
-            qat=q.qat, students=d.students, losses=d.losses, temperature=d.temperature,
-            alpha=d.alpha, learning_rate=d.learning_rate,
+            reconstruct=p.reconstruct, sparsity=p.sparsity, precisions=q.precisions,
+            calibrations=q.calibrations, qat=q.qat, students=d.students, losses=d.losses,
+            temperature=d.temperature, alpha=d.alpha, learning_rate=d.learning_rate,
         )  # fmt: skip
 
 

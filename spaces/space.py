@@ -123,9 +123,7 @@ class Space:
             needs: str = "",
             student: str = "",
         ) -> Parameter:
-            return Parameter(
-                name, choices[at], choices, rung=rung, needs=needs, student=student
-            )
+            return Parameter(name, choices[at], choices, rung=rung, needs=needs, student=student)
 
         def between(name: str, bounds: Range, log: bool = False) -> Parameter:
             low, high = bounds
@@ -192,13 +190,13 @@ class Space:
             f"precision/{_qualified(student, n)}": policy.quantize.precision.get(n, "fp32")
             for n in network.layers
         }
-        out["sparsity"] = policy.prune.sparsity
+        out |= {"student": student, "sparsity": policy.prune.sparsity}
         if policy.prune.width:
             out |= {"criterion": policy.prune.criterion, "reconstruct": policy.prune.reconstruct}
         if policy.quantize.acts:
             out |= {"calibration": policy.quantize.calibration, "qat": policy.quantize.qat}
         if policy.distill is not None:
-            for name in ("student", "loss", "temperature", "alpha", "learning_rate"):
+            for name in ("loss", "temperature", "alpha", "learning_rate"):
                 out[name] = getattr(policy.distill, name)
         return out
 
@@ -268,7 +266,7 @@ class Space:
         self.check(policy)
         values = self.values(policy)
         for name, parameter in self._choices.items():
-            if name not in values:
+            if name not in values or (name == "student" and policy.distill is None):
                 continue
             at = parameter.choices.index(values[name])
             for other in (at - 1, at + 1):
