@@ -15,14 +15,20 @@ from .data import Items
 
 # Importance of a channel from its weights in all layers of the group (and their gradients).
 # l1: Li et al. 2017, "Pruning filters for efficient convnets". taylor: Molchanov et al. 2019,
-# "Importance estimation for neural network pruning", first order.
+# "Importance estimation for neural network pruning", first order. fisher: LeCun et al. 1989,
+# "Optimal brain damage", with the diagonal Fisher information for the curvature.
 CRITERIA: dict[str, Callable[[], Any]] = {
-    "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
-    "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-    "taylor": lambda: tp.importance.GroupTaylorImportance(),
+    "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1, normalizer=None),
+    "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2, normalizer=None),
+    "taylor": lambda: tp.importance.GroupTaylorImportance(normalizer=None),
+    "fisher": lambda: tp.importance.GroupHessianImportance(normalizer=None),
+    "bn_scale": lambda: tp.importance.BNScaleImportance(normalizer=None),
+    "median": lambda: tp.importance.FPGMImportance(normalizer=None),
     "random": lambda: tp.importance.RandomImportance(),
 }
-NEED_GRADIENTS = {"taylor"}
+# A batch's gradient squared is near the Fisher information only while the batch is small: the
+# gradients of many items cancel before they are squared.
+FISHER_BATCH = 8
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -39,19 +45,18 @@ def importance(
     if criterion not in CRITERIA:
         raise Impossible(f"no criterion {criterion!r}; {nearest(criterion, CRITERIA)}")
     model = copy.deepcopy(model).eval().requires_grad_()
-    if criterion in NEED_GRADIENTS:
-        for batch in calibration.batches(128):
-            output = call(model, batch.inputs)
-            value = loss(output, batch.targets) * len(batch) / len(calibration)
-            value.backward()  # type: ignore[no-untyped-call]
+    if criterion in _GRADIENTS:
+        _GRADIENTS[criterion](model, calibration, loss)
     score = CRITERIA[criterion]()
     out: dict[str, Tensor] = {}
     for name, group in network.groups.items():
         with torch.random.fork_rng([]):
             torch.manual_seed(len(out))  # "random" is the same in every process
-            scores = score(members(model, group)).detach()
+            scores = score(members(model, group))
+        if scores is None:
+            raise Impossible(f"criterion {criterion!r} finds nothing to judge group {name!r} by")
         # A unit, such as an attention head, counts as the sum of its channels.
-        out[name] = _normalized(scores[torch.tensor(group.unit)])
+        out[name] = _normalized(scores.detach()[torch.tensor(group.unit)])
     return out
 
 
@@ -91,6 +96,36 @@ def _normalized(scores: Tensor) -> Tensor:
     of its own group, whatever its weights' scale. All 1 where nothing distinguishes them."""
     mean = scores.mean()
     return scores / mean if mean > 0 else torch.ones_like(scores)
+
+
+def _mean_gradients(
+    model: nn.Module, items: Items, loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Leaves in ``grad`` of every parameter the gradient of the mean loss over ``items``."""
+    for batch in items.batches(128):
+        value = loss(call(model, batch.inputs), batch.targets) * len(batch) / len(items)
+        value.backward()  # type: ignore[no-untyped-call]
+
+
+def _mean_squares(model: nn.Module, items: Items, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Leaves in ``grad`` of every parameter the diagonal of the empirical Fisher information.
+
+    torch-pruning's own sum of squares keeps only the last batch (1.6.1: it looks parameters up by
+    name and files them by tensor).
+    """
+    squares = {p: torch.zeros_like(p) for p in model.parameters()}
+    for batch in items.batches(FISHER_BATCH):
+        value = loss(call(model, batch.inputs), batch.targets)
+        value.backward()  # type: ignore[no-untyped-call]
+        for parameter, square in squares.items():
+            if parameter.grad is not None:
+                square += parameter.grad**2 * len(batch) ** 2 / len(items)
+                parameter.grad = None
+    for parameter, square in squares.items():
+        parameter.grad = square
+
+
+_GRADIENTS = {"taylor": _mean_gradients, "fisher": _mean_squares}
 
 
 def kept_channels(

@@ -24,6 +24,11 @@ class Found:
             self.labels = Labels(graph)
             self.labels.run(*inputs)
             self.roots = self.labels.ties.settle()
+            try:
+                graph(*doubled(inputs))
+                self.takes_two = True  # requests in one batch
+            except Exception:
+                self.takes_two = False
         self.makes, self.reads = map(self._rooted, (self.labels.makes, self.labels.reads))
         self.slots = self._rooted(self._axes())
         self.unit_of: dict[str, dict[int, int]] = {}  # group -> root -> unit
@@ -97,6 +102,11 @@ class Found:
         return out
 
 
+def doubled(inputs: Sequence[Any]) -> list[Any]:
+    """Two requests in one batch."""
+    return [torch.cat((x, x)) if isinstance(x, Tensor) and x.ndim else x for x in inputs]
+
+
 def _where(
     places: Mapping[Any, list[int]], number: Mapping[int, int]
 ) -> dict[Any, tuple[int, ...]]:
@@ -110,7 +120,7 @@ def _where(
 
 def _line(labels: Tensor, axis: int) -> Tensor:
     """Labels along ``axis``, [size], at the first place of every other."""
-    return labels.movedim(axis, 0).flatten(1)[:, 0]
+    return labels.movedim(axis, 0).reshape(labels.shape[axis], -1)[:, 0]
 
 
 def _runs(owners: list[int], names: list[str]) -> Iterable[Part]:

@@ -110,7 +110,8 @@ class Labels(fx.Interpreter):
     def channels(self, labels: Tensor, axis: int) -> Tensor:
         """The labels along ``axis``, [size]: at all other places there must be the same."""
         size = labels.shape[axis]
-        rows = core(labels).movedim(axis, 0).flatten(1)
+        rows = core(labels).movedim(axis, 0)
+        rows = rows.reshape(len(rows), -1)
         self.ties.tie(rows, rows[:, :1])
         return rows[:, 0].expand(size)
 
@@ -160,8 +161,8 @@ class Labels(fx.Interpreter):
         source: Any = fx.node.map_arg(n.args[0], self.of.__getitem__)
         rest, kwargs = fx.node.map_arg((n.args[1:], n.kwargs), self.env.__getitem__)
         call: Any = n.target
-        if n.op == "call_method":
-            call = getattr(type(source), str(n.target))
+        if n.op == "call_method":  # labels are not laid out in memory as values are
+            call = getattr(type(source), "reshape" if name == "view" else str(n.target))
         elif n.op == "call_module":
             call = self.fetch_attr(str(n.target))
         moved = call(source, *rest, **kwargs)

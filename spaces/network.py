@@ -105,7 +105,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Network:
-    """A traced network. ``inputs`` name the values a request carries, ``output`` the answer."""
+    """A traced network. ``inputs`` name the values a request carries, ``output`` the answer.
+
+    parameters: of the whole model. blocks: residual branches that can be dropped.
+    """
 
     ops: tuple[Op, ...]
     layers: Mapping[str, Layer]
@@ -176,11 +179,9 @@ class Network:
             for name, block in self.blocks.items()
             if block.add in alive
         }
-        parameters = sum(layer.parameters for n, layer in self.layers.items() if n not in layers)
         return replace(
-            self, ops=ops, layers=layers, groups=groups, blocks=blocks,
-            output=left(self.output), parameters=self.parameters - parameters,
-        )  # fmt: skip
+            self, ops=ops, layers=layers, groups=groups, blocks=blocks, output=left(self.output)
+        )
 
 
 def reachable(ops: Iterable[Op]) -> set[str]:

@@ -1,6 +1,7 @@
 """Surgery on a traced graph: channels and residual branches go, numbers that held them follow."""
 
 import copy
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,10 +31,13 @@ def operate(
     units = {name: _units(network.groups[name], channels) for name, channels in kept.items()}
     _slice(student, network, units)
     widths = {name: len(channels) for name, channels in kept.items()}
+    stale: set[fx.Node] = set()  # numbers that are another since the surgery
     for node in student.graph.nodes:
         node.meta.clear()  # the shapes are those of the whole model
         if node.name in network.op:
-            _resize(student, network, node, widths)
+            if _is_stale(network, node, widths, stale):
+                stale.add(node)
+            _resize(student, network, node, widths, stale)
     student.graph.lint()
     student.recompile()
     return student
@@ -122,8 +126,35 @@ def _state_sizes(module: Any) -> None:
         module.num_features = len(weight)
 
 
+def _is_stale(
+    network: Network, node: fx.Node, widths: Mapping[str, int], stale: set[fx.Node]
+) -> bool:
+    """Whether ``node`` is a number, or several, worked out from a size that has changed."""
+    if network.op[node.name].shape or not node.all_input_nodes:
+        return False
+    source, index = _value(network, node.all_input_nodes[0]), (*node.args, None, None)[1]
+    one = node.target in ("size", operator.getitem) and isinstance(index, int)
+    if one and not network.op[source.name].shape and source.all_input_nodes:
+        source = _value(network, source.all_input_nodes[0])  # x.shape[1]
+    if shape := network.op[source.name].shape:
+        new = network.shape(source.name, widths)
+        return shape[index] != new[index] if one else shape != new
+    return any(n in stale for n in node.all_input_nodes)
+
+
+def _value(network: Network, node: fx.Node) -> fx.Node:
+    """The node whose value that of ``node`` is: dropout and the like are no operations."""
+    while node.name not in network.op:
+        node = node.all_input_nodes[0]
+    return node
+
+
 def _resize(
-    student: fx.GraphModule, network: Network, node: fx.Node, widths: Mapping[str, int]
+    student: fx.GraphModule,
+    network: Network,
+    node: fx.Node,
+    widths: Mapping[str, int],
+    stale: set[fx.Node],
 ) -> None:
     """Numbers among the arguments of ``node`` that are sizes of its value become the new ones."""
     old, new = network.op[node.name].shape, network.shape(node.name, widths)
@@ -136,7 +167,7 @@ def _resize(
     if name == "split":
         node.args = (node.args[0], _part_sizes(network, node, widths), *node.args[2:])
         return
-    if name not in _SIZES or new == old:
+    if name not in _SIZES or (new == old and stale.isdisjoint(node.all_input_nodes)):
         return
     place = _SIZES[name]
     given: Any = node.args[place:]
@@ -144,7 +175,9 @@ def _resize(
     last = name == "layer_norm"
     first = len(old) - len(sizes) if last else int(node.args[1]) if name == "unflatten" else 0
     ends = zip(sizes, old[first:], new[first:], strict=False)
-    fitted = tuple(s if before == after or s == -1 else after for s, before, after in ends)
+    fitted = tuple(
+        s if s == -1 or (before == after and s not in stale) else after for s, before, after in ends
+    )
     rest = given[1:] if sizes is given[0] else ()
     node.args = (*node.args[:place], fitted, *rest)
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from .errors import BadInput, Untraceable
-from .grouping import Found, find_blocks, trial_widths
+from .grouping import Found, doubled, find_blocks, trial_widths
 from .network import Group, Layer, Network, Op
 from .operations import LAYERS, SHAPE, callee, operations, shape_of
 from .surgery import operate
@@ -162,6 +162,9 @@ def _agrees(
     try:
         kept = {name: groups[name].first(width) for name, width in widths.items()}
         pruned = operate(graph, network, kept)
+        if found.takes_two:  # a number that held the batch for one request would show here
+            with torch.no_grad():
+                pruned(*doubled(inputs))
         note_shapes(pruned, inputs)
     except Exception:  # whatever surgery or the model says: these cannot be pruned
         return False
