@@ -86,6 +86,7 @@ def distill(
     _train_mode(student, train_norms)
     samples, seen, blind = 0, [], 0.0
     for rate, items, answers in _steps(epochs, first, count, batch, seed):
+        items, answers = items.to(device), answers.to(device)
         for group in optimizer.param_groups:
             group["lr"] = peak * rate
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
