@@ -76,17 +76,17 @@ def distill(
             value = value + (1 - settings.alpha) * loss(output, items.targets)
         return value
 
-    student.train(train_norms)
     if isinstance(soft, type):
         with torch.no_grad():
             few = epochs(int(first)).items.take(torch.arange(2)).inputs
             student.eval()
             soft = soft(see(taps, few), see(teacher_taps, few))
-            student.train(train_norms)
         parameters += list(soft.parameters())
     optimizer = torch.optim.SGD(parameters, peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    _train_mode(student, train_norms)
     samples, seen, blind = 0, [], 0.0
     for rate, items, answers in _steps(epochs, first, count, batch, seed):
+        items, answers = items.to(device), answers.to(device)
         for group in optimizer.param_groups:
             group["lr"] = peak * rate
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
@@ -121,6 +121,15 @@ def distill(
         raise _diverged(samples, settings, what)
     student.eval().to(CPU)
     return samples
+
+
+def _train_mode(student: nn.Module, train_norms: bool) -> None:
+    student.train(train_norms)
+    for module in student.modules():
+        # With momentum 0 statistics never move: training on those of the batch would part the
+        # student that is trained from the one that is deployed.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum == 0:
+            module.eval()
 
 
 def _mean(values: list[float]) -> float:
