@@ -35,7 +35,7 @@ def kl_divergence(output: Tensor, answer: Tensor, temperature: float = 1.0) -> T
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-# (student's answers, teacher's answers, temperature) -> a scalar. At equal cost decoupled KD, hints,
+# (student's answers, teacher's, temperature) -> a scalar. At equal cost decoupled KD, hints,
 # attention transfer and relations did not beat this one (docs/ablation.md).
 LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"kl": kl_divergence}
 
