@@ -10,10 +10,9 @@ from torch import Tensor, fx
 from ..kernels import Session
 from ..spaces import Blueprint, Impossible, Policy, blueprint
 from .data import Items
-from .distill import distill
+from .distill import distill, kl_divergence
 from .export import to_onnx
 from .freeze import freeze
-from .losses import NEED_VALUES, kl_divergence, matched
 from .parity import Parity, check_parity, run_session
 from .prepared import Prepared
 from .prune import kept_channels, lay_out, recompute_statistics, remove
@@ -167,7 +166,6 @@ def _train(
         "qat": QAT_SHARE,
     }
     firsts = {"short": 0.0, "full": short, "qat": 1 - QAT_SHARE}
-    names = matched(module, prepared.network) if policy.distill.loss in NEED_VALUES else []
     return distill(
         module,
         prepared.epoch,
@@ -180,8 +178,6 @@ def _train(
         first=firsts[stage] * schedule.full_epochs,
         train_norms=stage != "qat",
         hold_zeros=policy.prune.sparsity > 0,
-        teacher=trace_graph(prepared.teacher, prepared.example) if names else None,
-        values=names,
         device=prepared.device,
         # With quantizers in place bfloat16 would round as coarsely as they do.
         mixed=prepared.device.type == "cuda" and stage != "qat",

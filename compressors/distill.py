@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..spaces import Distill, Impossible, nearest
 from .data import Items
-from .losses import LOSSES, Seen, kl_divergence, tapped
 from .prune import call
 from .sparsify import masks
 
@@ -28,8 +28,39 @@ class Epoch:
     answers: Tensor  # [N, ...]
 
 
+def kl_divergence(output: Tensor, answer: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean KL(teacher || student) of softened answers, times T^2 (Hinton et al. 2015, sec. 2)."""
+    student = F.log_softmax(output / temperature, -1).flatten(0, -2)  # [n, classes]
+    teacher = F.log_softmax(answer / temperature, -1).flatten(0, -2)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def decoupled(output: Tensor, answer: Tensor, temperature: float, beta: float = 4.0) -> Tensor:
+    """Zhao et al. 2022, "Decoupled knowledge distillation", eq. 7: target class against the rest,
+    plus ``beta`` times the rest among itself. The target is the teacher's first choice."""
+    ours, theirs = ((x / temperature).flatten(0, -2) for x in (output, answer))  # [n, classes]
+    target = F.one_hot(theirs.argmax(-1), theirs.shape[-1]).bool()
+
+    def apart(logits: Tensor) -> tuple[Tensor, Tensor]:  # [n, 2], [n, classes]
+        rest = logits.masked_fill(target, -1e4)
+        two = torch.stack([logits[target], rest.logsumexp(-1)], -1)
+        return two.log_softmax(-1), rest.log_softmax(-1)
+
+    pairs = zip(apart(ours), apart(theirs), strict=True)
+    among = [F.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in pairs]
+    return (among[0] + beta * among[1]) * temperature**2
+
+
+# (student's answers, teacher's, temperature) -> a scalar. At equal cost hints, attention transfer
+# and relations beat KL on no network (docs/ablation.md).
+LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "kl": kl_divergence,
+    "decoupled": decoupled,
+}
+
+
 def distill(
-    student: fx.GraphModule,
+    student: nn.Module,
     epochs: Callable[[int], Epoch],
     count: float,
     settings: Distill,
@@ -41,8 +72,6 @@ def distill(
     first: float = 0.0,
     train_norms: bool = True,
     hold_zeros: bool = False,
-    teacher: fx.GraphModule | None = None,
-    values: list[str] | None = None,
     device: torch.device = CPU,
     mixed: bool = False,
 ) -> int:
@@ -56,32 +85,18 @@ def distill(
     if settings.loss not in LOSSES:
         raise Impossible(f"no loss {settings.loss!r}; {nearest(settings.loss, LOSSES)}")
     soft = LOSSES[settings.loss]
-    names = values or []
-    if names:
-        assert teacher is not None
-        teacher_taps, taps = tapped(teacher, names), tapped(student, names)
     student.to(device)
     parameters = [p for p in student.parameters() if p.requires_grad]
     holds = masks(student) if hold_zeros else {}
 
-    def see(graph: fx.GraphModule, inputs: object) -> Seen:
-        found = call(graph, inputs)
-        return Seen(*found) if names else Seen(found)
-
     def objective(output: Tensor, items: Items, answers: Tensor) -> Tensor:
         value = torch.zeros((), device=output.device)
         if settings.alpha > 0:
-            value = settings.alpha * kl_divergence(output, answers, settings.temperature)
+            value = settings.alpha * soft(output, answers, settings.temperature)
         if settings.alpha < 1:
             value = value + (1 - settings.alpha) * loss(output, items.targets)
         return value
 
-    if isinstance(soft, type):
-        with torch.no_grad():
-            few = epochs(int(first)).items.take(torch.arange(2)).inputs
-            student.eval()
-            soft = soft(see(taps, few), see(teacher_taps, few))
-        parameters += list(soft.parameters())
     optimizer = torch.optim.SGD(parameters, peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
     _train_mode(student, train_norms)
     samples, seen, blind = 0, [], 0.0
@@ -90,17 +105,9 @@ def distill(
         for group in optimizer.param_groups:
             group["lr"] = peak * rate
         with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            ours = see(taps if names else student, items.inputs)
-        output = ours.output.float()
-        if settings.loss == "kl":
-            value = objective(output, items, answers)
-        else:
-            theirs = Seen(answers)
-            if names:
-                with torch.no_grad():
-                    theirs = Seen(answers, see(teacher_taps, items.inputs).values)
-            value = settings.alpha * soft(ours, theirs, settings.temperature)
-            value = value + (1 - settings.alpha) * loss(output, items.targets)
+            output = call(student, items.inputs)
+        output = output.float()
+        value = objective(output, items, answers)
         seen.append(value.item())
         if not math.isfinite(seen[-1]):
             raise _diverged(samples, settings, f"the loss is {seen[-1]}")

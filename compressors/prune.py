@@ -17,12 +17,12 @@ from .data import Items
 # l1: Li et al. 2017, "Pruning filters for efficient convnets". taylor: Molchanov et al. 2019,
 # "Importance estimation for neural network pruning", first order. fisher: LeCun et al. 1989,
 # "Optimal brain damage", with the diagonal Fisher information for the curvature.
+# median: He et al. 2019, "Filter pruning via geometric median": what others can stand in for goes.
 CRITERIA: dict[str, Callable[[], Any]] = {
     "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1, normalizer=None),
     "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2, normalizer=None),
     "taylor": lambda: tp.importance.GroupTaylorImportance(normalizer=None),
     "fisher": lambda: tp.importance.GroupHessianImportance(normalizer=None),
-    "bn_scale": lambda: tp.importance.BNScaleImportance(normalizer=None),
     "median": lambda: tp.importance.FPGMImportance(normalizer=None),
     "random": lambda: tp.importance.RandomImportance(),
 }

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from ..compressors.losses import LOSSES
+from ..compressors.distill import LOSSES
 from ..compressors.observe import ACTIVATION_RANGES
 from ..compressors.prune import CRITERIA
 from ..kernels import RUNTIMES
