@@ -13,13 +13,13 @@ which the expected squared error of its readers is least:
 and a depthwise reader, whose step follows its only channel, loses nothing.
 """
 
+import copy
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ..spaces import Blueprint, Network
 from ..spaces.network import Op
@@ -102,3 +102,96 @@ def _homogeneous(op: Op, network: Network) -> bool:
     if op.kind == "reshape":
         return len(op.shape) == 2 and before.axis == op.axis == 1
     return op.shape[1:2] == before.shape[1:2]
+
+
+@torch.no_grad()
+def equalize(
+    graph: fx.GraphModule, network: Network, plan: Blueprint, items: Items
+) -> fx.GraphModule:
+    """A copy of the folded ``graph`` that computes the same with channels of like loudness."""
+    graph = copy.deepcopy(graph)
+    some = [c for c in tied_channels(network) if not plan.quantized.keys().isdisjoint(c.values)]
+    wanted = {v for c in some for v in c.values if v in plan.quantized}
+    seen = _loudness(graph, wanted, items)
+    for channels in some:
+        found = [seen[v] for v in channels.values if v in seen]
+        low, high = (torch.stack([f[i] for f in found]) for i in (0, 1))  # [values, channels]
+        square = torch.stack([f[2] for f in found]).amax(0)
+        readers: list[Any] = [graph.get_submodule(name) for name in channels.readers]
+        scale = best_scale(low, high, square, readers, bool(channels.clipped), plan)
+        for name in channels.makers:
+            maker: Any = graph.get_submodule(name)
+            maker.weight *= scale.reshape(-1, *[1] * (maker.weight.ndim - 1))
+            if maker.bias is not None:
+                maker.bias *= scale
+        for reader in readers:
+            _columns(reader, channels.width).div_(scale[:, None])
+    return graph
+
+
+def _columns(reader: Any, width: int) -> Tensor:
+    """The weights of ``reader`` as a view, [outputs, channels, weights for each] or, depthwise,
+    [channels, weights]."""
+    weight: Tensor = reader.weight
+    if getattr(reader, "groups", 1) > 1:
+        return weight.view(width, -1)
+    return weight.view(len(weight), width, -1)
+
+
+def best_scale(
+    low: Tensor, high: Tensor, square: Tensor, readers: list[Any], clipped: bool, plan: Blueprint
+) -> Tensor:
+    """The scale of each channel [channels] with the least expected error.
+
+    low, high: extremes of the channels of each value [values, channels]; square: mean squares.
+    """
+    loud = torch.maximum(high, -low).amax(0).clamp_min(1e-8)  # [channels]
+    dense = [_columns(r, len(loud)) for r in readers if getattr(r, "groups", 1) == 1]
+    deep = [_columns(r, len(loud)) for r in readers if getattr(r, "groups", 1) > 1]
+    gain = sum(((w**2).sum((0, 2)) for w in dense), torch.zeros_like(loud))
+    gain = gain + sum(((w**2).sum(1) for w in deep), torch.zeros_like(loud))
+    limit = 2 ** (plan.weight_bits - 1) - 1
+    best, chosen = float("inf"), torch.ones_like(loud)
+    reach = torch.stack([w.abs().amax((0, 2)) for w in dense]).amax(0) if dense else None
+    for power in POWERS:
+        for weighed in (False, True) if reach is not None else (False,):
+            scale = loud**-power
+            if weighed and reach is not None:
+                scale = scale * reach.clamp_min(reach.max() / LOUDEST) ** (1 - power)
+            scale = scale / scale[loud.argmax()]
+            if clipped:
+                scale = scale.clamp(torch.ones(()), (CLIP / (MARGIN * loud)).clamp(1, LOUDEST))
+            else:
+                scale = scale.clamp(1 / LOUDEST, LOUDEST)
+            step = ((high * scale).amax(1) - (low * scale).amin(1).clamp_max(0)).amax() / 255
+            error = (gain * step**2 / scale**2).sum()
+            for w in dense:
+                weight_step = (w.abs().amax(2) / scale).amax(1) / limit  # [outputs]
+                error += (square * scale**2).sum() * w.shape[2] * (weight_step**2).sum()
+            if error < best:
+                best, chosen = error.item(), scale
+    return chosen
+
+
+def _loudness(
+    graph: fx.GraphModule, values: set[str], items: Items
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Of each value the least, the largest and the mean square of every channel [channels]."""
+    seen: dict[str, list[Tensor]] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            x = super().run_node(n)
+            if n.name in values:
+                rows = x.transpose(0, 1).flatten(1)  # [channels, N ...]
+                one = [rows.amin(1), rows.amax(1), (rows**2).mean(1) * len(x)]
+                if n.name in seen:
+                    low, high, square = seen[n.name]
+                    one = [torch.minimum(low, one[0]), torch.maximum(high, one[1]), square + one[2]]
+                seen[n.name] = one
+            return x
+
+    for batch in items.batches(32):
+        Watch(graph).run(*in_order(graph, batch.inputs))
+    count = len(items)
+    return {name: (low, high, square / count) for name, (low, high, square) in seen.items()}
