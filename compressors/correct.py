@@ -1,13 +1,13 @@
 """Correction: each int8 layer is fitted, in execution order, to what it computed in float.
 
-A layer whose float self computed W' x' + b' gets rounded inputs x. Its weights are first solved
-for them by least squares, with a pull to where they were (He et al. 2017, eq. 3, on rounded inputs),
+The weights of a layer are rounded one input after the other, each time moving what is not yet
+rounded so that the output stays where it was (Frantar et al. 2023, "GPTQ", alg. 1; the step of
+Hassibi and Stork 1993), for the rounded inputs that it will really get. The bias takes what is left
+of the mean error (Nagel et al. 2019, "Data-free quantization", sec. 4.2).
 
-    W = (W' cov(x', x) + r W') (cov(x) + r I)^-1,
-
-then rounded one input after the other, each time moving what is not yet rounded so that the output
-stays where it was (Frantar et al. 2023, "GPTQ", alg. 1; the least squares step of Hassibi and
-Stork 1993). The bias takes what is left of the mean error (Nagel et al. 2019, sec. 4.2).
+Solving the weights anew by least squares before they are rounded, as reconstruction does after
+pruning, fits the calibration items and nothing else: on MobileNetV2 the answers had 39 dB on these
+and 5 dB on others (64 photographs, 1,280 inputs of the last layer).
 """
 
 import math
@@ -17,31 +17,25 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..spaces import Blueprint, Network
 from .data import Items
-from .observe import weight_scale
 from .prune import in_order
-from .quantize import ActivationQuantizer, QuantizedLayer, apply_layer, quantizer_name
+from .quantize import ActivationQuantizer, QuantizedLayer, apply_layer
 
-ROWS = 4_096  # output positions that the covariances of a layer are taken from, at least
-SHRINK = 4.0
-REFIT = False
-RIDGE = 1e-2  # r, as a share of the mean variance of the layer's inputs
+ROWS = 4_096  # output positions that the moments of a layer are taken from, at least
+LEAST = 16  # images that they come from
+SHRINK = 4.0  # rows that count as one
+RIDGE = 1e-2  # share of the mean variance of the layer's inputs that is added to each
 
 
 @torch.no_grad()
-def correct_(
-    graph: fx.GraphModule, network: Network, plan: Blueprint, items: Items, calibration: str
-) -> None:
-    """Fits the int8 layers of the calibrated ``graph`` to their float selves, in place."""
+def correct_(graph: fx.GraphModule, items: Items) -> None:
+    """Fits the int8 layers of the calibrated ``graph`` to their float selves, in place.
+
+    Biases are to be settled after it. All ``items`` pass through together.
+    """
     graph.eval()
     floats: dict[fx.Node, Any] = {}
     rounded: dict[fx.Node, Any] = {}
-    sources = {
-        name: quantizer_name(plan.quantized[network.op[layer.op].inputs[0]])
-        for name, layer in network.layers.items()
-        if plan.precision[name] == "int8"
-    }
     inputs = iter(in_order(graph, items.inputs))
     last = _last_uses(graph)
     for node in graph.graph.nodes:
@@ -60,8 +54,7 @@ def correct_(
         elif isinstance(module, QuantizedLayer):
             layer = module.layer
             floats[node] = layer(theirs[0][0])
-            source: Any = graph.get_submodule(sources[str(node.target)])
-            fit_(module, ours[0][0], theirs[0][0], floats[node], source.scale, calibration)
+            fit_(module, ours[0][0], floats[node])
             rounded[node] = module(ours[0][0])
         else:
             same = all(rounded[n] is floats[n] for n in node.all_input_nodes)
@@ -97,51 +90,35 @@ def _last_uses(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:
     return out
 
 
-def fit_(
-    quantized: QuantizedLayer,
-    x: Tensor,
-    x_float: Tensor,
-    y_float: Tensor,
-    input_scale: Tensor,
-    calibration: str,
-) -> None:
-    """Weights, scales and bias of one layer from its rounded inputs ``x``, its inputs in float
-    and what it answered to these, in place."""
+def fit_(quantized: QuantizedLayer, x: Tensor, y_float: Tensor) -> None:
+    """Weights and bias of one layer from its rounded inputs ``x`` and from what its float self
+    answered to its inputs in float, in place."""
     layer = quantized.layer
     groups = getattr(layer, "groups", 1)
-    shape = layer.weight.shape
-    weight = layer.weight.reshape(groups, shape[0] // groups, -1).double()  # [G, O, F]
-    if (some := sampled_rows(layer, x, x_float)) is not None:
-        rows, rows_float = some
-        mean, mean_float = rows.mean(1, keepdim=True), rows_float.mean(1, keepdim=True)
-        a, b = rows - mean, rows_float - mean_float
-        covariance = (a.mT @ a / a.shape[1]).double()  # [G, F, F]
-        cross = (b.mT @ a / a.shape[1]).double()
-        variance = covariance.diagonal(dim1=1, dim2=2)  # [G, F]
-        ridge = (RIDGE * variance.mean(1)).clamp_min(1e-12)[:, None, None]
-        shrink = SHRINK * covariance.shape[-1] / a.shape[1]
-        eye = torch.eye(covariance.shape[-1], dtype=torch.float64)
-        keep = 1 / (1 + shrink)
-        h = (keep + (1 - keep) * eye) * covariance + ridge * eye
-        if REFIT:
-            weight = weight + torch.linalg.solve(h, keep * (cross - covariance).mT @ weight.mT).mT
-        layer.weight.copy_(weight.reshape(shape))
-        quantized.scale.copy_(weight_scale(layer.weight, quantized.limit, calibration))
-        if layer.bias is not None:
-            quantized.settle_bias(input_scale)
+    if (rows := sampled_rows(layer, x)) is not None:
+        h = second_moments(rows)
         step = quantized.scale.double().reshape(groups, -1, 1)
+        weight = layer.weight.reshape(*step.shape[:2], -1).double()  # [G, O, F]
         weight = rounded_in_turn(weight, h, step, quantized.limit)
-        layer.weight.copy_(weight.reshape(shape))
-    error = y_float - apply_layer(layer, x, quantized.rounded_weight(), layer.bias)
+        layer.weight.copy_(weight.reshape(layer.weight.shape))
     if layer.bias is None:
-        layer.bias = nn.Parameter(torch.zeros(shape[0]))
-    layer.bias += error.mean(_all_but(layer, error))
-    quantized.settle_bias(input_scale)
+        layer.bias = nn.Parameter(torch.zeros(len(layer.weight)))
+    error = y_float - apply_layer(layer, x, quantized.rounded_weight(), layer.bias)
+    axis = y_float.ndim - 1 if isinstance(layer, nn.Linear) else 1
+    layer.bias += error.mean([i for i in range(error.ndim) if i != axis])
 
 
-def _all_but(layer: Any, y: Tensor) -> list[int]:
-    axis = y.ndim - 1 if isinstance(layer, nn.Linear) else 1
-    return [i for i in range(y.ndim) if i != axis]
+def second_moments(rows: Tensor) -> Tensor:
+    """Covariance [G, F, F] of ``rows`` [G, R, F], float64, shrunk towards its diagonal.
+
+    By the more the fewer rows there are for each input: those of one image are alike.
+    """
+    centered = rows - rows.mean(1, keepdim=True)
+    covariance = (centered.mT @ centered / rows.shape[1]).double()
+    eye = torch.eye(rows.shape[2], dtype=torch.float64)
+    keep = 1 / (1 + SHRINK * rows.shape[2] / rows.shape[1])
+    variance = covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    return (keep + (1 - keep) * eye) * covariance + eye * (RIDGE * variance).clamp_min(1e-12)
 
 
 def rounded_in_turn(weight: Tensor, h: Tensor, step: Tensor, limit: int) -> Tensor:
@@ -161,28 +138,25 @@ def rounded_in_turn(weight: Tensor, h: Tensor, step: Tensor, limit: int) -> Tens
     return w.gather(2, back[:, None].expand_as(w))
 
 
-def sampled_rows(layer: Any, *inputs: Tensor) -> tuple[Tensor, ...] | None:
-    """What meets the weights at some output positions, for each of ``inputs`` [G, rows, F]."""
+def sampled_rows(layer: Any, x: Tensor) -> Tensor | None:
+    """What meets the weights at some output positions [G, rows, F]; None where it is not known."""
     if isinstance(layer, nn.Linear):
-        return tuple(_thin(x.flatten(0, -2))[None] for x in inputs)
+        return _thin(x.flatten(0, -2))[None]
     if isinstance(layer, nn.Conv3d) or isinstance(layer.padding, str):
         return None
-    out = []
-    for x in inputs:
-        where = {n: getattr(layer, n) for n in ("kernel_size", "dilation", "padding", "stride")}
-        if isinstance(layer, nn.Conv1d):
-            x = x[:, :, None]
-            where = {n: (0 if n == "padding" else 1, *v) for n, v in where.items()}
-        positions = math.prod(x.shape[2:]) // math.prod(where["stride"])
-        images = min(len(x), max(16, math.ceil(ROWS / positions)))
-        x = x[torch.linspace(0, len(x) - 1, images).long()]
-        if math.prod(where["kernel_size"]) == 1 and not any(where["padding"]):
-            columns = x[:, :, :: where["stride"][0], :: where["stride"][1]].flatten(2)
-        else:
-            columns = F.unfold(x, **where)  # [N, C F, positions]
-        rows = _thin(columns.transpose(1, 2).flatten(0, 1))
-        out.append(rows.reshape(len(rows), layer.groups, -1).transpose(0, 1))
-    return tuple(out)
+    where = {n: getattr(layer, n) for n in ("kernel_size", "dilation", "padding", "stride")}
+    if isinstance(layer, nn.Conv1d):
+        x = x[:, :, None]
+        where = {n: (0 if n == "padding" else 1, *v) for n, v in where.items()}
+    positions = math.prod(x.shape[2:]) // math.prod(where["stride"])
+    images = min(len(x), max(LEAST, math.ceil(ROWS / positions)))
+    x = x[torch.linspace(0, len(x) - 1, images).long()]
+    if math.prod(where["kernel_size"]) == 1 and not any(where["padding"]):
+        columns = x[:, :, :: where["stride"][0], :: where["stride"][1]].flatten(2)
+    else:
+        columns = F.unfold(x, **where)  # [N, C F, positions]
+    rows = _thin(columns.transpose(1, 2).flatten(0, 1))
+    return rows.reshape(len(rows), layer.groups, -1).transpose(0, 1)
 
 
 def _thin(rows: Tensor) -> Tensor:

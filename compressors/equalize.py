@@ -114,28 +114,41 @@ def equalize(
     wanted = {v for c in some for v in c.values if v in plan.quantized}
     seen = _loudness(graph, wanted, items)
     for channels in some:
-        found = [seen[v] for v in channels.values if v in seen]
-        low, high = (torch.stack([f[i] for f in found]) for i in (0, 1))  # [values, channels]
-        square = torch.stack([f[2] for f in found]).amax(0)
+        width = len(graph.get_submodule(channels.makers[0]).weight)  # type: ignore[arg-type]
+        # Of a flattened value each channel is several features in a row.
+        found = [[t.reshape(width, -1) for t in seen[v]] for v in channels.values if v in seen]
+        low = torch.stack([f[0].amin(1) for f in found])  # [values, channels]
+        high = torch.stack([f[1].amax(1) for f in found])
+        square = torch.stack([f[2].mean(1) for f in found]).amax(0)
         readers: list[Any] = [graph.get_submodule(name) for name in channels.readers]
         scale = best_scale(low, high, square, readers, bool(channels.clipped), plan)
         for name in channels.makers:
             maker: Any = graph.get_submodule(name)
-            maker.weight *= scale.reshape(-1, *[1] * (maker.weight.ndim - 1))
+            maker.weight.mul_(scale.reshape(-1, *[1] * (maker.weight.ndim - 1)))
             if maker.bias is not None:
-                maker.bias *= scale
+                maker.bias.mul_(scale)
         for reader in readers:
-            _columns(reader, channels.width).div_(scale[:, None])
+            reader.weight.div_(_for_reader(reader, scale))
     return graph
 
 
+def _for_reader(reader: Any, scale: Tensor) -> Tensor:
+    """``scale`` [channels] in the shape of the weights of ``reader``."""
+    ones = [1] * (reader.weight.ndim - 2)
+    if _depthwise(reader):
+        return scale.reshape(-1, 1, *ones)
+    spread = reader.weight.shape[1] // len(scale)  # a flattened channel is several features
+    return scale.repeat_interleave(spread).reshape(1, -1, *ones)
+
+
+def _depthwise(reader: Any) -> bool:
+    return getattr(reader, "groups", 1) > 1
+
+
 def _columns(reader: Any, width: int) -> Tensor:
-    """The weights of ``reader`` as a view, [outputs, channels, weights for each] or, depthwise,
-    [channels, weights]."""
+    """The weights of ``reader`` by input channel: [outputs, channels, weights for each]."""
     weight: Tensor = reader.weight
-    if getattr(reader, "groups", 1) > 1:
-        return weight.view(width, -1)
-    return weight.view(len(weight), width, -1)
+    return weight.reshape(1 if _depthwise(reader) else len(weight), width, -1)
 
 
 def best_scale(
@@ -146,10 +159,8 @@ def best_scale(
     low, high: extremes of the channels of each value [values, channels]; square: mean squares.
     """
     loud = torch.maximum(high, -low).amax(0).clamp_min(1e-8)  # [channels]
-    dense = [_columns(r, len(loud)) for r in readers if getattr(r, "groups", 1) == 1]
-    deep = [_columns(r, len(loud)) for r in readers if getattr(r, "groups", 1) > 1]
-    gain = sum(((w**2).sum((0, 2)) for w in dense), torch.zeros_like(loud))
-    gain = gain + sum(((w**2).sum(1) for w in deep), torch.zeros_like(loud))
+    dense = [_columns(r, len(loud)) for r in readers if not _depthwise(r)]
+    gain = sum(((_columns(r, len(loud)) ** 2).sum((0, 2)) for r in readers), torch.zeros_like(loud))
     limit = 2 ** (plan.weight_bits - 1) - 1
     best, chosen = float("inf"), torch.ones_like(loud)
     reach = torch.stack([w.abs().amax((0, 2)) for w in dense]).amax(0) if dense else None
