@@ -94,7 +94,9 @@ class Writer(fx.Interpreter):
                 raise NotCovered
             self.fixed.add(n)
         else:
-            operation = self.operations.get(n.target if self.owner(n) is None else type(self.owner(n)))
+            operation = self.operations.get(
+                n.target if self.owner(n) is None else type(self.owner(n))
+            )
             if operation is None or any(t.dtype not in TYPES for t in _tensors(result)):
                 raise NotCovered
             operation(self, n, result)

@@ -85,9 +85,7 @@ def _weights(module: Any) -> list[str]:
     return ["weight"] if module.bias is None else ["weight", "bias"]
 
 
-def _parameter(
-    w: Writer, node: fx.Node, module: Any, name: str, transposed: bool = False
-) -> str:
+def _parameter(w: Writer, node: fx.Node, module: Any, name: str, transposed: bool = False) -> str:
     """Weight or bias; one in integers is dequantized by a scale for each output channel."""
     layer, tensor = str(node.target), getattr(module, name)
     value = w.constant(f"{layer}.{name}", tensor.T if transposed else tensor)

@@ -21,7 +21,9 @@ def _pool(kind: str) -> Operation:
         )
         # With ceil_mode the last window may reach beyond the padding: what it lacks is padded,
         # which a maximum never sees and an average that leaves out padding does not count.
-        lengths = zip(w.shape(node)[2:], result.shape[2:], size, step, padding, dilation, strict=True)
+        lengths = zip(
+            w.shape(node)[2:], result.shape[2:], size, step, padding, dilation, strict=True
+        )
         after = [
             max(p, (n_out - 1) * s + d * (k - 1) + 1 - n - p) for n, n_out, k, s, p, d in lengths
         ]
@@ -114,8 +116,15 @@ def _pad(w: Writer, node: fx.Node, result: Tensor) -> None:
 
 
 def _enlarge(w: Writer, node: fx.Node, result: Tensor) -> None:
-    (mode,) = w.settings(node, size=None, scale_factor=None, mode="nearest", align_corners=None,
-                         recompute_scale_factor=None, antialias=False)[2:3]
+    (mode,) = w.settings(
+        node,
+        size=None,
+        scale_factor=None,
+        mode="nearest",
+        align_corners=None,
+        recompute_scale_factor=None,
+        antialias=False,
+    )[2:3]
     sizes = list(zip(w.shape(node)[2:], result.shape[2:], strict=True))
     if mode != "nearest" or any(m % n for n, m in sizes):
         raise NotCovered

@@ -22,9 +22,7 @@ def _reshape(w: Writer, node: fx.Node, result: Tensor) -> None:
     _reshaped(w, node, result, passed(w, node), w.shape(node), w.doubled[node.args[0]])
 
 
-def _reshaped(
-    w: Writer, node: fx.Node, result: Tensor, x: str, one: Shape, two: Shape
-) -> None:
+def _reshaped(w: Writer, node: fx.Node, result: Tensor, x: str, one: Shape, two: Shape) -> None:
     """``x``, of shape ``one`` for one request and ``two`` for two, in the shape of ``result``."""
     shape, doubled = tuple(result.shape), w.doubled[node]
     if (shape, doubled) == (tuple(one), tuple(two)):
@@ -84,7 +82,9 @@ def _split(sizes: str) -> Operation:
         axis = _axis(w, node, w.settings(node, **{sizes: None}, dim=0)[1])
         parts = w.parts[node] = [f"{node.name}:{i}" for i in range(len(result))]
         inputs = [w.value(node), w.numbers([part.shape[axis] for part in result])]
-        w.nodes.append(helper.make_node("Split", inputs, parts, name=f"{node.name}:Split", axis=axis))
+        w.nodes.append(
+            helper.make_node("Split", inputs, parts, name=f"{node.name}:Split", axis=axis)
+        )
 
     return write_split
 
@@ -135,7 +135,9 @@ def _expand(w: Writer, node: fx.Node, result: Tensor) -> None:
     missing = [1] * (len(shape) - len(w.env[node.args[0]].shape))
     one, two = [*missing, *w.shape(node)], [*missing, *w.doubled[node.args[0]]]
     target = []
-    for before, size in zip(zip(one, two, strict=True), zip(shape, doubled, strict=True), strict=True):
+    for before, size in zip(
+        zip(one, two, strict=True), zip(shape, doubled, strict=True), strict=True
+    ):
         if size == (1, 2) != before == (1, 1):  # as many as there are requests
             target.append(w.node("Shape", [w.inputs[0].name], f"{out}:batch", start=0, end=1))
         elif before == size or size[0] == size[1]:

@@ -107,8 +107,10 @@ def _solvable(module: Any) -> bool:
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         size = module.in_channels // module.groups * math.prod(module.kernel_size)
         # A depthwise convolution has one input for an output: it loses none and keeps the output.
-        return module.padding_mode == "zeros" and module.groups < module.in_channels and (
-            size <= LARGEST
+        return (
+            module.padding_mode == "zeros"
+            and module.groups < module.in_channels
+            and (size <= LARGEST)
         )
     return False
 

@@ -72,7 +72,9 @@ def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> B
     kernels = tuple(
         _kernel(network, run, widths, precision, quantized, capabilities) for run in fused
     )
-    return Blueprint(policy, widths, precision, kernels, quantized, capabilities.weight_bits, network)
+    return Blueprint(
+        policy, widths, precision, kernels, quantized, capabilities.weight_bits, network
+    )
 
 
 def _without(network: Network, policy: Policy) -> Network:

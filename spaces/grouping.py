@@ -178,6 +178,4 @@ def _dropped(
         if op is not add
     ]
     alive = reachable(without)
-    return tuple(
-        op.module for op in ops if op.name not in alive and op.kind in ("conv", "linear")
-    )
+    return tuple(op.module for op in ops if op.name not in alive and op.kind in ("conv", "linear"))

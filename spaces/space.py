@@ -151,7 +151,9 @@ class Space:
         return (
             choice("student", s.students),  # first: what follows may depend on it
             *(
-                choice(f"drop/{n}", (False, True), student=student, unless=self._around(student, block))
+                choice(
+                    f"drop/{n}", (False, True), student=student, unless=self._around(student, block)
+                )
                 for n, (student, block) in self.blocks.items()
             ),
             *(

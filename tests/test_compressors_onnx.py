@@ -360,7 +360,9 @@ class Vision(nn.Module):
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.places
         n, t, c = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(n, t, 3, 4, c // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(self.norm(x)).reshape(n, t, 3, 4, c // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        )
         y = (q @ k.transpose(-2, -1) * (c // 4) ** -0.5).softmax(dim=-1) @ v
         x = x + self.out(y.transpose(1, 2).reshape(n, t, c))
         x = x + self.mlp(x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flyweight.compressors.prune import remove
-from flyweight.spaces import BadInput, Group, Network, Untraceable
+from flyweight.spaces import BadInput, Network, Untraceable
 from flyweight.spaces.tracing import trace, trace_graph
 
 Traced = Callable[[str], Network]

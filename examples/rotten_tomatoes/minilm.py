@@ -95,7 +95,9 @@ def package():
 def _renamed(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     embeddings = {k.removeprefix("embeddings."): v for k, v in given.items()}
     # All words are of the first sentence: its embedding goes into those of the places.
-    places = embeddings["position_embeddings.weight"] + embeddings["token_type_embeddings.weight"][0]
+    places = (
+        embeddings["position_embeddings.weight"] + embeddings["token_type_embeddings.weight"][0]
+    )
     out = {"words.weight": embeddings["word_embeddings.weight"], "places": places[None]}
     for part in ("weight", "bias"):
         out[f"norm.{part}"] = embeddings[f"LayerNorm.{part}"]
