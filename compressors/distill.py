@@ -5,17 +5,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor, fx, nn
 
-from ..spaces import Distill, Impossible
+from ..spaces import Distill, Impossible, nearest
 from .data import Items
+from .losses import LOSSES, Seen, kl_divergence, tapped
 from .prune import call
+from .sparsify import masks
 
 WARM_UP = 0.15  # share of the steps in which the learning rate rises
 CLIP = 5.0  # norm of the gradient
 LAST = 10  # steps whose mean loss says where training stands
 HOPELESS = 10.0  # times the loss of a student that has learned nothing: training stops at once
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,8 @@ class Epoch:
     answers: Tensor  # [N, ...]
 
 
-def kl_divergence(output: Tensor, answer: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean KL(teacher || student) of softened answers, times T^2 (Hinton et al. 2015, sec. 2)."""
-    student = F.log_softmax(output / temperature, -1).flatten(0, -2)  # [n, classes]
-    teacher = F.log_softmax(answer / temperature, -1).flatten(0, -2)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
-
-
 def distill(
-    student: nn.Module,
+    student: fx.GraphModule,
     epochs: Callable[[int], Epoch],
     count: float,
     settings: Distill,
@@ -45,47 +40,96 @@ def distill(
     seed: int,
     first: float = 0.0,
     train_norms: bool = True,
+    hold_zeros: bool = False,
+    teacher: fx.GraphModule | None = None,
+    values: list[str] | None = None,
+    device: torch.device = CPU,
+    mixed: bool = False,
 ) -> int:
     """Trains ``student`` in place for ``count`` epochs, going on where ``first`` epochs end.
 
-    SGD with momentum on alpha * KL + (1 - alpha) * loss; the learning rate rises to ``peak`` and
-    falls as a cosine. Returns the number of samples seen. Raises Impossible when it diverges.
+    SGD with momentum on alpha * (what the policy's loss asks) + (1 - alpha) * loss; the learning
+    rate rises to ``peak`` and falls as a cosine. hold_zeros: weights that are 0 stay 0. device:
+    where the student trains; mixed: in bfloat16 where that is safe. Returns the number of samples
+    seen. Raises Impossible when it diverges.
     """
+    if settings.loss not in LOSSES:
+        raise Impossible(f"no loss {settings.loss!r}; {nearest(settings.loss, LOSSES)}")
+    soft = LOSSES[settings.loss]
+    names = values or []
+    if names:
+        assert teacher is not None
+        teacher_taps, taps = tapped(teacher, names), tapped(student, names)
+    student.to(device)
     parameters = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    holds = masks(student) if hold_zeros else {}
+
+    def see(graph: fx.GraphModule, inputs: object) -> Seen:
+        found = call(graph, inputs)
+        return Seen(*found) if names else Seen(found)
 
     def objective(output: Tensor, items: Items, answers: Tensor) -> Tensor:
-        value = torch.zeros(())
+        value = torch.zeros((), device=output.device)
         if settings.alpha > 0:
             value = settings.alpha * kl_divergence(output, answers, settings.temperature)
         if settings.alpha < 1:
             value = value + (1 - settings.alpha) * loss(output, items.targets)
         return value
 
-    student.train(train_norms)
-    samples, values, blind = 0, [], 0.0
+    if isinstance(soft, type):
+        with torch.no_grad():
+            few = epochs(int(first)).items.take(torch.arange(2)).inputs
+            student.eval()
+            soft = soft(see(taps, few), see(teacher_taps, few))
+        parameters += list(soft.parameters())
+    optimizer = torch.optim.SGD(parameters, peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    _train_mode(student, train_norms)
+    samples, seen, blind = 0, [], 0.0
     for rate, items, answers in _steps(epochs, first, count, batch, seed):
+        items, answers = items.to(device), answers.to(device)
         for group in optimizer.param_groups:
             group["lr"] = peak * rate
-        output = call(student, items.inputs)
-        value = objective(output, items, answers)
-        values.append(value.item())
-        if not math.isfinite(values[-1]):
-            raise _diverged(samples, settings, f"the loss is {values[-1]}")
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+            ours = see(taps if names else student, items.inputs)
+        output = ours.output.float()
+        if settings.loss == "kl":
+            value = objective(output, items, answers)
+        else:
+            theirs = Seen(answers)
+            if names:
+                with torch.no_grad():
+                    theirs = Seen(answers, see(teacher_taps, items.inputs).values)
+            value = settings.alpha * soft(ours, theirs, settings.temperature)
+            value = value + (1 - settings.alpha) * loss(output, items.targets)
+        seen.append(value.item())
+        if not math.isfinite(seen[-1]):
+            raise _diverged(samples, settings, f"the loss is {seen[-1]}")
         optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
+        with torch.no_grad():
+            for weight, stays in holds.items():
+                weight.mul_(stays)
         samples += len(items)
         # The loss of a student that has learned nothing and gives the same answer to everything.
         blind = objective(torch.zeros_like(output), items, answers).item()
-        if _mean(values) > HOPELESS * max(blind, values[0]):
+        if _mean(seen) > HOPELESS * max(blind, seen[0]):
             break
-    if _mean(values) > max(blind, values[0]):
-        what = f"the loss rose from {values[0]:.3g} to {_mean(values):.3g}"
+    if _mean(seen) > max(blind, seen[0]):
+        what = f"the loss rose from {seen[0]:.3g} to {_mean(seen):.3g}"
         raise _diverged(samples, settings, what)
-    student.eval()
+    student.eval().to(CPU)
     return samples
+
+
+def _train_mode(student: nn.Module, train_norms: bool) -> None:
+    student.train(train_norms)
+    for module in student.modules():
+        # With momentum 0 statistics never move: training on those of the batch would part the
+        # student that is trained from the one that is deployed.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum == 0:
+            module.eval()
 
 
 def _mean(values: list[float]) -> float:
