@@ -29,12 +29,12 @@ def _spatial(value: Any, rank: int) -> list[int]:
 
 def _layer(w: Writer, node: fx.Node, module: Any) -> None:
     """A convolution or linear layer, frozen or not."""
-    name, x = str(node.target), w.value(node)
+    x = w.value(node)
     shell = module.shell if isinstance(module, FrozenLayer) else module
-    weight = _parameter(w, name, module, "weight")
+    weight = _parameter(w, node, module, "weight")
     inputs = [_apart(w, node) if shell is module else x, weight]
     if module.bias is not None:
-        inputs.append(_parameter(w, name, module, "bias"))
+        inputs.append(_parameter(w, node, module, "bias"))
     out = w.names[node]
     if isinstance(shell, nn.Linear):
         if len(w.shape(node)) != 2:
@@ -50,15 +50,17 @@ def _layer(w: Writer, node: fx.Node, module: Any) -> None:
     )  # fmt: skip
 
 
-def _parameter(w: Writer, layer: str, module: Any, name: str) -> str:
+def _parameter(w: Writer, node: fx.Node, module: Any, name: str) -> str:
     """Weight or bias; one in integers is dequantized by a scale for each output channel."""
-    tensor = getattr(module, name)
+    layer, tensor = str(node.target), getattr(module, name)
     value = w.constant(f"{layer}.{name}", tensor)
     if tensor.is_floating_point():
         return value
     names = (f"{name}_scale", f"{name}_zero")
     parts = [w.constant(f"{layer}.{part}", getattr(module, part)) for part in names]
-    return w.node("DequantizeLinear", [value, *parts], f"{value}_float", axis=0)
+    # One for each use of the layer: of two Gemms with one between them ONNX Runtime leaves one in
+    # float. The integers are stored once.
+    return w.node("DequantizeLinear", [value, *parts], f"{w.names[node]}:{name}", axis=0)
 
 
 def _quantizer(w: Writer, node: fx.Node, module: FrozenQuantizer) -> None:

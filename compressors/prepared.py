@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..kernels import Runtime
 from ..spaces import BadInput, Network
-from ..spaces.tracing import trace
+from ..spaces.tracing import arguments, trace
 from .data import Items, Splits, describe, split
 from .distill import Epoch
 from .parity import run_module
@@ -104,18 +104,57 @@ def prepare(
     model = _ask(task, "model")
     if not isinstance(model, nn.Module):
         raise BadInput(f"task: model() must be a torch.nn.Module, but got {type(model).__name__}")
-    teacher = lay_out(copy.deepcopy(model), torch.channels_last).eval().requires_grad_(False)
-    for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise BadInput(f"task: the model's {name!r} has values that are NaN or infinite")
+    teacher = untied(model).eval().requires_grad_(False)
+    _check_values(teacher)
     splits = split(task)
     example = _ask(task, "example_input")
+    teacher = _fastest_layout(teacher, example)
     network = trace(teacher, example)
     prepared = Prepared(
         task, teacher, example, network, splits, runtime, schedule, dict(answers or {})
     )
     _check(prepared)
     return prepared
+
+
+def untied(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in which modules that share a parameter have equal ones of their own.
+
+    It computes the same. Pruned or quantized, each would change the parameter for the others.
+    """
+    model = copy.deepcopy(model)
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():  # a module with two names comes once
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+            seen.add(parameter)
+    return model
+
+
+def _check_values(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise BadInput(f"task: the model's {name!r} has values that are NaN or infinite")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            least = module.running_var.min().item() + module.eps
+            if least <= 0:
+                raise BadInput(
+                    f"task: norm {name!r} divides by the square root of its variance + eps, which "
+                    f"must be above 0, but is {least:g} in some channel; give it an eps like 1e-5"
+                )
+
+
+def _fastest_layout(model: nn.Module, example: Any) -> nn.Module:
+    """``model`` in channels_last if it runs so: a ``view`` in it may ask for another layout."""
+    args, kwargs = arguments(copy.deepcopy(example))
+    try:
+        with torch.no_grad():
+            lay_out(model, torch.channels_last)(*args, **kwargs)
+    except Exception:  # if it is not the layout, tracing will say what it is
+        lay_out(model, torch.contiguous_format)
+    return model
 
 
 def _ask(task: Task, method: str) -> Any:

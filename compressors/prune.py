@@ -43,7 +43,10 @@ def importance(
         for batch in calibration.batches(128):
             output = call(model, batch.inputs)
             value = loss(output, batch.targets) * len(batch) / len(calibration)
-            value.backward()  # type: ignore[no-untyped-call]
+            try:
+                value.backward()  # type: ignore[no-untyped-call]
+            except RuntimeError as error:  # say, a value that is needed is changed in place
+                raise Impossible(f"criterion {criterion!r} needs gradients: {error}") from error
     score = CRITERIA[criterion]()
     modules = dict(model.named_modules())
     out: dict[str, Tensor] = {}

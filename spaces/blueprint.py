@@ -64,7 +64,7 @@ def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> B
     """Works ``policy`` out. Raises Impossible with the rule it breaks."""
     widths = _widths(network, policy)
     precision = _precision(network, policy, capabilities)
-    fused = _fuse(network)
+    fused = _fuse(network, precision)
     quantized = _quantize(network, fused, precision, capabilities)
     kernels = tuple(
         _kernel(network, run, widths, precision, quantized, capabilities) for run in fused
@@ -108,7 +108,7 @@ def _precision(network: Network, policy: Policy, capabilities: Capabilities) -> 
 Run = tuple[Op, ...]  # operations that become one kernel
 
 
-def _fuse(network: Network) -> list[Run]:
+def _fuse(network: Network, precision: Mapping[str, str]) -> list[Run]:
     runs: list[list[Op]] = []
     ends: dict[str, list[Op]] = {}  # value at the end of a run that may grow
     for op in network.ops:
@@ -116,7 +116,7 @@ def _fuse(network: Network) -> list[Run]:
             continue  # a size or a constant is no kernel
         before = op.inputs[0]
         run = ends.get(before)
-        if run and op.kind in _BEHIND[run[-1].kind] and len(network.consumers[before]) == 1:
+        if run and _fuses(network, precision, run[-1], op):
             run.append(op)
         else:
             run = [op]
@@ -124,6 +124,16 @@ def _fuse(network: Network) -> list[Run]:
         if op.kind in _BEHIND and run[0].kind != "norm":
             ends[op.name] = run
     return [tuple(run) for run in runs]
+
+
+def _fuses(network: Network, precision: Mapping[str, str], before: Op, op: Op) -> bool:
+    """Whether ``op``, which reads ``before``, becomes part of its kernel."""
+    if op.kind not in _BEHIND[before.kind] or len(network.consumers[before.name]) > 1:
+        return False
+    if op.kind != "norm" or network.folded.get(before.module) == op.module:
+        return True
+    # A convolution with a norm of its own for each use: in float the runtime folds each by itself.
+    return before.kind == "conv" and precision[before.module] == "fp32"
 
 
 def _quantize(
@@ -152,7 +162,7 @@ def _quantize(
     for run in reversed(carriers):  # from the end, so that a chain is wanted as a whole
         if run[-1].name in wanted and able.issuperset(run[0].inputs):
             wanted.update(run[0].inputs)
-    return _scales(network, carriers, wanted)
+    return _scales(network, carriers, wanted, precision)
 
 
 def _ends_in_int8(run: Run, capabilities: Capabilities) -> bool:
@@ -170,14 +180,23 @@ def _carries(run: Run, capabilities: Capabilities) -> bool:
     return run[0].kind in (*_PASSES, "concat")
 
 
-def _scales(network: Network, carriers: list[Run], quantized: set[str]) -> dict[str, str]:
+def _scales(
+    network: Network, carriers: list[Run], quantized: set[str], precision: Mapping[str, str]
+) -> dict[str, str]:
     """For each quantized value the first value, in execution order, of those on its scale."""
     scale = {op.name: op.name for op in network.ops if op.name in quantized}
     order = {value: i for i, value in enumerate(scale)}
-    for run in carriers:
-        values = (*run[0].inputs, run[-1].name)
-        # A concatenation in int8 copies, as does what only moves values: all share one scale.
-        if run[0].kind != "add" and quantized.issuperset(values):
+    # A concatenation in int8 copies, as does what only moves values: all share one scale.
+    alike = [{*run[0].inputs, run[-1].name} for run in carriers if run[0].kind != "add"]
+    # So do the inputs of a layer that runs several times: its bias is an integer in steps of
+    # input scale x weight scale, and it has one bias.
+    alike += [
+        {use.inputs[0] for use in uses}
+        for name, uses in network.uses.items()
+        if precision[name] == "int8"
+    ]
+    for values in alike:
+        if quantized.issuperset(values):
             joined = {scale[v] for v in values}
             first = min(joined, key=lambda v: order[v])
             scale = {v: first if s in joined else s for v, s in scale.items()}

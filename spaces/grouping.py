@@ -30,6 +30,7 @@ def dependencies(model: nn.Module, example: Any) -> Any:
 
 
 def _forward(model: nn.Module, inputs: Any) -> Any:
+    inputs = copy.deepcopy(inputs)  # the model may change them in place
     return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
 
 
@@ -63,7 +64,7 @@ def find_groups(model: nn.Module, graph: fx.GraphModule, example: Any) -> dict[s
     depends = dependencies(model, example)
     names = {module: name for name, module in model.named_modules()}
     calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
-    order = {name: i for i, name in enumerate(calls)}
+    order = {name: i for i, name in reversed(list(enumerate(calls)))}  # of the first call
     final = _finals(graph)
     groups: dict[str, Group] = {}
     for members in depends.get_all_groups(ignored_layers=[], root_module_types=list(LAYERS)):
