@@ -66,6 +66,9 @@ def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> B
     precision = _precision(network, policy, capabilities)
     fused = _fuse(network, precision)
     quantized = _quantize(network, fused, precision, capabilities)
+    if alone := _signed(network, fused, precision, quantized):
+        fused = _fuse(network, precision, alone)
+        quantized = _quantize(network, fused, precision, capabilities)
     kernels = tuple(
         _kernel(network, run, widths, precision, quantized, capabilities) for run in fused
     )
@@ -108,7 +111,10 @@ def _precision(network: Network, policy: Policy, capabilities: Capabilities) -> 
 Run = tuple[Op, ...]  # operations that become one kernel
 
 
-def _fuse(network: Network, precision: Mapping[str, str]) -> list[Run]:
+def _fuse(
+    network: Network, precision: Mapping[str, str], alone: frozenset[str] = frozenset()
+) -> list[Run]:
+    """The kernels, each a run of operations; those in ``alone`` are fused behind nothing."""
     runs: list[list[Op]] = []
     ends: dict[str, list[Op]] = {}  # value at the end of a run that may grow
     for op in network.ops:
@@ -116,7 +122,7 @@ def _fuse(network: Network, precision: Mapping[str, str]) -> list[Run]:
             continue  # a size or a constant is no kernel
         before = op.inputs[0]
         run = ends.get(before)
-        if run and _fuses(network, precision, run[-1], op):
+        if run and op.name not in alone and _fuses(network, precision, run[-1], op):
             run.append(op)
         else:
             run = [op]
@@ -136,6 +142,23 @@ def _fuses(network: Network, precision: Mapping[str, str], before: Op, op: Op) -
     return before.kind == "conv" and precision[before.module] == "fp32"
 
 
+def _signed(
+    network: Network, fused: list[Run], precision: Mapping[str, str], quantized: Mapping[str, str]
+) -> frozenset[str]:
+    """Activations behind an int8 layer that share a scale with values of either sign.
+
+    An integer kernel ends in an activation only by clipping at its zero point, which is then not
+    0: it must end before the activation, or ONNX Runtime runs the layer in float.
+    """
+    positive = {op.name for op in network.ops if op.kind == "act"}
+    for op in network.ops:
+        if op.kind in (*_PASSES, "concat") and positive.issuperset(op.inputs):
+            positive.add(op.name)
+    signed = {scale for value, scale in quantized.items() if value not in positive}
+    ends = [run[-1] for run in fused if precision.get(run[0].module) == "int8"]
+    return frozenset(op.name for op in ends if op.kind == "act" and quantized.get(op.name) in signed)
+
+
 def _quantize(
     network: Network, fused: list[Run], precision: Mapping[str, str], capabilities: Capabilities
 ) -> dict[str, str]:
@@ -152,7 +175,7 @@ def _quantize(
         return precision.get(run[0].module) == "int8"
 
     wanted = {run[0].inputs[0] for run in fused if int8(run)}
-    wanted |= {run[-1].name for run in fused if int8(run) and _ends_in_int8(run, capabilities)}
+    wanted |= {run[-1].name for run in fused if int8(run) and _ends_in_int8(network, run, capabilities)}
     wanted.discard(network.output)
     carriers = [run for run in fused if _carries(run, capabilities)]
     able = set(wanted)  # what could be quantized without a kernel of its own
@@ -165,11 +188,12 @@ def _quantize(
     return _scales(network, carriers, wanted, precision)
 
 
-def _ends_in_int8(run: Run, capabilities: Capabilities) -> bool:
+def _ends_in_int8(network: Network, run: Run, capabilities: Capabilities) -> bool:
     """Whether the int8 kernel of a layer exists only if its output is quantized too."""
     head, end = run[0], run[-1]
-    if head.kind in capabilities.act_output_quantized and end.kind == "act" and len(end.shape) == 2:
-        return True
+    if head.kind in capabilities.act_output_quantized and len(end.shape) == 2:
+        acts = [end, *(network.op[reader] for reader in network.consumers[end.name])]
+        return any(op.kind == "act" for op in acts)
     return head.kind in capabilities.output_quantized
 
 

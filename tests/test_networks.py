@@ -134,6 +134,41 @@ def test_the_inputs_of_a_shared_int8_layer_share_one_scale(traced: Traced) -> No
     assert len({mixed.quantized[v] for v in mixed.quantized}) == len(mixed.quantized)
 
 
+class Mixed(nn.Module):
+    """Values with and without a sign side by side in a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.join, self.head = nn.Conv2d(16, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([F.relu(self.a(x)), self.b(x)], 1)
+        return self.head(F.relu(self.join(x)).mean((2, 3)))
+
+
+class MixedUses(nn.Module):
+    """One layer that reads a value with a sign and, later, one without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(F.relu(self.a(x))))
+        return self.head(F.relu(self.b(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("model", [Mixed(), MixedUses()])
+def test_an_activation_on_a_scale_with_a_sign_leaves_its_layer_in_int8(model: nn.Module) -> None:
+    # ONNX Runtime drops a Relu before a quantizer only where 0 is the least integer.
+    ready = prepared(model, (3, 8, 8))
+    everything = Policy(quantize=Quantize(dict.fromkeys(ready.network.layers, "int8")))
+    found = compress(ready, everything, "full")
+    assert (int8_layers(found.model), float_layers(found.model)) == (4, 0)
+    assert "relu" not in found.plan.quantized or found.plan.quantized["relu"] != "relu"
+
+
 def test_norms_of_a_shared_layer_are_folded_only_if_they_are_one(
     networks: ModuleType, traced: Traced
 ) -> None:
