@@ -50,7 +50,13 @@ class Random:
     def __init__(self, example: Any, count: int, classes: int) -> None:
         generator = torch.Generator().manual_seed(count)
         parts = example if isinstance(example, tuple) else (example,)
-        self.parts = [torch.randn(count, *p.shape[1:], generator=generator) for p in parts]
+        self.parts = []
+        for part in parts:
+            noise = torch.randn(count, *part.shape[1:], generator=generator)
+            # A mean for each channel: noise alone averages out, and an untrained network would
+            # give nearly the same answer to every item, on the edge of another class.
+            means = torch.randn(count, part.shape[1], *[1] * (part.ndim - 2), generator=generator)
+            self.parts.append(noise + means)
         self.classes = classes
 
     def __len__(self) -> int:
