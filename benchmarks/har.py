@@ -99,9 +99,7 @@ def main() -> None:
                 "rung": rung,
                 "val": found.metric,
                 "kl": found.loss,
-                "test": task.metric(
-                    run_session(runtime.load(found.model), test), test.targets
-                ),
+                "test": task.metric(run_session(runtime.load(found.model), test), test.targets),
                 "parity": parity(prepared, found, items),
                 "int8_layers": int8_layers(found.model),
                 "float_layers": float_layers(found.model),

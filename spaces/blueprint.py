@@ -155,8 +155,9 @@ def _signed(
         if op.kind in (*_PASSES, "concat") and positive.issuperset(op.inputs):
             positive.add(op.name)
     signed = {scale for value, scale in quantized.items() if value not in positive}
-    ends = [run[-1] for run in fused if precision.get(run[0].module) == "int8"]
-    return frozenset(op.name for op in ends if op.kind == "act" and quantized.get(op.name) in signed)
+    ends = {run[-1] for run in fused if precision.get(run[0].module) == "int8"}
+    acts = (op.name for op in ends if op.kind == "act")
+    return frozenset(name for name in acts if quantized.get(name) in signed)
 
 
 def _quantize(
@@ -175,7 +176,8 @@ def _quantize(
         return precision.get(run[0].module) == "int8"
 
     wanted = {run[0].inputs[0] for run in fused if int8(run)}
-    wanted |= {run[-1].name for run in fused if int8(run) and _ends_in_int8(network, run, capabilities)}
+    made = (run for run in fused if int8(run))
+    wanted |= {run[-1].name for run in made if _ends_in_int8(network, run, capabilities)}
     wanted.discard(network.output)
     carriers = [run for run in fused if _carries(run, capabilities)]
     able = set(wanted)  # what could be quantized without a kernel of its own

@@ -1,8 +1,8 @@
 """Makes a traced graph independent of memory: every node a value of its own, written once.
 
-Tracing keeps ``y += x`` and ``relu_(y)`` as they are written. But a graph in which quantizers are put
-between values, and an ONNX file, know no memory: whoever reads ``y`` after it was changed must read
-the result of the change. And ``view`` asks for a layout that the student does not have.
+Tracing keeps ``y += x`` and ``relu_(y)`` as they are written. But a graph in which quantizers are
+put between values, and an ONNX file, know no memory: whoever reads ``y`` after it was changed must
+read the result of the change. And ``view`` asks for a layout that the student does not have.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Networks people have: layers that run again, tied weights, values changed in place, odd layouts."""
+"""Networks people have: layers that run again, tied weights, changes in place, odd layouts."""
 
 import copy
 from collections.abc import Callable
@@ -180,9 +180,11 @@ def test_norms_of_a_shared_layer_are_folded_only_if_they_are_one(
         policy = Policy(quantize=Quantize({"step": precision}))
         plan = blueprint(traced("recurrent"), policy, both)
         assert [k.kind for k in plan.kernels].count("norm") == own
-    assert optimized_kernels(
-        compress(prepared(model, (3, 8, 8)), Policy(), "recalibrate").model
-    ).keys().isdisjoint({"BatchNormalization"})  # in float the runtime folds each by itself
+    assert (
+        optimized_kernels(compress(prepared(model, (3, 8, 8)), Policy(), "recalibrate").model)
+        .keys()
+        .isdisjoint({"BatchNormalization"})
+    )  # in float the runtime folds each by itself
     folded = fold_norms(trace_graph(model, example), traced("recurrent"))
     assert [type(folded.get_submodule(f"norms.{i}")) for i in range(3)] == [nn.BatchNorm2d] * 3
 

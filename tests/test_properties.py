@@ -1,4 +1,4 @@
-"""Any legal policy of any network becomes an artifact that keeps its promises; others are refused."""
+"""Any legal policy of any network becomes an artifact that holds; an illegal one is refused."""
 
 import functools
 import importlib.util

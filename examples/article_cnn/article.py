@@ -1,4 +1,4 @@
-"""Three steps that articles on model acceleration often show wrongly, done right: read it downwards.
+"""Three steps that articles on model acceleration often show wrongly, done right, from the top.
 
     python examples/article_cnn/article.py
 
@@ -105,7 +105,8 @@ def main(train_images: int = 15_000, teacher_epochs: int = 4, epochs: float = 2.
     def mask(weight: Tensor) -> Tensor:
         return weight * (torch.rand_like(weight) > 0.5)
 
-    artifacts["1 wrong: random mask on half of the weights"] = to_onnx(changed(model, mask), example)
+    masked = changed(model, mask)
+    artifacts["1 wrong: random mask on half of the weights"] = to_onnx(masked, example)
 
     # Right: whole channels go, in every layer that knows them, so that the network is a smaller
     # one. Those go whose loss costs least (first-order Taylor), and what stays is solved anew to
@@ -121,7 +122,8 @@ def main(train_images: int = 15_000, teacher_epochs: int = 4, epochs: float = 2.
     # et al. 2015). The same student, the same number of images. (Which is the more accurate depends
     # on how good the teacher is: see the README.)
     pruned = Prune(halves, "taylor", reconstruct=True)
-    for name, alpha in {"2 wrong: labels alone": 0.0, "2 right: the teacher's answers": 0.9}.items():
+    alphas = {"2 wrong: labels alone": 0.0, "2 right: the teacher's answers": 0.9}
+    for name, alpha in alphas.items():
         policy = Policy(pruned, distill=Distill(alpha=alpha, temperature=4.0, learning_rate=0.02))
         artifacts[f"{name}, after 1"] = compress(prepared, policy, "full").model
 
@@ -159,7 +161,7 @@ def main(train_images: int = 15_000, teacher_epochs: int = 4, epochs: float = 2.
         }
         for name, content in artifacts.items()
     ]
-    print(f"\n| step | accuracy | size | latency | speed |\n|---|---|---|---|---|")
+    print("\n| step | accuracy | size | latency | speed |\n|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['step']} | {row['accuracy']:.2f}% | {row['size_kb']:,.0f} kB | "

@@ -103,7 +103,8 @@ def main() -> None:
             values = np.stack([columns[c] for c in COLUMNS[:6]], 1) / STEPS
             steps = np.rint(values)
             worst = max(worst, np.abs(values - steps).max())
-            assert -(2**15) <= steps.min() and steps.max() < 2**15
+            assert steps.min() >= -(2**15)
+            assert steps.max() < 2**15
             label = columns["label"].astype(np.int64)
             for run in runs(label):
                 signals.append(steps[run].astype(np.int16))
