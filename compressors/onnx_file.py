@@ -210,15 +210,15 @@ def shapes(value: Any) -> Any:
     """Of tensors, also those in a tuple, their shapes; anything else as it is."""
     if isinstance(value, Tensor):
         return tuple(value.shape)
-    return tuple(tuple(t.shape) for t in value) if _tensors(value) else value
+    return tuple(tuple(t.shape) for t in _tensors(value)) if _tensors(value) else value
 
 
 def _tensors(value: Any) -> list[Tensor]:
     """The tensors that a node gives, none if it gives something else."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, tuple | list) and value and all(isinstance(t, Tensor) for t in value):
-        return list(value)
+    if isinstance(value, tuple | list):
+        return [t for t in value if isinstance(t, Tensor)]
     return []
 
 

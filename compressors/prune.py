@@ -98,13 +98,20 @@ def _normalized(scores: Tensor) -> Tensor:
     return scores / mean if mean > 0 else torch.ones_like(scores)
 
 
+def _backward(value: Tensor) -> None:
+    try:
+        value.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:  # say, a value that is needed is changed in place
+        raise Impossible(f"the model has no gradients to judge channels by: {error}") from error
+
+
 def _mean_gradients(
     model: nn.Module, items: Items, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     """Leaves in ``grad`` of every parameter the gradient of the mean loss over ``items``."""
     for batch in items.batches(128):
         value = loss(call(model, batch.inputs), batch.targets) * len(batch) / len(items)
-        value.backward()  # type: ignore[no-untyped-call]
+        _backward(value)
 
 
 def _mean_squares(model: nn.Module, items: Items, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -116,7 +123,7 @@ def _mean_squares(model: nn.Module, items: Items, loss: Callable[[Tensor, Tensor
     squares = {p: torch.zeros_like(p) for p in model.parameters()}
     for batch in items.batches(FISHER_BATCH):
         value = loss(call(model, batch.inputs), batch.targets)
-        value.backward()  # type: ignore[no-untyped-call]
+        _backward(value)
         for parameter, square in squares.items():
             if parameter.grad is not None:
                 square += parameter.grad**2 * len(batch) ** 2 / len(items)
