@@ -50,6 +50,13 @@ class Items:
             tree_map(lambda t: t[index], self.inputs), tree_map(lambda t: t[index], self.targets)
         )
 
+    def to(self, device: torch.device) -> "Items":
+        """The items on ``device``; the same tensors where they are there already."""
+        return Items(
+            tree_map(lambda t: t.to(device), self.inputs),
+            tree_map(lambda t: t.to(device), self.targets),
+        )
+
     def batches(self, size: int) -> Iterator["Items"]:
         """All items in order, ``size`` at a time."""
         for start in range(0, len(self), size):

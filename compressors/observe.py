@@ -77,6 +77,7 @@ ACTIVATION_RANGES: dict[str, Callable[[Observer], tuple[float, float]]] = {
     "minmax": _minmax,
     "percentile": _percentile,
     "mse": _least_squares,
+    "fitted": _minmax,  # of channels made alike, for weights and biases fitted afterwards
 }
 
 

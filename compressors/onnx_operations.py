@@ -7,207 +7,152 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .freeze import FrozenLayer, FrozenQuantizer
+from .onnx_attention import ATTENTION
 from .onnx_file import NotCovered, Operation, Writer
-
-
-def _settings(node: fx.Node, module: Any, *names: str) -> list[Any]:
-    """The settings called ``names``: of a module its attributes, of a function its arguments."""
-    if isinstance(module, nn.Module):
-        return [getattr(module, name) for name in names]
-    given = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
-    if unknown := set(given) - set(names):
-        raise NotCovered(unknown)
-    return [given.get(name) for name in names]
-
-
-def _spatial(value: Any, rank: int) -> list[int]:
-    if isinstance(value, str):
-        raise NotCovered
-    return list(value) if isinstance(value, tuple | list) else [value] * rank
-
-
-def _layer(w: Writer, node: fx.Node, module: Any) -> None:
-    """A convolution or linear layer, frozen or not."""
-    name, x = str(node.target), w.value(node)
-    shell = module.shell if isinstance(module, FrozenLayer) else module
-    weight = _parameter(w, name, module, "weight")
-    inputs = [_apart(w, node) if shell is module else x, weight]
-    if module.bias is not None:
-        inputs.append(_parameter(w, name, module, "bias"))
-    out = w.names[node]
-    if isinstance(shell, nn.Linear):
-        if len(w.shape(node)) != 2:
-            raise NotCovered  # a MatMul, whose weight runtimes want transposed
-        w.node("Gemm", inputs, out, transB=1)
-        return
-    rank = len(shell.kernel_size)
-    if shell.padding_mode != "zeros" or len(w.shape(node)) != rank + 2:
-        raise NotCovered
-    w.node(
-        "Conv", inputs, out, kernel_shape=list(shell.kernel_size), strides=list(shell.stride),
-        pads=_spatial(shell.padding, rank) * 2, dilations=list(shell.dilation), group=shell.groups,
-    )  # fmt: skip
-
-
-def _parameter(w: Writer, layer: str, module: Any, name: str) -> str:
-    """Weight or bias; one in integers is dequantized by a scale for each output channel."""
-    tensor = getattr(module, name)
-    value = w.constant(f"{layer}.{name}", tensor)
-    if tensor.is_floating_point():
-        return value
-    names = (f"{name}_scale", f"{name}_zero")
-    parts = [w.constant(f"{layer}.{part}", getattr(module, part)) for part in names]
-    return w.node("DequantizeLinear", [value, *parts], f"{value}_float", axis=0)
-
-
-def _quantizer(w: Writer, node: fx.Node, module: FrozenQuantizer) -> None:
-    name, out = str(node.target), w.names[node]
-    parts = [w.constant(f"{name}.{part}", getattr(module, part)) for part in ("scale", "zero")]
-    rounded = w.node("QuantizeLinear", [w.value(node), *parts], f"{out}:integers")
-    w.node("DequantizeLinear", [rounded, *parts], out)
-    w.quantized[out] = module
-
-
-def _apart(w: Writer, node: fx.Node) -> str:
-    """The input of a float layer; a quantized one is dequantized by a scale for each channel.
-
-    They are all the same, so the values are. But between two scalar scales ONNX Runtime takes a
-    float convolution or Gemm for a forgotten one and quantizes its weights, to 8 bits and a single
-    scale (its WeightBiasQuantization), which is not what the policy says nor what was trained.
-    """
-    x = w.value(node)
-    module = w.quantized.get(x)
-    if module is None:
-        return x
-    channels = w.shape(node)[1]
-    parts = [
-        w.constant(f"{x}:{part}", getattr(module, part).expand(channels))
-        for part in ("scale", "zero")
-    ]
-    return w.node("DequantizeLinear", [f"{x}:integers", *parts], f"{w.names[node]}:input", axis=1)
-
-
-def _norm(w: Writer, node: fx.Node, module: Any) -> None:
-    name = str(node.target)
-    parts = ("weight", "bias", "running_mean", "running_var")
-    if any(getattr(module, part) is None for part in parts):
-        raise NotCovered
-    inputs = [w.constant(f"{name}.{part}", getattr(module, part)) for part in parts]
-    w.node("BatchNormalization", [w.value(node), *inputs], w.names[node], epsilon=module.eps)
+from .onnx_layers import LAYERS
+from .onnx_pools import POOLS
+from .onnx_shapes import SHAPES
 
 
 def _identity(w: Writer, node: fx.Node, _: Any) -> None:
-    if w.names[node] == "output":
-        w.node("Identity", [w.value(node)], "output")
-    else:
-        w.names[node] = w.value(node)
+    w.alias(node, w.value(node))
 
 
-def _unary(kind: str) -> Operation:
-    def write_unary(w: Writer, node: fx.Node, _: Any) -> None:
-        w.node(kind, [w.value(node)], w.names[node])
+def _cast(w: Writer, node: fx.Node, result: Tensor) -> None:
+    """float(), to() and their like: what they give says it all."""
+    w.alias(node, w.value(node, dtype=result.dtype))
+
+
+def _unary(kind: str, **attributes: Any) -> Operation:
+    """One of one: the settings of the module or function that have an ONNX name, by that name."""
+    names = {name: value for name, value in attributes.items() if isinstance(value, tuple)}
+    fixed = {name: value for name, value in attributes.items() if name not in names}
+
+    def write_unary(w: Writer, node: fx.Node, result: Tensor) -> None:
+        settings = w.settings(node, **dict(names.values()), inplace=False)
+        found = dict(zip(names, settings, strict=False))
+        w.node(kind, [w.value(node, dtype=result.dtype)], w.names[node], **fixed, **found)
 
     return write_unary
 
 
-def _relu6(w: Writer, node: fx.Node, _: Any) -> None:
-    bounds = [w.constant(f"relu6.{v}", torch.tensor(float(v))) for v in (0, 6)]
-    w.node("Clip", [w.value(node), *bounds], w.names[node])
+def _clip(low: Any, high: Any) -> Operation:
+    """Clip between ``low`` and ``high``, each a number or the setting (name, default) it is in."""
+
+    def write_clip(w: Writer, node: fx.Node, result: Tensor) -> None:
+        names = dict(bound for bound in (low, high) if isinstance(bound, tuple))
+        given = dict(zip(names, w.settings(node, **names, inplace=False), strict=False))
+        bounds = [given[b[0]] if isinstance(b, tuple) else b for b in (low, high)]
+        inputs = ["" if b is None else w.read(b, result.dtype) for b in bounds]
+        w.node("Clip", [w.value(node, dtype=result.dtype), *inputs], w.names[node])
+
+    return write_clip
+
+
+def _silu(w: Writer, node: fx.Node, _: Any) -> None:
+    x, out = w.value(node), w.names[node]
+    w.node("Mul", [x, w.node("Sigmoid", [x], f"{out}:gate")], out)
+
+
+def _rsqrt(w: Writer, node: fx.Node, result: Tensor) -> None:
+    out = w.names[node]
+    w.node("Reciprocal", [w.node("Sqrt", [w.value(node, dtype=result.dtype)], f"{out}:root")], out)
 
 
 def _binary(kind: str) -> Operation:
-    def write_binary(w: Writer, node: fx.Node, _: Any) -> None:
-        if len(node.args) != 2 or node.kwargs:  # add has an alpha
+    """One of two, each a tensor or a number, in the type that the result has."""
+
+    def write_binary(w: Writer, node: fx.Node, result: Tensor) -> None:
+        if len(node.args) != 2 or node.kwargs:  # add has an alpha, div rounds
             raise NotCovered
-        inputs = [
-            w.constant(f"{w.names[node]}.{i}", torch.tensor(float(argument)))
-            if isinstance(argument, int | float)
-            else w.value(node, i)
-            for i, argument in enumerate(node.args)
-        ]
-        w.node(kind, inputs, w.names[node])
+        names = [w.value(node, place, result.dtype) for place in (0, 1)]
+        w.node(kind, names, w.names[node])
 
     return write_binary
 
 
-def _concat(w: Writer, node: fx.Node, result: Tensor) -> None:
-    parts: Any = node.args[0]
-    axis = _settings(node, None, "dim")[0] or 0
-    if axis % result.ndim == 0:
-        raise NotCovered  # of batches
-    w.node("Concat", [w.names[part] for part in parts], w.names[node], axis=axis)
+def _comparison(kind: str, negated: bool = False) -> Operation:
+    """One of two that answers with booleans, in the type that PyTorch compares them in."""
 
-
-def _pool(kind: str) -> Operation:
-    average = kind == "AveragePool"
-
-    def write_pool(w: Writer, node: fx.Node, module: Any) -> None:
-        rank = len(w.shape(node)) - 2
-        names: tuple[str, ...] = ("kernel_size", "stride", "padding")
-        if average:
-            names = (*names, "ceil_mode", "count_include_pad")
-            size, step, padding, ceil, own = _settings(node, module, *names)
-            own = {"count_include_pad": int(own is not False)}
-            rest = getattr(module, "divisor_override", None)
-        else:
-            names = (*names, "dilation", "ceil_mode", "return_indices")
-            size, step, padding, dilation, ceil, rest = _settings(node, module, *names)
-            own = {"dilations": _spatial(dilation or 1, rank)}
-        if ceil or rest:  # ceil_mode: the two disagree about windows that begin in the padding
+    def write_comparison(w: Writer, node: fx.Node, _: Any) -> None:
+        if len(node.args) != 2 or node.kwargs:
             raise NotCovered
-        w.node(
-            kind, [w.value(node)], w.names[node], kernel_shape=_spatial(size, rank),
-            strides=_spatial(step or size, rank), pads=_spatial(padding or 0, rank) * 2, **own,
-        )  # fmt: skip
+        dtype = torch.result_type(*(w.env[a] if isinstance(a, fx.Node) else a for a in node.args))
+        names, out = [w.value(node, place, dtype) for place in (0, 1)], w.names[node]
+        if negated:
+            w.node("Not", [w.node(kind, names, f"{out}:{kind}")], out)
+        else:
+            w.node(kind, names, out)
 
-    return write_pool
-
-
-def _global_pool(w: Writer, node: fx.Node, module: Any) -> None:
-    size = _settings(node, module, "output_size")[0]
-    if set(_spatial(size, 1)) != {1}:
-        raise NotCovered
-    w.node("GlobalAveragePool", [w.value(node)], w.names[node])
+    return write_comparison
 
 
-def _mean(w: Writer, node: fx.Node, _: Any) -> None:
-    axes, keep = _settings(node, None, "dim", "keepdim")
-    axes = [axis % len(w.shape(node)) for axis in _spatial(axes, 1) if axis is not None]
-    if not axes or 0 in axes:
-        raise NotCovered
-    name = w.constant(f"{w.names[node]}.axes", torch.tensor(axes))
-    w.node("ReduceMean", [w.value(node), name], w.names[node], keepdims=int(bool(keep)))
+def _logical(kind: str) -> Operation:
+    def write_logical(w: Writer, node: fx.Node, result: Tensor) -> None:
+        if result.dtype != torch.bool or node.kwargs:
+            raise NotCovered  # bit by bit
+        names = [w.value(node, place, torch.bool) for place in range(len(node.args))]
+        w.node(kind, names, w.names[node])
+
+    return write_logical
 
 
-def _flatten(w: Writer, node: fx.Node, module: Any) -> None:
-    start, end = _settings(node, module, "start_dim", "end_dim")
-    if start != 1 or end not in (None, -1, len(w.shape(node)) - 1):
-        raise NotCovered
-    w.node("Flatten", [w.value(node)], w.names[node], axis=1)
+def _where(w: Writer, node: fx.Node, result: Tensor) -> None:
+    yes, no = w.settings(node, input=None, other=None)
+    names = [w.read(part, result.dtype) for part in (yes, no)]
+    w.node("Where", [w.value(node), *names], w.names[node])
+
+
+def _fill(w: Writer, node: fx.Node, result: Tensor) -> None:
+    mask, value = w.settings(node, mask=None, value=None)
+    inputs = [w.read(mask), w.read(value, result.dtype), w.value(node)]
+    w.node("Where", inputs, w.names[node])
 
 
 OPERATIONS: dict[Any, Operation] = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FrozenLayer), _layer),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _norm),
+    **LAYERS,
+    **POOLS,
+    **SHAPES,
+    **ATTENTION,
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d), _identity),
-    **dict.fromkeys((F.dropout, "contiguous", "clone"), _identity),
+    **dict.fromkeys((F.dropout, "contiguous", "clone", "detach"), _identity),
+    **dict.fromkeys(("float", "long", "int", "bool", "to", "type", "type_as"), _cast),
     **dict.fromkeys(
         (nn.ReLU, torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"), _unary("Relu")
     ),
     **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), _unary("Sigmoid")),
+    **dict.fromkeys((nn.Tanh, torch.tanh, F.tanh, "tanh"), _unary("Tanh")),
+    **dict.fromkeys((nn.GELU, F.gelu), _unary("Gelu", approximate=("approximate", "none"))),
+    **dict.fromkeys((nn.LeakyReLU, F.leaky_relu), _unary("LeakyRelu", alpha=("negative_slope", 0.01))),
+    **dict.fromkeys((nn.ELU, F.elu), _unary("Elu", alpha=("alpha", 1.0))),
+    **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), _unary("HardSigmoid", alpha=1 / 6, beta=0.5)),
     **dict.fromkeys((nn.Hardswish, F.hardswish), _unary("HardSwish")),
-    **dict.fromkeys((nn.ReLU6, F.relu6), _relu6),
+    **dict.fromkeys((nn.SiLU, F.silu), _silu),
+    **dict.fromkeys((nn.ReLU6, F.relu6), _clip(0.0, 6.0)),
+    **dict.fromkeys((nn.Hardtanh, F.hardtanh), _clip(("min_val", -1.0), ("max_val", 1.0))),
+    **dict.fromkeys((torch.clamp, "clamp", torch.clip, "clip"), _clip(("min", None), ("max", None))),
+    **dict.fromkeys((torch.exp, "exp"), _unary("Exp")),
+    **dict.fromkeys((torch.log, "log"), _unary("Log")),
+    **dict.fromkeys((torch.sqrt, "sqrt"), _unary("Sqrt")),
+    **dict.fromkeys((torch.rsqrt, "rsqrt"), _rsqrt),
+    **dict.fromkeys((torch.abs, "abs"), _unary("Abs")),
+    **dict.fromkeys((operator.neg, torch.neg, "neg"), _unary("Neg")),
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _binary("Add")),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _binary("Sub")),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _binary("Mul")),
-    **dict.fromkeys((torch.cat, torch.concat), _concat),
-    **dict.fromkeys((nn.MaxPool1d, nn.MaxPool2d, F.max_pool1d, F.max_pool2d), _pool("MaxPool")),
-    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d), _pool("AveragePool")),
-    **dict.fromkeys(
-        (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d),
-        _global_pool,
-    ),
-    **dict.fromkeys((torch.mean, "mean"), _mean),
-    **dict.fromkeys((nn.Flatten, torch.flatten, "flatten"), _flatten),
-    FrozenQuantizer: _quantizer,
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div"), _binary("Div")),
+    **dict.fromkeys((operator.pow, torch.pow, "pow"), _binary("Pow")),
+    **dict.fromkeys((torch.maximum, "maximum"), _binary("Max")),
+    **dict.fromkeys((torch.minimum, "minimum"), _binary("Min")),
+    **dict.fromkeys((operator.eq, torch.eq, "eq"), _comparison("Equal")),
+    **dict.fromkeys((operator.ne, torch.ne, "ne"), _comparison("Equal", negated=True)),
+    **dict.fromkeys((operator.gt, torch.gt, "gt"), _comparison("Greater")),
+    **dict.fromkeys((operator.ge, torch.ge, "ge"), _comparison("GreaterOrEqual")),
+    **dict.fromkeys((operator.lt, torch.lt, "lt"), _comparison("Less")),
+    **dict.fromkeys((operator.le, torch.le, "le"), _comparison("LessOrEqual")),
+    **dict.fromkeys((operator.and_, torch.logical_and, "logical_and"), _logical("And")),
+    **dict.fromkeys((operator.or_, torch.logical_or, "logical_or"), _logical("Or")),
+    **dict.fromkeys((operator.invert, torch.logical_not, "logical_not"), _logical("Not")),
+    **dict.fromkeys(("masked_fill", torch.masked_fill), _fill),
+    torch.where: _where,
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """Writes a traced module as ONNX, operation by operation.
 
 In milliseconds; torch.onnx takes seconds (it rebuilds its registry at each call and traces a
-network four times), and every trial would pay for them. Here are only the operations that
-convolutional networks consist of. ``write`` returns None for a module that has another, and
+network four times), and every trial would pay for them. Here are the operations that convolutional
+networks and transformers consist of. ``write`` returns None for a module that has another, and
 ``export.to_onnx`` gives that one to torch.onnx.
 """
 
@@ -29,10 +29,11 @@ def write(graph: fx.GraphModule, example: Any, inputs: list[str]) -> bytes | Non
     holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     if isinstance(example, Mapping):
         inputs = [str(node.target) for node in holders]
-    writer = Writer(graph, dict(zip(holders, inputs, strict=True)), OPERATIONS)
+    request = in_order(graph, example)
     try:
+        writer = Writer(graph, request, dict(zip(holders, inputs, strict=True)), OPERATIONS)
         with torch.no_grad():
-            writer.run(*in_order(graph, example))
+            writer.run(*request)
     except NotCovered:
         return None
     made = helper.make_graph(

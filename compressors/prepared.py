@@ -3,6 +3,8 @@
 import copy
 import functools
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Runtime
-from ..spaces import BadInput, Network
+from ..spaces import BadInput, Impossible, Network, Policy, nearest
 from ..spaces.tracing import trace
 from .data import Items, Splits, describe, split
-from .distill import Epoch
+from .distill import CPU, Epoch
 from .parity import run_module
 from .prune import importance, lay_out
 from .reconstruct import Moments, input_moments
@@ -32,21 +34,51 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Start:
+    """What a student starts from: the teacher, or another network of the task; and its trace."""
+
+    model: nn.Module
+    network: Network
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A task with its traced teacher, its splits and the target's runtime.
 
+    starts: by the name of the student, "pruned" for the teacher. device: where students train.
     answers: the teacher's answers to each variant of the training data, [N, ...] each; those that
     are missing are computed when they are needed.
     """
 
     task: Any
-    teacher: nn.Module
     example: Any
-    network: Network
+    starts: Mapping[str, Start]
     splits: Splits
     runtime: Runtime
     schedule: Schedule
     answers: dict[int, Tensor] = field(default_factory=dict)
+    device: torch.device = CPU
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self.starts["pruned"].model
+
+    @property
+    def network(self) -> Network:
+        """The teacher's."""
+        return self.starts["pruned"].network
+
+    @property
+    def others(self) -> dict[str, Network]:
+        """The networks of the task's ``students()``, by name."""
+        return {name: s.network for name, s in self.starts.items() if name != "pruned"}
+
+    def start(self, policy: Policy) -> Start:
+        """What the student of ``policy`` starts from. Raises Impossible if the task has none."""
+        if policy.student not in self.starts:
+            what = nearest(policy.student, self.starts)
+            raise Impossible(f"the task has no student {policy.student!r}; {what}")
+        return self.starts[policy.student]
 
     @property
     def variants(self) -> int:
@@ -70,52 +102,88 @@ class Prepared:
         generator = torch.Generator().manual_seed(variant)  # the same in every process
         return Items(self.task.augment(train.inputs, generator), train.targets)
 
-    @functools.cached_property
-    def input_moments(self) -> dict[str, Moments]:
-        """Moments of the inputs of the teacher's layers: the same for every policy."""
-        return input_moments(self.teacher, self.network, self.splits.calibration)
+    def input_moments(self, student: str) -> dict[str, Moments]:
+        """Moments of the inputs of what ``student`` starts from: the same for every policy."""
+        if student not in self._moments:
+            start = self.starts[student]
+            self._moments[student] = input_moments(
+                start.model, start.network, self.splits.calibration
+            )
+        return self._moments[student]
 
     @functools.cached_property
     def search_answers(self) -> Tensor:
         """The teacher's answers on search validation, [N, ...]."""
         return run_module(self.teacher, self.splits.search)
 
-    @functools.cached_property
-    def _importance(self) -> dict[str, dict[str, Tensor]]:
-        return {}
-
-    def importance(self, criterion: str) -> dict[str, Tensor]:
-        """Importance of the teacher's channels by ``criterion``: the same for every policy."""
-        if criterion not in self._importance:
-            self._importance[criterion] = importance(
-                self.teacher, self.network, self.example, criterion,
+    def importance(self, student: str, criterion: str) -> dict[str, Tensor]:
+        """Importance of the channels of what ``student`` starts from: the same for every policy."""
+        if (student, criterion) not in self._importance:
+            start = self.starts[student]
+            self._importance[student, criterion] = importance(
+                start.model, start.network, self.example, criterion,
                 self.splits.calibration, self.task.loss,
             )  # fmt: skip
-        return self._importance[criterion]
+        return self._importance[student, criterion]
+
+    @functools.cached_property
+    def _moments(self) -> dict[str, dict[str, Moments]]:
+        return {}
+
+    @functools.cached_property
+    def _importance(self) -> dict[tuple[str, str], dict[str, Tensor]]:
+        return {}
 
 
 def prepare(
-    task: Task, runtime: Runtime, schedule: Schedule, answers: dict[int, Tensor] | None = None
+    task: Task,
+    runtime: Runtime,
+    schedule: Schedule,
+    answers: dict[int, Tensor] | None = None,
+    device: torch.device = CPU,
 ) -> Prepared:
     """Traces and checks ``task``. Raises BadInput (Untraceable) before anything is spent."""
     for name in ("model", "example_input", "train", "val", "loss", "metric"):
         if not hasattr(task, name):
             raise BadInput(f"task: {type(task).__name__} has no {name!r}, which every task needs")
-    model = _ask(task, "model")
-    if not isinstance(model, nn.Module):
-        raise BadInput(f"task: model() must be a torch.nn.Module, but got {type(model).__name__}")
-    teacher = lay_out(copy.deepcopy(model), torch.channels_last).eval().requires_grad_(False)
-    for name, tensor in [*teacher.named_parameters(), *teacher.named_buffers()]:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise BadInput(f"task: the model's {name!r} has values that are NaN or infinite")
+    models = {"pruned": _module(_ask(task, "model"), "model()"), **_students(task)}
     splits = split(task)
     example = _ask(task, "example_input")
-    network = trace(teacher, example)
+    starts = {name: Start(model, trace(model, example)) for name, model in models.items()}
     prepared = Prepared(
-        task, teacher, example, network, splits, runtime, schedule, dict(answers or {})
+        task, example, starts, splits, runtime, schedule, dict(answers or {}), device
     )
     _check(prepared)
     return prepared
+
+
+def _module(model: Any, what: str) -> nn.Module:
+    """A copy of ``model``, checked and ready to be read."""
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"task: {what} must be a torch.nn.Module, but got {type(model).__name__}")
+    module = lay_out(copy.deepcopy(model), torch.channels_last).eval().requires_grad_(False)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            whose = "the model" if what == "model()" else what
+            raise BadInput(f"task: {whose}'s {name!r} has values that are NaN or infinite")
+    return module
+
+
+def _students(task: Task) -> dict[str, nn.Module]:
+    """The task's other networks, where it names any."""
+    if not hasattr(task, "students"):
+        return {}
+    named = _ask(task, "students")
+    if not isinstance(named, Mapping):
+        raise BadInput(f"task: students() must be {{name: module}}, but got {named!r}")
+    for name in named:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise BadInput(
+                f"task: a student's name is letters, digits, '_' and '-', but got {name!r}"
+            )
+        if name == "pruned":
+            raise BadInput("task: 'pruned' is the pruned teacher; give the student another name")
+    return {name: _module(model, f"students()[{name!r}]") for name, model in named.items()}
 
 
 def _ask(task: Task, method: str) -> Any:
@@ -151,6 +219,17 @@ def _check(prepared: Prepared) -> None:
         raise BadInput(f"task: the model's answer to {len(some)} items has shape {shape}")
     if not torch.isfinite(output).all():
         raise BadInput("task: the model answers NaN or infinity on items of val")
+    for name, start in prepared.starts.items():
+        try:
+            answer = run_module(start.model, some)
+        except Exception as error:
+            raise BadInput(f"task: student {name!r} fails on items of val: {error}") from error
+        if answer.shape != output.shape:
+            ours, theirs = tuple(answer.shape), tuple(output.shape)
+            raise BadInput(
+                f"task: a student answers with the teacher's shape, but {name!r} gives {ours} "
+                f"where the teacher gives {theirs}"
+            )
     try:
         loss = torch.as_tensor(task.loss(output.requires_grad_(), some.targets))
         output = output.detach()

@@ -1,27 +1,34 @@
 """Structured pruning: which channels stay, and the surgery that removes the others."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch_pruning as tp  # type: ignore[import-untyped]
 from torch import Tensor, fx, nn
 
-from ..spaces import Impossible, Network, nearest
-from ..spaces.tracing import dependencies, pruner
+from ..spaces import Group, Impossible, Network, nearest
+from ..spaces.surgery import operate
+from ..spaces.tracing import trace_graph
 from .data import Items
 
 # Importance of a channel from its weights in all layers of the group (and their gradients).
 # l1: Li et al. 2017, "Pruning filters for efficient convnets". taylor: Molchanov et al. 2019,
-# "Importance estimation for neural network pruning", first order.
+# "Importance estimation for neural network pruning", first order. fisher: LeCun et al. 1989,
+# "Optimal brain damage", with the diagonal Fisher information for the curvature.
+# median: He et al. 2019, "Filter pruning via geometric median": what others can stand in for goes.
 CRITERIA: dict[str, Callable[[], Any]] = {
-    "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
-    "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
-    "taylor": lambda: tp.importance.GroupTaylorImportance(),
+    "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1, normalizer=None),
+    "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2, normalizer=None),
+    "taylor": lambda: tp.importance.GroupTaylorImportance(normalizer=None),
+    "fisher": lambda: tp.importance.GroupHessianImportance(normalizer=None),
+    "median": lambda: tp.importance.FPGMImportance(normalizer=None),
     "random": lambda: tp.importance.RandomImportance(),
 }
-NEED_GRADIENTS = {"taylor"}
+# A batch's gradient squared is near the Fisher information only while the batch is small: the
+# gradients of many items cancel before they are squared.
+FISHER_BATCH = 8
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,48 +45,118 @@ def importance(
     if criterion not in CRITERIA:
         raise Impossible(f"no criterion {criterion!r}; {nearest(criterion, CRITERIA)}")
     model = copy.deepcopy(model).eval().requires_grad_()
-    graph = dependencies(model, example)
-    if criterion in NEED_GRADIENTS:
-        for batch in calibration.batches(128):
-            output = call(model, batch.inputs)
-            value = loss(output, batch.targets) * len(batch) / len(calibration)
-            value.backward()  # type: ignore[no-untyped-call]
+    if criterion in _GRADIENTS:
+        _GRADIENTS[criterion](model, calibration, loss)
     score = CRITERIA[criterion]()
-    modules = dict(model.named_modules())
     out: dict[str, Tensor] = {}
     for name, group in network.groups.items():
-        module = modules[name]
-        members = graph.get_pruning_group(module, pruner(module), list(range(group.width)))
         with torch.random.fork_rng([]):
             torch.manual_seed(len(out))  # "random" is the same in every process
-            out[name] = score(members).detach()
+            scores = score(members(model, group))
+        if scores is None:
+            raise Impossible(f"criterion {criterion!r} finds nothing to judge group {name!r} by")
+        # A unit, such as an attention head, counts as the sum of its channels.
+        out[name] = _normalized(scores.detach()[torch.tensor(group.unit)])
     return out
 
 
-def kept_channels(scores: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:
-    """For each group the indices of its most important channels, ascending, [width]."""
-    return {
-        name: scores[name].topk(width).indices.sort().values
-        for name, width in widths.items()
-        if width < len(scores[name])
-    }
+def members(model: nn.Module, group: Group) -> Any:
+    """``group`` as torch-pruning's criteria read one: modules, what they lose, and whose it is."""
+    found = tp.dependency.Group()
+    for slot in group.slots:
+        path, _, attribute = slot.tensor.rpartition(".")
+        module = model.get_submodule(path)
+        handler = _handler(module, slot.axis) if attribute == "weight" else None
+        if handler is None:
+            continue
+        node = tp.dependency.Node(module, None, path)
+        places = [i for i, unit in enumerate(slot.units) if unit >= 0]
+        found.add_dep(tp.dependency.Dependency(handler, handler, node, node), places)
+        found[-1].root_idxs = [slot.units[i] for i in places]
+    return found
+
+
+def _handler(module: nn.Module, axis: int) -> Any:
+    """torch-pruning's function that removes channels along ``axis`` of the weights."""
+    if isinstance(module, nn.Linear):
+        return (tp.prune_linear_out_channels, tp.prune_linear_in_channels)[axis]
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if 1 < module.groups == module.in_channels == module.out_channels:
+            return tp.prune_depthwise_conv_out_channels
+        return (tp.prune_conv_out_channels, tp.prune_conv_in_channels)[axis]
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return tp.prune_batchnorm_out_channels
+    if isinstance(module, nn.LayerNorm):
+        return tp.prune_layernorm_out_channels
+    return None
+
+
+def _normalized(scores: Tensor) -> Tensor:
+    """``scores`` [width] with mean 1, so that groups compare: 0.1 is a tenth of an average channel
+    of its own group, whatever its weights' scale. All 1 where nothing distinguishes them."""
+    mean = scores.mean()
+    return scores / mean if mean > 0 else torch.ones_like(scores)
+
+
+def _mean_gradients(
+    model: nn.Module, items: Items, loss: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Leaves in ``grad`` of every parameter the gradient of the mean loss over ``items``."""
+    for batch in items.batches(128):
+        value = loss(call(model, batch.inputs), batch.targets) * len(batch) / len(items)
+        value.backward()  # type: ignore[no-untyped-call]
+
+
+def _mean_squares(model: nn.Module, items: Items, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Leaves in ``grad`` of every parameter the diagonal of the empirical Fisher information.
+
+    torch-pruning's own sum of squares keeps only the last batch (1.6.1: it looks parameters up by
+    name and files them by tensor).
+    """
+    squares = {p: torch.zeros_like(p) for p in model.parameters()}
+    for batch in items.batches(FISHER_BATCH):
+        value = loss(call(model, batch.inputs), batch.targets)
+        value.backward()  # type: ignore[no-untyped-call]
+        for parameter, square in squares.items():
+            if parameter.grad is not None:
+                square += parameter.grad**2 * len(batch) ** 2 / len(items)
+                parameter.grad = None
+    for parameter, square in squares.items():
+        parameter.grad = square
+
+
+_GRADIENTS = {"taylor": _mean_gradients, "fisher": _mean_squares}
+
+
+def kept_channels(
+    scores: Mapping[str, Tensor], widths: Mapping[str, int], groups: Mapping[str, Group]
+) -> dict[str, Tensor]:
+    """For each group the channels of its most important units, ascending, [width]."""
+    kept = {}
+    for name, width in widths.items():
+        group, unit = groups[name], torch.tensor(groups[name].unit)
+        if width == group.width:
+            continue
+        count = group.width // group.multiple_of
+        totals = torch.zeros(count, dtype=scores[name].dtype).index_add(0, unit, scores[name])
+        best = totals.topk(width // group.multiple_of).indices
+        kept[name] = torch.isin(unit, best).nonzero().flatten()
+    return kept
 
 
 def remove(
-    model: nn.Module, network: Network, example: Any, kept: Mapping[str, Tensor]
-) -> nn.Module:
-    """A copy of ``model`` without the channels that are not in ``kept``."""
-    student = copy.deepcopy(model).eval().requires_grad_()
-    if not kept:
-        return student
-    graph = dependencies(student, example)
-    modules = dict(student.named_modules())
-    for name, indices in kept.items():
-        width = network.groups[name].width
-        gone = sorted(set(range(width)) - set(indices.tolist()))
-        module = modules[name]
-        graph.get_pruning_group(module, pruner(module), gone).prune()
-    return student
+    model: nn.Module,
+    network: Network,
+    example: Any,
+    kept: Mapping[str, Tensor],
+    drop: Iterable[str] = (),
+) -> fx.GraphModule:
+    """A copy of ``model`` without the channels that are not in ``kept`` and without the residual
+    branches ``drop``, as the graph of its operations."""
+    if model.training:
+        model = copy.deepcopy(model).eval()
+    student = operate(trace_graph(model, example), network, kept, drop)
+    return student.eval().requires_grad_()
 
 
 def lay_out(model: Model, layout: torch.memory_format) -> Model:

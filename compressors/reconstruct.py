@@ -28,7 +28,8 @@ LARGEST = 4_608  # inputs of a layer (channels x kernel) whose covariance is kep
 
 @dataclass(frozen=True)
 class Moments:
-    """Of a layer's inputs (F = channels x kernel positions): mean [F], covariance [F, F]."""
+    """Of the inputs of each of a layer's G groups (1 but for a grouped convolution), of F = channels
+    x kernel positions: mean [G, F], covariance [G, F, F]."""
 
     mean: Tensor
     covariance: Tensor
@@ -41,9 +42,10 @@ def input_moments(model: nn.Module, network: Network, items: Items) -> dict[str,
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = _rows(module, inputs[0])
+            rows = _rows(module, inputs[0])  # [G, rows, F]
             count, total, square = sums.get(name, (0, 0.0, 0.0))
-            sums[name] = (count + len(rows), total + rows.sum(0), square + rows.T @ rows)
+            square = square + rows.mT @ rows
+            sums[name] = (count + rows.shape[1], total + rows.sum(1), square)
 
         return hook
 
@@ -59,10 +61,11 @@ def input_moments(model: nn.Module, network: Network, items: Items) -> dict[str,
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        name: Moments(total / count, square / count - torch.outer(total / count, total / count))
-        for name, (count, total, square) in sums.items()
-    }
+    found = {}
+    for name, (count, total, square) in sums.items():
+        mean = total / count
+        found[name] = Moments(mean, square / count - mean[:, :, None] * mean[:, None])
+    return found
 
 
 @torch.no_grad()
@@ -75,56 +78,81 @@ def reconstruct_(
 ) -> None:
     """Solves the remaining weights of every layer of ``student`` that lost inputs, in place."""
     for name, layer in network.layers.items():
-        inputs = _kept_inputs(network, network.op[layer.op].inputs[0], kept)
+        inputs = _remaining(network, kept, f"{name}.weight", 1)
         if inputs is None or name not in moments:
             continue
         theirs: Any = teacher.get_submodule(name)
         ours: Any = student.get_submodule(name)
+        outputs = _remaining(network, kept, f"{name}.weight", 0)
+        if outputs is None:
+            outputs = torch.arange(len(theirs.weight))
         positions = math.prod(layer.kernel)
         k = (inputs[:, None] * positions + torch.arange(positions)).flatten()
-        outputs = kept.get(layer.out_group or "", torch.arange(layer.out_channels))
-        full = theirs.weight[outputs].flatten(1)  # [out, F]
-        m = moments[name]
-        c = m.covariance[k]
-        ridge = RIDGE * c[:, k].diagonal().mean().clamp_min(1e-12)
-        solved = torch.linalg.solve(c[:, k] + ridge * torch.eye(len(k)), c @ full.T).T  # [out, k]
+        groups, m = len(moments[name].mean), moments[name]
+        full = theirs.weight[outputs].flatten(1).unflatten(0, (groups, -1))  # [G, out, F]
+        c = m.covariance[:, k]  # [G, k, F]
+        square = c[:, :, k]
+        ridge = RIDGE * square.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
+        square = square + ridge[:, None, None] * torch.eye(len(k))
+        solved = torch.linalg.solve(square, c @ full.mT).mT  # [G, out, k]
         ours.weight.copy_(solved.reshape(ours.weight.shape))
         if ours.bias is not None:
-            ours.bias.copy_(theirs.bias[outputs] + full @ m.mean - solved @ m.mean[k])
+            shift = full @ m.mean[:, :, None] - solved @ m.mean[:, k, None]
+            ours.bias.copy_(theirs.bias[outputs] + shift.flatten())
 
 
 def _solvable(module: Any) -> bool:
     if isinstance(module, nn.Linear):
         return module.in_features <= LARGEST
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        size = module.in_channels * math.prod(module.kernel_size)
-        plain = module.groups == 1 and module.padding_mode == "zeros"
-        return plain and not isinstance(module.padding, str) and size <= LARGEST
+        size = module.in_channels // module.groups * math.prod(module.kernel_size)
+        # A depthwise convolution has one input for an output: it loses none and keeps the output.
+        return (
+            module.padding_mode == "zeros"
+            and module.groups < module.in_channels
+            and (size <= LARGEST)
+        )
     return False
 
 
 def _rows(module: Any, x: Tensor) -> Tensor:
-    """The inputs that meet the weights, one row for each output position: [rows, F]."""
+    """The inputs that meet the weights, one row for each output position: [G, rows, F]."""
     if isinstance(module, nn.Linear):
-        return x.flatten(0, -2)
-    where = {n: getattr(module, n) for n in ("kernel_size", "dilation", "padding", "stride")}
+        return x.reshape(1, -1, x.shape[-1])
+    where = {n: getattr(module, n) for n in ("kernel_size", "dilation", "stride")}
+    x = F.pad(x, _padding(module))
     if isinstance(module, nn.Conv1d):
         x = x[:, :, None]
-        where = {n: (0 if n == "padding" else 1, *v) for n, v in where.items()}
-    columns = F.unfold(x, **where)  # [N, F, positions]
-    return columns.transpose(1, 2).flatten(0, 1)
+        where = {n: (1, *v) for n, v in where.items()}
+    columns = F.unfold(x, **where)  # [N, G x F, positions]
+    return columns.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
 
 
-def _kept_inputs(network: Network, value: str, kept: Mapping[str, Tensor]) -> Tensor | None:
-    """Indices of the channels of ``value`` that remain, None if all do."""
-    indices, offset, lost = [], 0, False
-    for group, size in network.op[value].parts:
-        if group is not None and group in kept:
-            spread = size // network.groups[group].width
-            part = (kept[group][:, None] * spread + torch.arange(spread)).flatten()
-            lost = True
+def _padding(module: Any) -> list[int]:
+    """What a convolution adds before and after each axis, the last axis first."""
+    sizes: list[tuple[int, int]] = []
+    for axis, (size, dilation) in enumerate(zip(module.kernel_size, module.dilation, strict=True)):
+        if module.padding == "same":
+            total = dilation * (size - 1)
+            sizes.append((total // 2, total - total // 2))
         else:
-            part = torch.arange(size)
-        indices.append(part + offset)
-        offset += size
-    return torch.cat(indices) if lost else None
+            one = 0 if module.padding == "valid" else module.padding[axis]
+            sizes.append((one, one))
+    return [n for pair in reversed(sizes) for n in pair]
+
+
+def _remaining(
+    network: Network, kept: Mapping[str, Tensor], tensor: str, axis: int
+) -> Tensor | None:
+    """The positions along ``axis`` of ``tensor`` that remain, None if all do."""
+    lost = None
+    for name, channels in kept.items():
+        group = network.groups.get(name)
+        for slot in group.slots if group else ():
+            if (slot.tensor, slot.axis) != (tensor, axis):
+                continue
+            units = torch.tensor(slot.units)
+            stays = torch.tensor([group.unit[i] for i in channels.tolist()])
+            gone = (units >= 0) & ~torch.isin(units, stays)
+            lost = gone if lost is None else lost | gone
+    return None if lost is None else (~lost).nonzero().flatten()

@@ -26,8 +26,10 @@ class Task(Protocol):
     """A trained model, its data, its loss and its metric.
 
     An input is a tensor, a tuple or a dict of tensors; items of a data set are without a batch
-    axis. Optional, beside what stands here: ``test`` (a data set, looked at once, only reported)
-    and ``augment(inputs, generator)``, which returns a random variant of a batch of inputs.
+    axis. Optional, beside what stands here: ``test`` (a data set, looked at once, only reported);
+    ``augment(inputs, generator)``, which returns a random variant of a batch of inputs; and
+    ``students()``, which returns {name: module}: other networks, trained or not, that answer as the
+    teacher does. A policy whose ``distill.student`` names one starts from it.
     """
 
     train: Dataset

@@ -3,12 +3,12 @@
 import torch
 
 from ..spaces import Policy, blueprint
-from ..spaces.tracing import trace_graph
 from .export import to_onnx
 from .freeze import freeze
 from .prepared import Prepared
 from .prune import remove
 from .quantize import calibrate, fold_norms, insert_quantizers, settle_biases
+from .sparsify import sparsify_
 
 ITEMS = 8  # enough for ranges that are not degenerate
 
@@ -19,12 +19,16 @@ def untrained(prepared: Prepared, policy: Policy) -> bytes:
     Which channels stay does not change what the runtime executes, so no importance is computed
     and nothing is trained. Raises Impossible.
     """
-    plan = blueprint(prepared.network, policy, prepared.runtime.capabilities)
-    kept = {name: torch.arange(plan.widths[name]) for name in policy.prune.width}
-    pruned = remove(prepared.teacher, prepared.network, prepared.example, kept)
-    student = fold_norms(trace_graph(pruned, prepared.example), prepared.network)
+    start = prepared.start(policy)
+    plan = blueprint(start.network, policy, prepared.runtime.capabilities)
+    groups = start.network.groups
+    kept = {n: torch.tensor(groups[n].first(width)) for n, width in policy.prune.width.items()}
+    pruned = remove(start.model, start.network, prepared.example, kept, policy.prune.drop)
+    if policy.prune.sparsity:
+        sparsify_(pruned, plan.network, policy.prune.sparsity)
+    student = fold_norms(pruned, plan.network)
     if plan.quantized:
         student = insert_quantizers(student, plan, "minmax")
         calibrate(student, prepared.splits.calibration.take(torch.arange(ITEMS)), "minmax")
-        settle_biases(student, prepared.network, plan)
+        settle_biases(student, plan.network, plan)
     return to_onnx(freeze(student), prepared.example)

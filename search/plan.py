@@ -10,7 +10,7 @@ from rich.table import Table
 from ..compressors import RUNGS, compress
 from ..spaces import Policy, Space
 from .meter import Meter
-from .ready import facts_of, prepare_task, ready
+from .ready import facts_of, make_space, prepare_task, ready
 from .spec import load_spec
 from .store import read_policy, write_artifact
 
@@ -74,7 +74,7 @@ def make_plan(spec_path: Path) -> dict[str, Any]:
 
 
 def _kept(space: Space, policy: Policy) -> float:
-    groups = space.network.groups
+    groups = space.networks[policy.student].groups
     full = sum(g.width for g in groups.values())
     return sum(policy.prune.width.get(n, g.width) for n, g in groups.items()) / max(1, full)
 
@@ -117,7 +117,7 @@ def space_of(spec_path: Path) -> Space:
     """The space of a spec."""
     spec = load_spec(spec_path)
     prepared = prepare_task(spec)
-    return Space(prepared.network, prepared.runtime.capabilities, spec.space.settings())
+    return make_space(prepared, spec)
 
 
 def replay(policy_path: Path, spec_path: Path, rung: str, out: Path) -> dict[str, Any]:

@@ -138,15 +138,20 @@ class Proposals:
     def _suggest(self, trial: optuna.Trial, rung: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for parameter in self.space.parameters:
+            student = values.get("student", self.space.defaults["student"])
+            if parameter.student not in ("", student):
+                continue
             if not _acts(parameter, rung) or len(parameter.choices) == 1:
                 continue
             if parameter.needs and not self._active(parameter.needs, values):
+                continue
+            if any(values.get(drop) for drop in parameter.unless):
                 continue
             values[parameter.name] = _draw(trial, parameter)
         return values
 
     def _active(self, part: str, values: Mapping[str, Any]) -> bool:
-        full = {f"width/{n}": g.width for n, g in self.space.network.groups.items()}
+        full = {f"width/{n}": group.width for n, (_, group) in self.space.groups.items()}
         if part == "prune":
             return any(values.get(n, w) != w for n, w in full.items())
         return any(v != "fp32" for n, v in values.items() if n.startswith("precision/"))

@@ -26,7 +26,14 @@ def prepare_task(spec: Spec, answers: dict[int, torch.Tensor] | None = None) -> 
     runtime = make_runtime(spec.target.runtime, spec.target.threads)
     task = load_task(spec.task, spec.folder, spec.task_args)
     schedule = Schedule(full_epochs=spec.rungs.full_epochs, short=spec.rungs.short)
-    return prepare(task, runtime, schedule, answers)
+    device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
+    return prepare(task, runtime, schedule, answers, device)
+
+
+def make_space(prepared: Prepared, spec: Spec) -> Space:
+    """What ``spec`` allows to do to the networks of ``prepared``."""
+    capabilities = prepared.runtime.capabilities
+    return Space(prepared.network, capabilities, spec.space.settings(), prepared.others)
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,13 @@ class Ready:
     def recipes(self) -> list[Policy]:
         """The uniform recipes of people: what a search must at least have tried."""
         precisions = [p for p in ("int8", "fp32") if p in self.spec.space.quantize.precisions]
-        found = [self.space.uniform(keep, p) for keep in RECIPES for p in precisions]
+        students = self.space.settings.students
+        found = [
+            self.space.uniform(keep, p, student)
+            for student in students
+            for keep in RECIPES
+            for p in precisions
+        ]
         return list(dict.fromkeys(found))
 
     def request(self) -> dict[str, np.ndarray[Any, Any]]:
@@ -58,14 +71,16 @@ class Ready:
     def smallest(self) -> list[Policy]:
         """The policies that can be expected to be fastest: least width in each precision."""
         precisions = self.spec.space.quantize.precisions
-        return list(dict.fromkeys(self.space.uniform(0.0, p) for p in precisions))
+        students = self.space.settings.students
+        found = [self.space.uniform(0.0, p, student) for student in students for p in precisions]
+        return list(dict.fromkeys(found))
 
 
 def ready(spec: Spec, run_dir: Path | None = None) -> Ready:
     """Loads and checks everything; writes the teacher's artifact. Raises BadInput."""
     prepared = prepare_task(spec)
     task, runtime = prepared.task, prepared.runtime
-    space = Space(prepared.network, runtime.capabilities, spec.space.settings())
+    space = make_space(prepared, spec)
     untouched = compress(prepared, Policy(), "recalibrate")
     if run_dir is not None:
         write_whole(run_dir / "teacher" / "model.onnx", untouched.model)

@@ -7,10 +7,12 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from ..compressors.distill import LOSSES
 from ..compressors.observe import ACTIVATION_RANGES
 from ..compressors.prune import CRITERIA
 from ..kernels import RUNTIMES
 from ..spaces import BadInput, Settings, nearest
+from ..spaces.policy import MAX_SPARSITY
 from .tracking import redact
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -42,6 +44,7 @@ def _names(known: Any) -> BeforeValidator:
 
 Duration = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
 Range = Annotated[tuple[float, float], BeforeValidator(_bounds)]
+Sparsity = Annotated[float, Field(ge=0, le=MAX_SPARSITY)]
 Choices = Annotated[tuple[bool, ...], Field(min_length=1)]
 
 
@@ -84,7 +87,8 @@ class Prune(Section):
     multiple_of: int | None = Field(None, ge=1)
     criteria: Annotated[tuple[str, ...], Field(min_length=1), _names(CRITERIA)] = ("l1", "taylor")
     reconstruct: Choices = (True, False)
-    depth: Literal[False] = False
+    sparsity: Annotated[tuple[Sparsity, ...], Field(min_length=1)] = (0.0,)
+    depth: bool = False
 
 
 class Quantize(Section):
@@ -98,8 +102,9 @@ class Quantize(Section):
 
 
 class Distill(Section):
-    students: Annotated[tuple[str, ...], Field(min_length=1), _names(("pruned",))] = ("pruned",)
-    losses: Annotated[tuple[str, ...], Field(min_length=1), _names(("kl",))] = ("kl",)
+    # "pruned", or one that the task's students() names
+    students: Annotated[tuple[str, ...], Field(min_length=1)] = ("pruned",)
+    losses: Annotated[tuple[str, ...], Field(min_length=1), _names(LOSSES)] = ("kl",)
     temperature: Range = (1.0, 8.0)
     alpha: Range = (0.1, 1.0)
     learning_rate: Range = (0.001, 0.1)
@@ -129,9 +134,9 @@ class SpaceSection(Section):
         p, q, d = self.prune, self.quantize, self.distill
         return Settings(
             min_keep=p.min_keep, multiple_of=p.multiple_of, criteria=p.criteria,
-            reconstruct=p.reconstruct, precisions=q.precisions, calibrations=q.calibrations,
-            qat=q.qat, students=d.students, losses=d.losses, temperature=d.temperature,
-            alpha=d.alpha, learning_rate=d.learning_rate,
+            reconstruct=p.reconstruct, sparsity=p.sparsity, depth=p.depth, precisions=q.precisions,
+            calibrations=q.calibrations, qat=q.qat, students=d.students, losses=d.losses,
+            temperature=d.temperature, alpha=d.alpha, learning_rate=d.learning_rate,
         )  # fmt: skip
 
 
@@ -240,8 +245,6 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     got = error["input"]
     shown = "" if isinstance(got, dict) or error["type"] == "missing" else f" (got {got!r})"
-    if where == "space.prune.depth":
-        message = "is not built yet; leave it out or give false"
     if where == "search.strategy":
         message = "only 'joint' is built yet"
     if where == "target.profile":

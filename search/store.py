@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def write_artifact(run_dir: Path, candidate: Candidate, facts: dict[str, Any]) -
         "metric": candidate.metric,
         "loss": candidate.loss,
         "size_bytes": len(candidate.model),
+        "compressed_bytes": len(zlib.compress(candidate.model, 9)),  # what zeros bring
         "samples": candidate.samples,
         "parity": None if candidate.parity is None else vars(candidate.parity),
         **facts,

@@ -44,8 +44,9 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """widths: channels kept, of every group. precision: of every layer. quantized: for each value
-    that is quantized the name of its scale; values with the same name share it."""
+    """network: what is left of the traced one without the blocks that the policy drops. widths:
+    channels kept, of every group. precision: of every layer. quantized: for each value that is
+    quantized the name of its scale; values with the same name share it."""
 
     policy: Policy
     widths: Mapping[str, int]
@@ -53,6 +54,7 @@ class Blueprint:
     kernels: tuple[Kernel, ...]
     quantized: Mapping[str, str]
     weight_bits: int
+    network: Network
 
     @cached_property
     def macs(self) -> int:
@@ -62,6 +64,7 @@ class Blueprint:
 
 def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> Blueprint:
     """Works ``policy`` out. Raises Impossible with the rule it breaks."""
+    network = _without(network, policy)
     widths = _widths(network, policy)
     precision = _precision(network, policy, capabilities)
     fused = _fuse(network)
@@ -69,7 +72,22 @@ def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> B
     kernels = tuple(
         _kernel(network, run, widths, precision, quantized, capabilities) for run in fused
     )
-    return Blueprint(policy, widths, precision, kernels, quantized, capabilities.weight_bits)
+    return Blueprint(
+        policy, widths, precision, kernels, quantized, capabilities.weight_bits, network
+    )
+
+
+def _without(network: Network, policy: Policy) -> Network:
+    for name in policy.prune.drop:
+        if name not in network.blocks:
+            hint = nearest(name, network.blocks)
+            raise Impossible(f"no residual block {name!r} in this network; {hint}")
+        block = network.blocks[name]
+        named = {*policy.prune.width, *policy.quantize.precision, *policy.prune.drop} - {name}
+        inside = {*block.layers, *block.groups}
+        if inert := named & inside:
+            raise Impossible(f"block {name!r} is dropped, and {min(inert)!r} with it: leave it out")
+    return network.without(policy.prune.drop)
 
 
 def _widths(network: Network, policy: Policy) -> dict[str, int]:
@@ -84,8 +102,8 @@ def _widths(network: Network, policy: Policy) -> dict[str, int]:
             )
         if width % group.multiple_of:
             raise Impossible(
-                f"the width of group {name!r} must be a multiple of {group.multiple_of} "
-                f"(it is normalised in groups), but got {width}"
+                f"the width of group {name!r} must be a multiple of {group.multiple_of} (its "
+                f"channels go by so many), but got {width}"
             )
         widths[name] = width
     return widths

@@ -1,117 +1,134 @@
-"""Which channels can be pruned, and which of them together: torch-pruning's dependency graph."""
+"""Which channels can be pruned, and which of them together: units of one shape make a group."""
 
-import copy
-import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch_pruning as tp  # type: ignore[import-untyped]
-from torch import fx, nn
+from torch import Tensor, fx
 
-from .errors import Untraceable
-from .network import Group
-from .operations import LAYERS, callee
+from .labels import Labels
+from .network import Block, Group, Op, Part, Slot, reachable
+from .operations import Channels
+from .ties import FIXED, varies
 
-
-def dependencies(model: nn.Module, example: Any) -> Any:
-    """torch-pruning's dependency graph of ``model``. Raises Untraceable if there is none."""
-    with warnings.catch_warnings(), torch.enable_grad():  # it follows autograd
-        warnings.simplefilter("ignore")
-        try:
-            return tp.DependencyGraph().build_dependency(
-                model,
-                example_inputs=example if isinstance(example, dict | tuple | list) else (example,),
-                forward_fn=_forward,
-            )
-        except Exception as error:
-            raise Untraceable(f"no dependency graph of the model: {error}") from error
+Place = tuple[str, str]  # ("makes" or "reads", layer)
 
 
-def _forward(model: nn.Module, inputs: Any) -> Any:
-    return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+class Found:
+    """The groups of a traced graph, and where in each value their channels are."""
 
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
+        with torch.no_grad():
+            self.labels = Labels(graph)
+            self.labels.run(*inputs)
+            self.roots = self.labels.ties.settle()
+            try:
+                graph(*doubled(inputs))
+                self.takes_two = True  # requests in one batch
+            except Exception:
+                self.takes_two = False
+        self.makes, self.reads = map(self._rooted, (self.labels.makes, self.labels.reads))
+        self.slots = self._rooted(self._axes())
+        self.unit_of: dict[str, dict[int, int]] = {}  # group -> root -> unit
+        self.groups: dict[str, Group] = {}
+        for units in self._alike():
+            if (group := self._group(units)) is not None:
+                self.groups[group.name] = group
+        order = {name: i for i, name in enumerate(self.labels.makes)}
+        self.groups = {n: self.groups[n] for n in sorted(self.groups, key=order.__getitem__)}
 
-def pruner(module: nn.Module) -> Callable[..., Any]:
-    """The function of torch-pruning that removes output channels of ``module``."""
-    if isinstance(module, nn.Linear):
-        how = tp.prune_linear_out_channels
-    elif _depthwise(module):
-        how = tp.prune_depthwise_conv_out_channels
-    else:
-        how = tp.prune_conv_out_channels
-    return how  # type: ignore[no-any-return]
+    def _alike(self) -> Iterable[list[int]]:
+        """Units (as roots, in order of their first channel) that sit at the same places in the
+        same numbers: any of them may go instead of another."""
+        found: dict[int, list[tuple[Place, int]]] = {}
+        for side, places in (("makes", self.makes), ("reads", self.reads)):
+            for name, roots in places.items():
+                for root, count in Counter(roots).items():  # in order of the first
+                    found.setdefault(root, []).append(((side, name), count))
+        found.pop(FIXED, None)
+        alike: dict[tuple[tuple[Place, int], ...], list[int]] = {}
+        for root, places in found.items():
+            alike.setdefault(tuple(places), []).append(root)
+        return alike.values()
 
+    def _group(self, units: list[int]) -> Group | None:
+        number = {root: unit for unit, root in enumerate(units)}
+        makes, reads = _where(self.makes, number), _where(self.reads, number)
+        # Half of a layer's channels would need a name, and a precision, of their own.
+        whole = all(-1 not in where for where in makes.values())
+        if len(units) < 2 or not makes or not whole:
+            return None
+        places = [[u for u in where if u >= 0] for where in (*makes.values(), *reads.values())]
+        channels = min(places, key=len)
+        name = next(iter(makes))
+        self.unit_of[name] = number
+        size = len(channels) // len(units)
+        slots = (Slot(*place, where) for place, where in _where(self.slots, number).items())
+        return Group(
+            name, len(channels), tuple(makes), size, tuple(channels) if size > 1 else (),
+            tuple(slots),
+        )  # fmt: skip
 
-def remove_channels(model: nn.Module, example: Any, gone: Mapping[str, list[int]]) -> None:
-    """Removes from ``model``, in place, the channels ``gone`` of each group."""
-    depends = dependencies(model, example)
-    modules = dict(model.named_modules())
-    for name, channels in gone.items():
-        module = modules[name]
-        depends.get_pruning_group(module, pruner(module), channels).prune()
+    def _rooted(self, places: Mapping[Any, Tensor]) -> dict[Any, list[int]]:
+        return {place: self.roots[labels].tolist() for place, labels in places.items()}
 
+    def _axes(self) -> dict[tuple[str, int], Tensor]:
+        """The labels along every axis of a tensor of the model that has channels."""
+        axes = dict(self.labels.slots)
+        for name, labels in self.labels.attributes.items():
+            for axis in range(labels.ndim):
+                if varies(labels, axis, self.roots):
+                    axes[name, axis] = _line(labels, axis)
+        return axes
 
-def find_groups(model: nn.Module, graph: fx.GraphModule, example: Any) -> dict[str, Group]:
-    """Groups by name, in execution order. ``graph`` is the trace of ``model``.
-
-    Left at full width are the channels of the answer, channels of which only a part depends on
-    others, and channels that a grouped convolution makes or reads: there the same number would
-    have to go from each of its parts.
-    """
-    depends = dependencies(model, example)
-    names = {module: name for name, module in model.named_modules()}
-    calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
-    order = {name: i for i, name in enumerate(calls)}
-    final = _finals(graph)
-    groups: dict[str, Group] = {}
-    for members in depends.get_all_groups(ignored_layers=[], root_module_types=list(LAYERS)):
-        outs: dict[str, int] = {}
-        multiple, whole = 1, True
-        for dependency, indices in members:
-            module = dependency.target.module
-            if isinstance(module, nn.GroupNorm):
-                multiple = math.lcm(multiple, module.num_groups)
-            if type(module) not in LAYERS:
+    def channels(self, groups: Iterable[str]) -> dict[str, Channels]:
+        """Per value that has channels of ``groups`` the parts along their axis."""
+        group_of = torch.full((self.labels.ties.count,), -1)
+        names = list(groups)
+        for i, name in enumerate(names):
+            group_of[list(self.unit_of[name])] = i
+        out: dict[str, Channels] = {}
+        for node, labels in self.labels.of.items():
+            if not isinstance(labels, Tensor):
                 continue
-            if depends.is_out_channel_pruning_fn(dependency.handler):
-                size = _out_channels(module)
-                whole &= len(indices) == size
-                outs[names[module]] = size
-            whole &= getattr(module, "groups", 1) == 1 or _depthwise(module)
-        called = all(name in order for name in outs)
-        if not (outs and whole and called and len(set(outs.values())) == 1) or final & outs.keys():
-            continue
-        ordered = tuple(sorted(outs, key=lambda name: order[name]))
-        groups[ordered[0]] = Group(ordered[0], outs[ordered[0]], ordered, multiple)
-    return {name: groups[name] for name in sorted(groups, key=lambda name: order[name])}
+            for axis in range(labels.ndim):
+                if not varies(labels, axis, self.roots):
+                    continue
+                owners = group_of[self.roots[_line(labels, axis)]].tolist()
+                if any(owner >= 0 for owner in owners):
+                    out[node.name] = tuple(_runs(owners, names)), axis
+        return out
 
 
-def _out_channels(module: Any) -> int:
-    size = module.out_features if isinstance(module, nn.Linear) else module.out_channels
-    return int(size)
+def doubled(inputs: Sequence[Any]) -> list[Any]:
+    """Two requests in one batch."""
+    return [torch.cat((x, x)) if isinstance(x, Tensor) and x.ndim else x for x in inputs]
 
 
-def _depthwise(module: Any) -> bool:
-    return bool(1 < module.groups == module.in_channels == module.out_channels)
+def _where(
+    places: Mapping[Any, list[int]], number: Mapping[int, int]
+) -> dict[Any, tuple[int, ...]]:
+    """Per place that has any unit of ``number`` the unit at each position, -1 for another's."""
+    return {
+        place: tuple(number.get(root, -1) for root in roots)
+        for place, roots in places.items()
+        if not number.keys().isdisjoint(roots)
+    }
 
 
-def _finals(graph: fx.GraphModule) -> set[str]:
-    """Layers whose channels are channels of the answer: nothing with weights stands between."""
-    found: set[str] = set()
-    seen: set[fx.Node] = set()
-    stack = list(next(n for n in graph.graph.nodes if n.op == "output").all_input_nodes)
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if callee(graph, node) in LAYERS:
-            found.add(str(node.target))
-        else:
-            stack += node.all_input_nodes
-    return found
+def _line(labels: Tensor, axis: int) -> Tensor:
+    """Labels along ``axis``, [size], at the first place of every other."""
+    return labels.movedim(axis, 0).reshape(labels.shape[axis], -1)[:, 0]
+
+
+def _runs(owners: list[int], names: list[str]) -> Iterable[Part]:
+    start = 0
+    for end in range(1, len(owners) + 1):
+        if end == len(owners) or owners[end] != owners[start]:
+            yield (names[owners[start]] if owners[start] >= 0 else None), end - start
+            start = end
 
 
 def trial_widths(groups: Mapping[str, Group]) -> dict[str, int]:
@@ -125,11 +142,40 @@ def trial_widths(groups: Mapping[str, Group]) -> dict[str, int]:
     return out
 
 
-def narrowed(
-    model: nn.Module, example: Any, groups: Mapping[str, Group], widths: Mapping[str, int]
-) -> nn.Module:
-    """A copy of ``model`` whose groups keep their last ``widths`` channels."""
-    student = copy.deepcopy(model)
-    gone = {name: list(range(groups[name].width - width)) for name, width in widths.items()}
-    remove_channels(student, example, gone)
-    return student
+def find_blocks(ops: Sequence[Op], groups: Mapping[str, Group]) -> dict[str, Block]:
+    """Residual branches: one input of an add, computed from nothing but the other.
+
+    Without the branch the add is that other input. Of branches that begin with the same layer the
+    inner one is meant.
+    """
+    by_name = {op.name: op for op in ops}
+    found: dict[str, Block] = {}
+    for op in ops:
+        if op.kind != "add":
+            continue
+        for skip, branch in (op.inputs, op.inputs[::-1]):
+            layers = _dropped(ops, by_name, op, skip, branch)
+            if layers and layers[0] not in found:
+                inside = (g.name for g in groups.values() if set(layers).issuperset(g.members))
+                found[layers[0]] = Block(layers[0], op.name, skip, layers, tuple(inside))
+    return found
+
+
+def _dropped(
+    ops: Sequence[Op], by_name: Mapping[str, Op], add: Op, skip: str, branch: str
+) -> tuple[str, ...]:
+    """Layers that go if ``add`` becomes ``skip``; () if ``branch`` is none of ``skip`` alone."""
+    stack, seen = [branch], {skip}
+    while stack:
+        op = by_name[stack.pop()]
+        if op.kind == "input":
+            return ()
+        seen.add(op.name)
+        stack += [v for v in op.inputs if v not in seen and by_name[v].shape]
+    without = [
+        replace(op, inputs=tuple(skip if v == add.name else v for v in op.inputs))
+        for op in ops
+        if op is not add
+    ]
+    alive = reachable(without)
+    return tuple(op.module for op in ops if op.name not in alive and op.kind in ("conv", "linear"))

@@ -1,7 +1,7 @@
 """What is known of a traced network: its operations, its layers, its groups. Plain data, frozen."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 Part = tuple[str | None, int]  # (the group that governs these channels or None, channels unpruned)
@@ -51,22 +51,64 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Slot:
+    """Where channels of a group sit: an axis of one tensor of the model.
+
+    units: of each position along ``axis`` the unit of the group, -1 if it belongs to none.
+    """
+
+    tensor: str
+    axis: int
+    units: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Group:
     """Channels of several layers that are pruned together, named after the first producer.
 
-    members: the layers whose output channels they are. multiple_of: what group norms among their
-    consumers ask of a width.
+    members: the layers whose output channels they are. multiple_of: channels in one unit, which
+    stays or goes as a whole: those of an attention head, or one from each group of a grouped
+    convolution or group norm. units: the unit of each channel, () where each is its own.
     """
 
     name: str
     width: int
     members: tuple[str, ...]
     multiple_of: int = 1
+    units: tuple[int, ...] = ()
+    slots: tuple[Slot, ...] = ()
+
+    @property
+    def unit(self) -> tuple[int, ...]:
+        """The unit of each channel."""
+        return self.units or tuple(range(self.width))
+
+    def first(self, width: int) -> list[int]:
+        """The channels of the first units, ``width`` in all."""
+        return [i for i, unit in enumerate(self.unit) if unit < width // self.multiple_of]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A residual branch that can be dropped, named after its first layer.
+
+    add: the add behind it, which becomes ``skip``, its other input. layers, groups: those that go
+    with the branch.
+    """
+
+    name: str
+    add: str
+    skip: str
+    layers: tuple[str, ...]
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Network:
-    """A traced network. ``inputs`` name the values a request carries, ``output`` the answer."""
+    """A traced network. ``inputs`` name the values a request carries, ``output`` the answer.
+
+    parameters: of the whole model. blocks: residual branches that can be dropped.
+    """
 
     ops: tuple[Op, ...]
     layers: Mapping[str, Layer]
@@ -74,6 +116,7 @@ class Network:
     inputs: tuple[str, ...]
     output: str
     parameters: int = field(default=0)
+    blocks: Mapping[str, Block] = field(default_factory=dict)
 
     @cached_property
     def op(self) -> dict[str, Op]:
@@ -105,3 +148,46 @@ class Network:
         if not op.parts:
             return op.shape
         return (*op.shape[: op.axis], self.channels(value, widths), *op.shape[op.axis + 1 :])
+
+    def without(self, drop: Iterable[str]) -> "Network":
+        """The network that is left when the blocks ``drop`` are gone."""
+        gone = [self.blocks[name] for name in drop]
+        if not gone:
+            return self
+        instead = {block.add: block.skip for block in gone}
+
+        def left(value: str) -> str:
+            while value in instead:
+                value = instead[value]
+            return value
+
+        ops = tuple(
+            replace(op, inputs=tuple(left(v) for v in op.inputs))
+            for op in self.ops
+            if op.name not in instead
+        )
+        alive = reachable(ops)
+        ops = tuple(op for op in ops if op.name in alive)
+        layers = {name: layer for name, layer in self.layers.items() if layer.op in alive}
+        groups = {
+            group.name: replace(group, members=tuple(m for m in group.members if m in layers))
+            for group in self.groups.values()
+            if any(m in layers for m in group.members)
+        }
+        blocks = {
+            name: replace(block, skip=left(block.skip))
+            for name, block in self.blocks.items()
+            if block.add in alive
+        }
+        return replace(
+            self, ops=ops, layers=layers, groups=groups, blocks=blocks, output=left(self.output)
+        )
+
+
+def reachable(ops: Iterable[Op]) -> set[str]:
+    """Operations that the answer depends on, and the inputs of the network."""
+    found: set[str] = set()
+    for op in reversed(tuple(ops)):
+        if op.kind in ("input", "output") or op.name in found:
+            found.update((op.name, *op.inputs))
+    return found

@@ -1,6 +1,7 @@
-"""What each node of a traced graph is, and what its channels consist of."""
+"""What each node of a traced graph is."""
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,10 +36,6 @@ TRANSPARENT = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, "contiguous", "clone",
 )  # fmt: skip
-# Modules with weights that nevertheless answer with the channels they are given.
-KEEPS_CHANNELS = (
-    *NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm, nn.PReLU,
-)  # fmt: skip
 
 SHAPE = "flyweight_shape"  # where a node carries the shape of its value
 Channels = tuple[tuple[Part, ...], int]  # what a value's channels consist of, and their axis
@@ -57,8 +54,9 @@ def callee(graph: fx.GraphModule, node: fx.Node) -> Any:
     return node.target
 
 
-def operations(graph: fx.GraphModule, out_group: dict[str, str]) -> list[Op]:
-    """The operations of ``graph`` in execution order. ``out_group``: the group of each layer."""
+def operations(graph: fx.GraphModule, channels: Mapping[str, Channels]) -> list[Op]:
+    """The operations of ``graph`` in execution order. ``channels``: of values with any that can
+    be pruned."""
     ops: dict[str, Op] = {}
     same: dict[str, str] = {}  # the output of a transparent operation -> the value it is
     for node in graph.graph.nodes:
@@ -70,7 +68,7 @@ def operations(graph: fx.GraphModule, out_group: dict[str, str]) -> list[Op]:
         inputs = tuple(same.get(n.name, n.name) for n in _inputs(node))
         tensors = [ops[i] for i in inputs if ops[i].shape]
         kind = _kind(graph, node, called, tensors)
-        parts, axis = _channels(graph, node, kind, tensors, out_group)
+        parts, axis = channels.get(node.name) or _fixed(kind, shape_of(node))
         ops[node.name] = Op(
             name=node.name,
             kind=kind,
@@ -109,59 +107,26 @@ def _kind(graph: fx.GraphModule, node: fx.Node, called: Any, inputs: list[Op]) -
     plain = len(inputs) == 2 and inputs[0].shape == inputs[1].shape and not node.kwargs
     if kind == "add" and not plain:
         return "other"  # a constant, a broadcast or a factor: no residual add
-    if kind == "concat" and _joined(node, inputs) is None:
+    if kind == "concat" and not _along_channels(node, inputs):
         return "other"
     return kind
 
 
-def _channels(
-    graph: fx.GraphModule, node: fx.Node, kind: str, inputs: list[Op], out_group: dict[str, str]
-) -> Channels:
-    shape = shape_of(node)
+def _fixed(kind: str, shape: tuple[int, ...]) -> Channels:
     if len(shape) < 2:
         return (), 0
-    if kind in ("conv", "linear"):
-        axis = 1 if kind == "conv" else len(shape) - 1
-        return ((out_group.get(str(node.target)), shape[axis]),), axis
-    fixed = ((None, shape[1]),), 1
-    if not inputs or (kind == "other" and _has_weights(graph, node)):
-        return fixed
-    if kind == "concat":
-        return _joined(node, inputs) or fixed
-    first = next((op for op in inputs if _pruned(op)), inputs[0])
-    total = sum(n for _, n in first.parts)
-    if not total:
-        return fixed
-    if kind == "reshape" and shape[first.axis : first.axis + 1] != (total,):
-        # Flattened: each channel becomes as many features as it has positions.
-        spread, rest = divmod(shape[1], total)
-        return fixed if rest else (tuple((g, n * spread) for g, n in first.parts), 1)
-    axes = (first.axis, *range(1, len(shape))) if kind == "other" else (first.axis,)
-    found = next((a for a in axes if shape[a : a + 1] == (total,)), None)
-    return fixed if found is None else (first.parts, found)
+    axis = len(shape) - 1 if kind == "linear" else 1
+    return ((None, shape[axis]),), axis
 
 
-def _joined(node: fx.Node, inputs: list[Op]) -> Channels | None:
-    """The channels of a concatenation along channels, None if it is along another axis."""
+def _along_channels(node: fx.Node, inputs: list[Op]) -> bool:
+    """Whether a concatenation is along the axis that carries channels."""
     rank = len(shape_of(node))
     dim = node.kwargs.get("dim", (*node.args, 0)[1])
-    if not isinstance(dim, int) or rank < 2:
-        return None
-    dim %= rank
-    if dim == 0 or any(op.axis != dim and _pruned(op) for op in inputs):
-        return None
-    parts: tuple[Part, ...] = ()
-    for op in inputs:
-        parts += op.parts if op.axis == dim else ((None, op.shape[dim]),)
-    return parts, dim
+    if not isinstance(dim, int) or rank < 2 or dim % rank == 0:
+        return False
+    return not any(op.axis != dim % rank and _pruned(op) for op in inputs)
 
 
 def _pruned(op: Op) -> bool:
     return any(group is not None for group, _ in op.parts)
-
-
-def _has_weights(graph: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op != "call_module":
-        return False
-    module = graph.get_submodule(str(node.target))
-    return not isinstance(module, KEEPS_CHANNELS) and any(True for _ in module.parameters())

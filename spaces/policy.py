@@ -11,6 +11,8 @@ from typing import Any, Self
 from .errors import BadInput, nearest
 
 VERSION = 1
+MAX_SPARSITY = 0.95  # beyond it whole channels die, and removing channels is what widths are for
+_OPTIONAL = {"optional": True}  # left out of the canonical form while it does nothing
 
 
 def _frozen(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -49,11 +51,15 @@ def _reduce(part: Any) -> tuple[Any, ...]:  # nor does it pickle
 
 @dataclass(frozen=True)
 class Prune:
-    """Which channels go. ``width``: channels kept per group; a group not named keeps all."""
+    """What goes. ``width``: channels kept per group; a group not named keeps all. ``sparsity``:
+    share of the single weights of every layer that are 0, and stay so. ``drop``: residual blocks
+    that go as a whole."""
 
     width: Mapping[str, int] = field(default_factory=dict)
     criterion: str = "l1"
     reconstruct: bool = False
+    sparsity: float = field(default=0.0, metadata=_OPTIONAL)
+    drop: tuple[str, ...] = field(default=(), metadata=_OPTIONAL)
 
     def __post_init__(self) -> None:
         _named(self.width, "prune.width")
@@ -63,12 +69,23 @@ class Prune:
         _require(isinstance(self.criterion, str), "prune.criterion is a name", self.criterion)
         is_bool = isinstance(self.reconstruct, bool)
         _require(is_bool, "prune.reconstruct is true or false", self.reconstruct)
+        rule = f"0 <= prune.sparsity <= {MAX_SPARSITY}"
+        within = _finite(self.sparsity) and 0 <= self.sparsity <= MAX_SPARSITY
+        _require(within, rule, self.sparsity)
+        object.__setattr__(self, "sparsity", float(self.sparsity) + 0.0)
+        listed = isinstance(self.drop, list | tuple) and all(isinstance(n, str) for n in self.drop)
+        _require(listed, "prune.drop is a list of names", self.drop)
+        _require(len({*self.drop}) == len(self.drop), "prune.drop names a block once", self.drop)
+        object.__setattr__(self, "drop", tuple(sorted(self.drop)))
         object.__setattr__(self, "width", _frozen(self.width))
+        if not self.width:  # inert
+            object.__setattr__(self, "criterion", "l1")
+            object.__setattr__(self, "reconstruct", False)
 
     @property
     def acts(self) -> bool:
         """Whether anything is pruned; if not, the other settings are inert."""
-        return bool(self.width)
+        return bool(self.width or self.sparsity or self.drop)
 
     __hash__ = _hash
     __reduce__ = _reduce
@@ -154,13 +171,22 @@ class Policy:
             if part is not None and not part.acts:
                 object.__setattr__(self, name, kind())
 
+    @property
+    def student(self) -> str:
+        """What it starts from: "pruned" is the teacher, others are the task's ``students()``."""
+        return "pruned" if self.distill is None else self.distill.student
+
     def to_dict(self) -> dict[str, Any]:
         """The policy without inert settings: what does nothing is not part of it."""
         out: dict[str, Any] = {"version": VERSION}
         for name in _PARTS:
             part = getattr(self, name)
             if part is not None and part.acts:
-                values = {f.name: getattr(part, f.name) for f in fields(part)}
+                values = {
+                    f.name: getattr(part, f.name)
+                    for f in fields(part)
+                    if not f.metadata.get("optional") or getattr(part, f.name)
+                }
                 out[name] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
         return out
 

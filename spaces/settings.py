@@ -5,13 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .errors import BadInput
+from .policy import MAX_SPARSITY
 
 Range = tuple[float, float]
 
 
 _CHOICES = {
     "criteria": str, "reconstruct": bool, "precisions": str, "calibrations": str, "qat": bool,
-    "students": str, "losses": str,
+    "students": str, "losses": str, "sparsity": float,
 }  # fmt: skip
 _RANGES: dict[
     str, tuple[str, Callable[[float], bool]]
@@ -33,9 +34,11 @@ class Settings:
     multiple_of: int | None = None  # None: what the target likes
     criteria: tuple[str, ...] = ("l1",)
     reconstruct: tuple[bool, ...] = (False,)
+    sparsity: tuple[float, ...] = (0.0,)
     precisions: tuple[str, ...] = ("fp32", "int8")
     calibrations: tuple[str, ...] = ("minmax",)
     qat: tuple[bool, ...] = (False,)
+    depth: bool = False  # whole residual blocks may go
     students: tuple[str, ...] = ("pruned",)
     losses: tuple[str, ...] = ("kl",)
     temperature: Range = (4.0, 4.0)
@@ -47,6 +50,7 @@ class Settings:
         step = self.multiple_of
         whole = step is None or (type(step) is int and step >= 1)
         _require(whole, "multiple_of is a whole number >= 1", step)
+        _require(type(self.depth) is bool, "depth is true or false", self.depth)
         for name, kind in _CHOICES.items():
             values = tuple(getattr(self, name))
             object.__setattr__(self, name, values)
@@ -55,6 +59,8 @@ class Settings:
             _require(all(type(v) is kind for v in values), rule, list(values))
             rule = f"the choices of {name} differ"
             _require(len(set(values)) == len(values), rule, list(values))
+        within = all(0 <= share <= MAX_SPARSITY for share in self.sparsity)
+        _require(within, f"0 <= sparsity <= {MAX_SPARSITY}", list(self.sparsity))
         for name, (rule, holds) in _RANGES.items():
             bounds = tuple(getattr(self, name))
             object.__setattr__(self, name, bounds)

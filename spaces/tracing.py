@@ -1,11 +1,12 @@
-"""Traces a module into a ``Network``: torch.fx for the operations, torch-pruning for the groups."""
+"""Traces a module into a ``Network``: its operations, its layers, and what of them can go."""
 
 import copy
 import inspect
 import math
 import traceback
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ import torch
 from torch import fx, nn
 
 from .errors import BadInput, Untraceable
-from .grouping import dependencies, find_groups, narrowed, pruner, trial_widths
+from .grouping import Found, doubled, find_blocks, trial_widths
 from .network import Group, Layer, Network, Op
 from .operations import LAYERS, SHAPE, callee, operations, shape_of
-
-__all__ = ["arguments", "dependencies", "pruner", "trace", "trace_graph"]
+from .surgery import operate
 
 _LIBRARY = (str(Path(torch.__file__).parent), "<eval_with_key>", __file__)
 
@@ -36,11 +36,14 @@ def trace(model: nn.Module, example: Any) -> Network:
     control flow depends on values, when a module with weights runs twice, or when it does not run
     on ``example``; BadInput when ``example`` does not fit its forward.
     """
-    model = copy.deepcopy(model).eval().requires_grad_()  # groups are found by autograd
+    model = copy.deepcopy(model).eval()
     graph = trace_graph(model, example)
     _check(graph)
-    groups = find_groups(model, graph, example)
-    return _network(model, graph, _sound(model, graph, example, groups))
+    inputs = _bind(model, example)[0]
+    found = Found(graph, inputs)
+    groups = _sound(graph, inputs, found, found.groups)
+    network = _network(graph, found, groups)
+    return replace(network, blocks=find_blocks(network.ops, groups))
 
 
 def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
@@ -51,11 +54,16 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     except Exception as error:
         raise Untraceable(f"the model cannot be traced at {_where(error)}: {error}") from error
     _clean(graph, [name in defaults for name in inspect.signature(model.forward).parameters])
+    note_shapes(graph, bound)
+    return graph
+
+
+def note_shapes(graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Runs ``graph`` and notes at every node the shape of its value."""
     runner = _Shapes(graph)
     runner.extra_traceback = False  # torch would add the whole node to the message
     with torch.no_grad():
-        runner.run(*bound)
-    return graph
+        runner.run(*inputs)
 
 
 class _Shapes(fx.Interpreter):
@@ -128,40 +136,45 @@ def _check(graph: fx.GraphModule) -> None:
 
 
 def _sound(
-    model: nn.Module, graph: fx.GraphModule, example: Any, groups: Mapping[str, Group]
+    graph: fx.GraphModule, inputs: Sequence[Any], found: Found, groups: Mapping[str, Group]
 ) -> dict[str, Group]:
     """The groups that really can be pruned: every shape of the pruned model is as predicted.
 
-    A model may hold a width as a number or add a group's channels to its own input. Halves the
-    groups until those that fail are found; a model without any costs one run.
+    A model may hold a width as a number where nobody looks for it. Halves the groups until those
+    that fail are found; a model without any costs one run.
     """
-    if not groups or _agrees(model, graph, example, groups):
+    if not groups or _agrees(graph, inputs, found, groups):
         return dict(groups)
     names = list(groups)
     if len(names) == 1:
         return {}
     middle = len(names) // 2
     halves = ({n: groups[n] for n in part} for part in (names[:middle], names[middle:]))
-    first, second = (_sound(model, graph, example, half) for half in halves)
+    first, second = (_sound(graph, inputs, found, half) for half in halves)
     both = first | second
-    return both if _agrees(model, graph, example, both) else first
+    return both if _agrees(graph, inputs, found, both) else first
 
 
 def _agrees(
-    model: nn.Module, graph: fx.GraphModule, example: Any, groups: Mapping[str, Group]
+    graph: fx.GraphModule, inputs: Sequence[Any], found: Found, groups: Mapping[str, Group]
 ) -> bool:
-    network, widths = _network(model, graph, groups), trial_widths(groups)
+    network, widths = _network(graph, found, groups), trial_widths(groups)
     try:
-        pruned = trace_graph(narrowed(model, example, groups, widths), example)
+        kept = {name: groups[name].first(width) for name, width in widths.items()}
+        pruned = operate(graph, network, kept)
+        if found.takes_two:  # a number that held the batch for one request would show here
+            with torch.no_grad():
+                pruned(*doubled(inputs))
+        note_shapes(pruned, inputs)
     except Exception:  # whatever surgery or the model says: these cannot be pruned
         return False
-    found = {n.name: shape_of(n) for n in pruned.graph.nodes}
-    return all(found.get(op.name) == network.shape(op.name, widths) for op in network.ops)
+    shapes = {n.name: shape_of(n) for n in pruned.graph.nodes}
+    return all(shapes.get(op.name) == network.shape(op.name, widths) for op in network.ops)
 
 
-def _network(model: nn.Module, graph: fx.GraphModule, groups: Mapping[str, Group]) -> Network:
+def _network(graph: fx.GraphModule, found: Found, groups: Mapping[str, Group]) -> Network:
     out_group = {layer: group.name for group in groups.values() for layer in group.members}
-    ops = operations(graph, out_group)
+    ops = operations(graph, found.channels(groups))
     return Network(
         ops=tuple(ops),
         layers={
@@ -170,7 +183,7 @@ def _network(model: nn.Module, graph: fx.GraphModule, groups: Mapping[str, Group
         groups=dict(groups),
         inputs=tuple(op.name for op in ops if op.kind == "input"),
         output=next(op.inputs[0] for op in ops if op.kind == "output"),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in graph.parameters()),
     )
 
 

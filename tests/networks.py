@@ -1,6 +1,8 @@
 """Small networks for tests: ``make(name)`` gives a model and its example input."""
 
 import functools
+import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flyweight.spaces import Network
+from flyweight.spaces import Group, Network
 from flyweight.spaces.tracing import trace
 
 
 def image(channels: int = 3, size: int = 8) -> Tensor:
     return torch.rand(1, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def tokens() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(0, 50, (1, 6), generator=generator)
+    return words, torch.tensor([[1.0, 1, 1, 1, 0, 0]])
 
 
 class Plain(nn.Module):
@@ -211,6 +219,169 @@ class Fixed(nn.Module):
         return self.head(self.other(self.last(F.relu(self.free(x)))).mean(2))
 
 
+class Fused(nn.Module):
+    """Attention with one projection for queries, keys and values and the number of heads as a
+    number, as vision transformers have it, on patches with a class token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.patch = nn.Conv2d(3, 32, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, 32))
+        self.position = nn.Parameter(torch.randn(1, 5, 32))
+        self.norm1, self.norm2 = nn.LayerNorm(32), nn.LayerNorm(32)
+        self.qkv, self.proj = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 32)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        x = torch.cat((self.token.expand(x.shape[0], -1, -1), x), 1) + self.position
+        b, n, c = x.shape
+        qkv = self.qkv(self.norm1(x)).reshape(b, n, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c)
+        x = x + self.proj(y)
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return self.head(x[:, 0])
+
+
+class Separate(nn.Module):
+    """Attention with three projections, written out, and a mask, on tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.size = 3, 8
+        self.words = nn.Embedding(50, 24)
+        self.places = nn.Embedding(6, 24)
+        self.norm = nn.LayerNorm(24)
+        self.query, self.key, self.value = (nn.Linear(24, 24) for _ in range(3))
+        self.out = nn.Linear(24, 24)
+        self.head = nn.Linear(24, 3)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(x.size(0), x.size(1), self.heads, self.size).transpose(1, 2)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:  # [N, 6] both
+        places = torch.arange(6).expand(1, -1)
+        x = self.norm(self.words(tokens) + self.places(places))
+        q, k, v = self.split(self.query(x)), self.split(self.key(x)), self.split(self.value(x))
+        scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(self.size)
+        scores = scores + (1.0 - mask[:, None, None, :]) * -1e4
+        y = torch.matmul(F.softmax(scores, dim=-1), v).permute(0, 2, 1, 3).contiguous()
+        y = y.view(y.size(0), 6, self.heads * self.size)
+        return self.head((x + self.out(y)).mean(1))
+
+
+class Interleaved(nn.Module):
+    """Attention whose projection holds queries, keys and values head by head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 72), nn.Linear(24, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 5, 16]
+        q, k, v = self.qkv(x).view(-1, 5, 3, 24).transpose(1, 2).chunk(3, dim=-1)
+        y = (q @ k.transpose(-2, -1) * 8**-0.5).softmax(-1) @ v
+        return self.head(x + self.out(y.transpose(1, 2).reshape(-1, 5, 24))).mean(1)
+
+
+class Library(nn.Module):
+    """PyTorch's own attention, which has no layers of its own, and a feed-forward block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 16)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.norm = nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 5, 6]
+        x = self.embed(x)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.down(F.relu(self.up(self.norm(x))))
+        return self.head(x.mean(1))
+
+
+class Shuffle(nn.Module):
+    """Grouped convolutions with their channels shuffled between (Zhang et al. 2018)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1 = nn.Conv2d(3, 36, 3, padding=1)
+        self.c2 = nn.Conv2d(36, 36, 1, groups=3)
+        self.n2 = nn.BatchNorm2d(36)
+        self.c3 = nn.Conv2d(36, 48, 3, padding="same", groups=3)
+        self.c4 = nn.Conv2d(48, 16, 3, padding="same")
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.n2(self.c2(F.relu(self.c1(x)))))
+        x = x.view(-1, 3, 12, 8, 8).transpose(1, 2).reshape(-1, 36, 8, 8)
+        return self.head(F.relu(self.c4(F.relu(self.c3(x)))).mean((2, 3)))
+
+
+class Inverted(nn.Module):
+    """Inverted residuals one behind the other, one with a gate, one that doubles its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 2, 1)
+        self.blocks = nn.Sequential(self.block(16), self.block(16))
+        self.wide = nn.Conv2d(16, 32, 3, padding=1, groups=16)
+        self.last = nn.Conv2d(32, 24, 1)
+        self.head = nn.Linear(24, 3)
+
+    @staticmethod
+    def block(width: int) -> nn.Module:
+        return Residual(
+            nn.Sequential(
+                nn.Conv2d(width, 32, 1, bias=False), nn.BatchNorm2d(32), nn.Hardswish(),
+                nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False), nn.BatchNorm2d(32),
+                nn.ReLU6(), nn.Conv2d(32, width, 1, bias=False), nn.BatchNorm2d(width),
+            )
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(self.stem(x)))
+        return self.head(F.relu(self.last(F.relu6(self.wide(x)))).mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """What a module computes, added to its input."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(x)
+
+
+class Gated(nn.Module):
+    """Gated linear units (Dauphin et al. 2017), from one projection and from two, and a branch
+    inside of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 16)
+        self.both, self.out = nn.Linear(16, 48), nn.Linear(24, 16)
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+        self.a, self.b, self.c = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 6]
+        x = torch.relu(self.embed(x))
+        left, right = self.both(x).chunk(2, dim=-1)
+        x = x + self.out(left * torch.sigmoid(right))
+        x = x + self.down(F.silu(self.gate(x)) * self.up(x))
+        y = self.a(x)
+        x = x + self.c(y + self.b(torch.relu(y)))
+        return self.head(x)
+
+
 MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "plain": lambda: (Plain(), image()),
     "mlp": lambda: (Mlp(), torch.rand(1, 12)),
@@ -224,6 +395,13 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "groupnorm": lambda: (GroupNorm(), image()),
     "gate": lambda: (Gate(), image()),
     "fixed": lambda: (Fixed(), image()),
+    "fused": lambda: (Fused(), image()),
+    "separate": lambda: (Separate(), tokens()),
+    "interleaved": lambda: (Interleaved(), torch.rand(1, 5, 16)),
+    "library": lambda: (Library(), torch.rand(1, 5, 6)),
+    "shuffle": lambda: (Shuffle(), image()),
+    "inverted": lambda: (Inverted(), image()),
+    "gated": lambda: (Gated(), torch.rand(1, 6)),
 }
 
 
@@ -233,6 +411,13 @@ def make(name: str) -> tuple[nn.Module, Any]:
         torch.manual_seed(0)
         model, example = MAKERS[name]()
     return model.eval(), example
+
+
+def some(group: Group, width: int, rng: random.Random) -> Tensor:
+    """The channels of units of ``group`` drawn at random, ``width`` in all."""
+    units = range(group.width // group.multiple_of)
+    kept = rng.sample(units, width // group.multiple_of)
+    return torch.tensor([i for i, unit in enumerate(group.unit) if unit in kept])
 
 
 @functools.cache

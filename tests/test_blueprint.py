@@ -68,11 +68,7 @@ def test_shapes_and_cost_are_those_of_the_pruned_model(
     network, rng = networks.traced(name), random.Random(seed)
     space = Space(network, TARGET, Settings(min_keep=0.01, multiple_of=1))
     plan = blueprint(network, space.sample(rng), TARGET)
-    kept = {
-        group: torch.tensor(sorted(rng.sample(range(network.groups[group].width), width)))
-        for group, width in plan.widths.items()
-        if width < network.groups[group].width
-    }
+    kept = {name: networks.some(network.groups[name], w, rng) for name, w in plan.widths.items()}
     pruned = remove(model, network, example, kept)
 
     for kernel in plan.kernels:

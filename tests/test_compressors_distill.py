@@ -1,6 +1,7 @@
 """Distillation: the loss, the schedule, what is seen in which order, divergence."""
 
 import copy
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -160,3 +161,41 @@ def test_norms_stay_when_they_are_not_trained() -> None:
     before = student.n.running_mean.clone()  # type: ignore[operator,union-attr]
     train(student, epochs, Distill(), train_norms=False, count=1)
     assert torch.equal(before, student.n.running_mean)  # type: ignore[arg-type]
+
+
+def test_mixed_precision_learns_as_well_and_leaves_float_weights() -> None:
+    # On a GPU it is bfloat16, too; here the CPU's, so that the path is the one that runs there.
+    _, student, epochs = setting()
+    items = epochs(0).items
+    dtypes = []
+    student.b.register_forward_hook(lambda *found: dtypes.append(found[2].dtype))
+    train(student, epochs, Distill(temperature=2.0, learning_rate=0.1), mixed=True)
+    assert dtypes[0] == torch.bfloat16
+    assert all(p.dtype == torch.float32 for p in student.parameters())
+    with torch.no_grad():
+        assert (student(items.inputs).argmax(1) == items.targets).double().mean() > 0.9
+
+
+def test_a_batch_goes_to_the_device_with_all_its_parts() -> None:
+    items = Items({"a": torch.ones(2), "b": (torch.ones(2), torch.ones(2))}, torch.ones(2))
+    moved = items.to(torch.device("meta"))
+    parts = [moved.inputs["a"], *moved.inputs["b"], moved.targets]
+    assert all(t.device.type == "meta" for t in parts)
+    assert items.to(torch.device("cpu")).targets is items.targets
+
+
+@pytest.mark.parametrize("name", ["separable", "plain", "mlp"])
+@pytest.mark.parametrize("rate", [100.0, 1e8])
+def test_absurd_learning_rates_are_reported_not_scored(
+    networks: ModuleType, name: str, rate: float
+) -> None:
+    model, example = networks.make(name)
+    inputs = torch.randn(512, *example.shape[1:], generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        answers = 5 * model(inputs)
+    items = Items(inputs, answers.argmax(1))
+    settings = Distill(learning_rate=rate)
+    with pytest.raises(Impossible, match=r"diverged after \d+ samples") as caught:
+        train(model, lambda _: Epoch(items, answers), settings)
+    assert f"learning rate {rate:g}" in str(caught.value)
+    assert int(str(caught.value).split()[3]) <= 4 * 512  # of 8 epochs: it does not wait for the end

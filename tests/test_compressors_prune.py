@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from flyweight.compressors.data import Items
 from flyweight.compressors.prune import (
     CRITERIA,
+    FISHER_BATCH,
     call,
     importance,
     kept_channels,
@@ -21,7 +22,7 @@ from flyweight.compressors.prune import (
     recompute_statistics,
     remove,
 )
-from flyweight.spaces import Impossible
+from flyweight.spaces import Group, Impossible
 
 NAMES = ["plain", "mlp", "separable", "concat", "preactivation", "two"]
 
@@ -113,6 +114,71 @@ def test_every_criterion_scores_every_channel_and_repeats(
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
+@pytest.mark.parametrize("criterion", list(CRITERIA))
+@pytest.mark.parametrize("name", ["separable", "plain", "sequence"])
+def test_groups_compare(networks: ModuleType, name: str, criterion: str) -> None:
+    # 1 is an average channel of its group, whatever the criterion's unit and the weights' scale.
+    for scores in scores_of(networks, name, criterion).values():
+        assert scores.mean().item() == pytest.approx(1, rel=1e-5)
+        assert (scores >= 0).all()
+
+
+def rescaled(networks: ModuleType) -> tuple[Any, Any]:
+    """The same function twice: with relu, c1 may be twice as loud if c2 listens half as much."""
+    model: Any = networks.make("plain")[0]
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        factors = torch.linspace(0.5, 2, 16)
+        twin.c1.weight.mul_(factors[:, None, None, None])
+        twin.c1.bias.mul_(factors)
+        twin.c2.weight.div_(factors[None, :, None, None])
+    return model, twin
+
+
+@pytest.mark.parametrize(("criterion", "same"), [("taylor", True), ("fisher", True), ("l1", False)])
+def test_what_the_loss_decides_does_not_depend_on_the_scale_of_weights(
+    networks: ModuleType, criterion: str, same: bool
+) -> None:
+    model, twin = rescaled(networks)
+    example = networks.make("plain")[1]
+    items = Items(batch_of(example, 24), torch.arange(24) % 5)
+    assert torch.allclose(model(items.inputs), twin(items.inputs), atol=1e-5)
+    network = networks.traced("plain")
+    one, other = (
+        importance(m, network, example, criterion, items, F.cross_entropy)["c1"]
+        for m in (model, twin)
+    )
+    assert torch.allclose(one, other, rtol=1e-3) == same
+
+
+def test_fisher_is_the_mean_of_squared_gradients(networks: ModuleType) -> None:
+    model: Any
+    model, example = networks.make("plain")
+    items = Items(batch_of(example, 2 * FISHER_BATCH), torch.arange(2 * FISHER_BATCH) % 5)
+    found = importance(model, networks.traced("plain"), example, "fisher", items, F.cross_entropy)
+    out, into = torch.zeros(16), torch.zeros(16)
+    for batch in items.batches(FISHER_BATCH):
+        loss = F.cross_entropy(model(batch.inputs), batch.targets)
+        ours, theirs = torch.autograd.grad(loss, [model.c1.weight, model.c2.weight])
+        out += (model.c1.weight * ours).detach().square().sum((1, 2, 3))
+        into += (model.c2.weight * theirs).detach().square().sum((0, 2, 3))
+    expected = (out + into) / (out + into).mean()
+    assert torch.allclose(found["c1"], expected, rtol=1e-4)
+
+
+def test_a_group_that_nothing_distinguishes_scores_1(networks: ModuleType) -> None:
+    model: Any
+    model, example = networks.make("plain")
+    with torch.no_grad():
+        model.l2.weight.zero_()  # nothing reaches the answer
+    items = Items(batch_of(example, 8), torch.arange(8) % 5)
+    for criterion in ("taylor", "fisher"):
+        found = importance(
+            model, networks.traced("plain"), example, criterion, items, F.cross_entropy
+        )
+        assert torch.equal(found["c1"], torch.ones(16))
+
+
 def test_taylor_leaves_out_what_the_answer_does_not_depend_on(networks: ModuleType) -> None:
     model: Any
     model, example = networks.make("plain")
@@ -128,20 +194,46 @@ def test_taylor_leaves_out_what_the_answer_does_not_depend_on(networks: ModuleTy
 
 
 def test_an_unknown_criterion_is_refused(networks: ModuleType) -> None:
-    with pytest.raises(Impossible, match="did you mean 'taylor'"):
+    with pytest.raises(Impossible, match="no criterion 'taylr'; did you mean 'taylor'"):
         scores_of(networks, "mlp", "taylr")
+    with pytest.raises(Impossible, match="known: fisher, l1, l2, median, random, taylor"):
+        scores_of(networks, "mlp", "zzz")
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=30, unique=True), st.data())
 def test_the_most_important_channels_are_kept(values: list[float], data: Any) -> None:
     width = data.draw(st.integers(1, len(values)))
     scores = torch.tensor(values, dtype=torch.float64)
-    kept = kept_channels({"g": scores}, {"g": width})
+    kept = kept_channels({"g": scores}, {"g": width}, {"g": Group("g", len(values), ("g",))})
     if width == len(values):
         assert kept == {}
         return
     assert kept["g"].tolist() == sorted(kept["g"].tolist())
     assert sorted(scores[kept["g"]].tolist()) == sorted(values)[-width:]
+
+
+def test_units_are_kept_whole_by_the_sum_of_their_channels() -> None:
+    scores = torch.tensor([5.0, 0, 3, 3, 1, 1])
+    heads = Group("g", 6, ("g",), 2, (0, 0, 1, 1, 2, 2))
+    assert kept_channels({"g": scores}, {"g": 2}, {"g": heads})["g"].tolist() == [2, 3]
+    assert kept_channels({"g": scores}, {"g": 4}, {"g": heads})["g"].tolist() == [0, 1, 2, 3]
+    strided = Group("g", 6, ("g",), 3, (0, 1, 0, 1, 0, 1))
+    assert kept_channels({"g": scores}, {"g": 3}, {"g": strided})["g"].tolist() == [0, 2, 4]
+
+
+def test_the_importance_of_a_head_is_that_of_its_channels(networks: ModuleType) -> None:
+    model: Any = networks.make("fused")[0]
+    found = scores_of(networks, "fused", "l1")["qkv"].reshape(4, 8)
+    made = model.qkv.weight.abs().sum(1).reshape(3, 4, 8).sum((0, 2))
+    read = model.proj.weight.abs().sum(0).reshape(4, 8).sum(1)
+    assert torch.allclose(found[:, 0], (made + read) / (made + read).mean(), rtol=1e-4)
+    assert torch.equal(found, found[:, :1].expand(4, 8))
+
+
+def test_half_a_head_cannot_go(networks: ModuleType) -> None:
+    model, example = networks.make("fused")
+    with pytest.raises(ValueError, match="group 'qkv' loses whole units of 8 channels"):
+        remove(model, networks.traced("fused"), example, {"qkv": torch.arange(12)})
 
 
 def test_statistics_are_those_of_the_data() -> None:

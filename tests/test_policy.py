@@ -61,6 +61,12 @@ GOLDEN = {
         'temperature":8.0},"version":1}',
         "78684141fdcd418dfacfb36221fcef3dff3bfdb3c2ba7e22e18837257a29edc1",
     ),
+    "sparse": (
+        Policy(Prune({"a": 8}, "fisher", sparsity=0.5)),
+        '{"prune":{"criterion":"fisher","reconstruct":false,"sparsity":0.5,"width":{"a":8}},'
+        '"version":1}',
+        "2f6b086aa4c646d7c844fbbc6f9eef4b7120787d0e952d8ec562a870a12cd456",
+    ),
     "unicode": (
         Policy(Prune({"größe": 8}), distill=Distill(alpha=0.1 + 0.2)),
         '{"distill":{"alpha":0.30000000000000004,"learning_rate":0.02,"loss":"kl","stud'
@@ -77,6 +83,7 @@ prunes = st.builds(
     st.dictionaries(names, st.integers(1, 4096), max_size=4),
     st.sampled_from(["l1", "taylor"]),
     st.booleans(),
+    st.just(0.0) | st.floats(0, 0.95),
 )
 quantizes = st.builds(
     Quantize,
@@ -170,6 +177,8 @@ def test_a_policy_is_equal_to_nothing_else() -> None:
     ("inert", "plain"),
     [
         (Policy(Prune({}, "taylor", True)), Policy()),
+        (Policy(Prune({"a": 8}, sparsity=0)), Policy(Prune({"a": 8}))),
+        (Policy(Prune({}, "taylor", True, 0.5)), Policy(Prune(sparsity=0.5))),
         (Policy(quantize=Quantize({}, "mse", True)), Policy()),
         (Policy(quantize=Quantize({"a": "fp32"}, "mse", True)), Policy()),
         (
@@ -241,6 +250,9 @@ def test_nothing_of_a_policy_can_be_changed() -> None:
         ({"prune": {"width": [8]}}, r"prune.width is an object .* got \[8\]"),
         ({"prune": {"criterion": 1, "width": {"a": 8}}}, r"prune.criterion is a name"),
         ({"prune": {"reconstruct": 1, "width": {"a": 8}}}, r"reconstruct is true or false"),
+        ({"prune": {"sparsity": 1}}, r"0 <= prune.sparsity <= 0.95 must hold, but got 1"),
+        ({"prune": {"sparsity": -0.1}}, r"0 <= prune.sparsity <= 0.95 must hold, but got -0.1"),
+        ({"prune": {"sparsity": True}}, r"prune.sparsity <= 0.95 must hold, but got True"),
         ({"prune": None}, r"prune is an object, but got None"),
         ({"prune": [1]}, r"prune is an object, but got \[1\]"),
         ({"quantize": {"precision": "int8"}}, r"quantize.precision is an object"),

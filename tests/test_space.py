@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,6 +70,12 @@ SPACES = {
     ),
     "grouped": Space(network({"a": 48}, multiple_of=12), TARGET, WIDE),
     "nothing to prune": Space(network({}), TARGET, WIDE),
+    "students": Space(
+        network({"a": 32, "b": 40}),
+        TARGET,
+        replace(WIDE, students=("tiny", "pruned"), sparsity=(0.0, 0.5, 0.8)),
+        {"tiny": network({"a": 16, "z": 24}), "unused": network({"y": 8})},
+    ),
 }
 spaces = st.sampled_from(list(SPACES.values()))
 seeds = st.integers(0, 2**32).map(random.Random)
@@ -87,7 +94,7 @@ def test_values_is_the_inverse_of_policy(space: Space, rng: random.Random) -> No
     back = space.values(space.policy(chosen))
     assert back == {name: chosen[name] for name in back}
     inert = {p.name for p in space.parameters if p.name in chosen.keys() - back.keys()}
-    assert inert <= {p.name for p in space.parameters if p.needs}
+    assert inert <= {p.name for p in space.parameters if p.needs or p.student}
 
 
 @given(spaces, seeds)
@@ -134,11 +141,11 @@ def test_neighbours_are_contained_and_differ_by_one_step(
     space: Space, rng: random.Random, trained: bool
 ) -> None:
     policy = space.sample(rng)
-    if not trained:
+    if not trained and policy.student == "pruned":
         policy = Policy(policy.prune, policy.quantize)
     before = space.values(policy)
     choices = {p.name: p.choices for p in space.parameters}
-    needs = {p.name: p.needs for p in space.parameters}
+    needs = {p.name: p.needs or p.student for p in space.parameters}
     found = list(space.neighbours(policy))
     assert len({p.digest for p in found} - {policy.digest}) == len(found)
     for near in found:
@@ -288,7 +295,9 @@ TINY = [
         min_keep=0.5, criteria=("l1", "l2"), calibrations=("minmax", "mse"), losses=("a", "b")
     ),
     Settings(min_keep=0.5, precisions=("int8",), calibrations=("minmax", "mse")),
-    Settings(min_keep=1.0, criteria=("l1", "l2"), students=("pruned", "tiny")),
+    Settings(min_keep=0.5, criteria=("l1", "l2"), students=("pruned", "tiny")),
+    Settings(min_keep=0.5, students=("tiny",), calibrations=("minmax", "mse")),
+    Settings(min_keep=0.5, criteria=("l1", "l2"), sparsity=(0.0, 0.5, 0.8)),
     Settings(precisions=("fp32",), calibrations=("minmax", "mse")),
 ]
 
@@ -298,12 +307,52 @@ TINY = [
 def test_size_is_that_of_a_brute_force_enumeration(
     settings: Settings, target: Capabilities
 ) -> None:
-    space = Space(network({"a": 16, "b": 24}), target, settings)
+    others = {"tiny": network({"a": 16})}
+    space = Space(network({"a": 16, "b": 24}), target, settings, others)
     axes = [p for p in space.parameters if p.choices]
     points = itertools.product(*(p.choices for p in axes))
     names = [p.name for p in axes]
     digests = {space.policy(dict(zip(names, point, strict=True))).digest for point in points}
     assert space.size == len(digests)
+
+
+# -- students of the task ------------------------------------------------------------------------
+
+
+def test_groups_and_layers_of_a_student_carry_its_name_and_a_policy_leaves_it_out() -> None:
+    space = SPACES["students"]
+    names = {p.name: p.student for p in space.parameters}
+    assert {n for n, student in names.items() if student == "tiny"} == {
+        "width/tiny:a", "width/tiny:z", "precision/tiny:a", "precision/tiny:z",
+        "precision/tiny:head",
+    }  # fmt: skip
+    assert names["width/a"] == names["precision/head"] == "pruned"
+    assert next(iter(space.parameters)).name == "student"  # before what depends on it
+    values = {"width/tiny:a": 8, "width/a": 24, "precision/tiny:head": "int8"}
+    tiny = space.policy(values | {"student": "tiny"})
+    assert (tiny.prune.width, tiny.quantize.precision) == ({"a": 8}, {"head": "int8"})
+    pruned = space.policy(values | {"student": "pruned"})
+    assert (pruned.prune.width, pruned.quantize.precision) == ({"a": 24}, {})
+
+
+def test_a_policy_names_groups_and_layers_of_its_own_student() -> None:
+    space = SPACES["students"]
+    tiny = Distill(student="tiny")
+    with pytest.raises(Impossible, match="not in this network: b"):
+        space.check(Policy(Prune({"b": 16}), distill=tiny))
+    with pytest.raises(Impossible, match="not in this network: z"):
+        space.check(Policy(Prune({"z": 16})))
+    with pytest.raises(Impossible, match=r"student is one of .* but got 'unused'"):
+        space.check(Policy(distill=Distill(student="unused")))
+    space.check(Policy(Prune({"z": 16}), distill=tiny))
+    assert space.uniform(0.5, "int8").student == "tiny"
+    assert space.uniform(0.5, "int8").prune.width == {"a": 8, "z": 16}
+    assert space.uniform(0.5, student="pruned").prune.width == {"a": 16, "b": 24}
+
+
+def test_a_student_that_the_task_does_not_name_is_refused() -> None:
+    with pytest.raises(BadInput, match="no student 'tiney'; did you mean 'tiny'"):
+        Space(network({}), TARGET, Settings(students=("tiney",)), {"tiny": network({})})
 
 
 # -- the recipe by hand --------------------------------------------------------------------------

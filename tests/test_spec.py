@@ -64,7 +64,6 @@ def test_a_spec_written_by_a_search_is_read_back_the_same(tmp_path: Path) -> Non
         ({"space": {"distill": {"temperature": 0}}}, ["temperature", "low >= 0.001"]),
         ({"space": {"quantize": {"precisions": ["int4"]}}}, ["'int4'", "'int8'"]),
         ({"space": {"prune": {"criteria": []}}}, ["space.prune.criteria"]),
-        ({"space": {"prune": {"depth": True}}}, ["space.prune.depth", "not built yet"]),
         ({"search": {"strategy": "greedy"}}, ["only 'joint'"]),
         ({"search": {"time_budget": "4 fortnights"}}, ["search.time_budget", "90s, 4m or 1h"]),
         ({"search": {"time_budget": "0s"}}, ["search.time_budget"]),

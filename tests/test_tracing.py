@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flyweight.compressors.prune import remove
-from flyweight.spaces import BadInput, Group, Network, Untraceable
+from flyweight.spaces import BadInput, Network, Untraceable
 from flyweight.spaces.tracing import trace, trace_graph
 
 Traced = Callable[[str], Network]
@@ -61,10 +61,10 @@ GROUPS = {
     "two": {"a": ("a",), "b": ("b",)},
     "sequence": {"up": ("up",)},  # down is added to the input, whose channels are fixed
     "preactivation": {"stem": ("stem", "c1"), "c2": ("c2",)},
-    "grouped": {"c1": ("c1",), "c3": ("c3",)},
+    "grouped": {"c1": ("c1",), "c2": ("c2",), "grouped": ("grouped",), "c3": ("c3",)},
     "groupnorm": {"c1": ("c1",)},
     "gate": {"c1": ("c1", "up"), "down": ("down",), "c2": ("c2",)},
-    "fixed": {"free": ("free",), "last": ("last",)},
+    "fixed": {"number": ("number",), "free": ("free",), "last": ("last",)},
 }
 
 
@@ -81,7 +81,9 @@ def test_the_channels_of_the_answer_are_in_no_group(name: str, traced: Traced) -
 
 
 def test_a_norm_in_groups_asks_for_multiples(traced: Traced) -> None:
-    assert traced("groupnorm").groups["c1"] == Group("c1", 24, ("c1",), multiple_of=6)
+    group = traced("groupnorm").groups["c1"]
+    assert (group.width, group.multiple_of) == (24, 6)
+    assert group.first(12) == [0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21]  # two of each four
 
 
 @pytest.mark.parametrize("name", sorted(GROUPS.keys() - {"groupnorm"}))  # it mixes channels
@@ -95,8 +97,8 @@ def test_removing_channels_that_are_zero_changes_nothing(
             nn.init.zeros_(module.bias)
     kept = {}
     for group in network.groups.values():
-        width = max(1, group.width // 2)
-        kept[group.name] = torch.tensor(sorted(rng.sample(range(group.width), width)))
+        width = group.width // group.multiple_of // 2 * group.multiple_of
+        kept[group.name] = networks.some(group, width, rng)
         gone = sorted(set(range(group.width)) - set(kept[group.name].tolist()))
         for member in group.members:
             with torch.no_grad():
@@ -138,7 +140,7 @@ def test_a_value_concatenated_with_itself_counts_twice() -> None:
             return self.b(torch.cat((x, x), dim=-3))
 
     network = trace(Doubled(), torch.rand(1, 3, 4, 4))
-    assert network.op["cat"].parts == (("a", 8), ("a", 8))
+    assert network.op["cat"].parts == (("a", 16),)
     assert network.op["cat"].inputs == ("a", "a")
     assert network.consumers["a"] == ("cat",)
     assert members(network) == {"a": ("a",)}

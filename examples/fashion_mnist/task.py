@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import official  # noqa: E402
 from resnet import ResNet  # noqa: E402
+from vit import ViT  # noqa: E402
 
 MEAN, STD = 0.2860, 0.3530  # of the official training images, in units of 255
 
@@ -58,7 +59,7 @@ class FashionMnist(ClassificationTask):
         with np.load(HERE / "data" / f"{name}.npz") as file:
             return Images(file["images"], file["labels"])
 
-    def model(self) -> ResNet:
+    def model(self) -> torch.nn.Module:
         model = ResNet()
         model.load_state_dict(load_file(HERE / "teacher.safetensors"))
         return model
@@ -74,3 +75,12 @@ class FashionMnist(ClassificationTask):
         return padded[torch.arange(n)[:, None, None], 0, rows[:, :, None], columns[:, None, :]][
             :, None
         ]
+
+
+class FashionMnistViT(FashionMnist):
+    """The same data, a vision transformer as the teacher."""
+
+    def model(self) -> torch.nn.Module:
+        model = ViT()
+        model.load_state_dict(load_file(HERE / "vit.safetensors"))
+        return model

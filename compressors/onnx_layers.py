@@ -1,0 +1,236 @@
+"""What is in ONNX whatever has weights: layers, quantizers, norms, embeddings."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from .freeze import FrozenLayer, FrozenQuantizer
+from .onnx_file import NotCovered, Operation, Writer
+
+
+def spatial(value: Any, rank: int) -> list[int]:
+    """A setting of a convolution or pool for each of ``rank`` axes."""
+    return list(value) if isinstance(value, tuple | list) else [value] * rank
+
+
+def _layer(w: Writer, node: fx.Node, _: Any) -> None:
+    """A convolution or linear layer, frozen or not."""
+    module = w.owner(node)
+    shell = module.shell if isinstance(module, FrozenLayer) else module
+    x = apart(w, node) if shell is module else w.value(node)
+    if isinstance(shell, nn.Linear):
+        _linear(w, node, module, x)
+    else:
+        _convolution(w, node, module, shell, x)
+
+
+def _linear(w: Writer, node: fx.Node, module: Any, x: str) -> None:
+    out = w.names[node]
+    if len(w.shape(node)) == 2:
+        parts = [_parameter(w, node, module, name) for name in _weights(module)]
+        w.node("Gemm", [x, *parts], out, transB=1)
+        return
+    # On sequences a MatMul, whose weight runtimes want as [in, out]; its bias stays in float.
+    weight = _parameter(w, node, module, "weight", transposed=True)
+    if module.bias is None:
+        w.node("MatMul", [x, weight], out)
+    else:
+        product = w.node("MatMul", [x, weight], f"{out}:product")
+        w.node("Add", [product, _parameter(w, node, module, "bias")], out)
+
+
+def _convolution(w: Writer, node: fx.Node, module: Any, shell: Any, x: str) -> None:
+    rank = len(shell.kernel_size)
+    if len(w.shape(node)) != rank + 2:
+        raise NotCovered
+    out = w.names[node]
+    before, after = _paddings(shell, rank)
+    if shell.padding_mode != "zeros":
+        x = pad(w, x, [0, 0, *before], [0, 0, *after], shell.padding_mode, f"{out}:padded")
+        before = after = [0] * rank
+    shape = dict(
+        kernel_shape=list(shell.kernel_size), strides=list(shell.stride), pads=before + after,
+        dilations=list(shell.dilation), group=shell.groups,
+    )  # fmt: skip
+    parts = [_parameter(w, node, module, name) for name in _weights(module)]
+    if shell.transposed:
+        w.node("ConvTranspose", [x, *parts], out, output_padding=shell.output_padding, **shape)
+    else:
+        w.node("Conv", [x, *parts], out, **shape)
+
+
+def _paddings(shell: Any, rank: int) -> tuple[list[int], list[int]]:
+    """What a convolution pads before and after each axis."""
+    if shell.padding == "same":  # of an odd number the larger half comes after
+        total = [d * (k - 1) for d, k in zip(shell.dilation, shell.kernel_size, strict=True)]
+        return [n // 2 for n in total], [n - n // 2 for n in total]
+    both = [0] * rank if shell.padding == "valid" else list(shell.padding)
+    return both, both
+
+
+def pad(
+    w: Writer, x: str, before: list[int], after: list[int], mode: str, out: str, value: float = 0.0
+) -> str:
+    kind = {"zeros": "constant", "replicate": "edge", "circular": "wrap"}.get(mode, mode)
+    inputs = [x, w.numbers(before + after)]
+    if kind == "constant":
+        inputs.append(w.numbers(value, torch.float32))
+    return w.node("Pad", inputs, out, mode=kind)
+
+
+def _weights(module: Any) -> list[str]:
+    return ["weight"] if module.bias is None else ["weight", "bias"]
+
+
+def _parameter(w: Writer, node: fx.Node, module: Any, name: str, transposed: bool = False) -> str:
+    """Weight or bias; one in integers is dequantized by a scale for each output channel."""
+    layer, tensor = str(node.target), getattr(module, name)
+    value = w.constant(f"{layer}.{name}", tensor.T if transposed else tensor)
+    if tensor.is_floating_point():
+        return value
+    names = (f"{name}_scale", f"{name}_zero")
+    parts = [w.constant(f"{layer}.{part}", getattr(module, part)) for part in names]
+    out = f"{value}_float"
+    return w.node("DequantizeLinear", [value, *parts], out, axis=int(transposed))
+
+
+def _quantizer(w: Writer, node: fx.Node, _: Any) -> None:
+    module: FrozenQuantizer = w.owner(node)
+    name, out = str(node.target), w.names[node]
+    parts = [w.constant(f"{name}.{part}", getattr(module, part)) for part in ("scale", "zero")]
+    rounded = w.node("QuantizeLinear", [w.value(node), *parts], f"{out}:integers")
+    w.node("DequantizeLinear", [rounded, *parts], out)
+    w.quantized[out] = module
+
+
+def apart(w: Writer, node: fx.Node, argument: Any = None) -> str:
+    """The input of a float layer; a quantized one is dequantized by a scale for each channel.
+
+    They are all the same, so the values are. But between two scalar scales ONNX Runtime takes a
+    float convolution or Gemm for a forgotten one and quantizes its weights, to 8 bits and a single
+    scale (its WeightBiasQuantization), and makes one in integers of a MatMul of two quantized
+    values; neither is what the policy says nor what was trained.
+    """
+    argument = node.args[0] if argument is None else argument
+    x = w.read(argument)
+    module = w.quantized.get(x)
+    if module is None:
+        return x
+    channels = w.env[argument].shape[1]
+    parts = [
+        w.constant(f"{x}:{part}", getattr(module, part).expand(channels))
+        for part in ("scale", "zero")
+    ]
+    return w.node("DequantizeLinear", [f"{x}:integers", *parts], f"{w.names[node]}:{x}", axis=1)
+
+
+def passed(w: Writer, node: fx.Node) -> str:
+    """The input of what only moves values. Where nothing quantizes its output it is read apart:
+    ONNX Runtime carries a scalar scale on to the next reader (its QDQPropagation)."""
+    ends = any(isinstance(w.owner(user), FrozenQuantizer) for user in node.users)
+    return w.value(node) if ends else apart(w, node)
+
+
+def _function(w: Writer, node: fx.Node, _: Any) -> None:
+    """F.linear, with weights that are parameters of whoever calls it."""
+    weight, bias = w.settings(node, weight=None, bias=None)
+    if weight not in w.fixed:
+        raise NotCovered
+    out, x = w.names[node], apart(w, node)
+    turned = w.constant(f"{weight.name}:transposed", w.env[weight].T)
+    if bias is None:
+        w.node("MatMul", [x, turned], out)
+    else:
+        w.node("Add", [w.node("MatMul", [x, turned], f"{out}:product"), w.read(bias)], out)
+
+
+def _norm(w: Writer, node: fx.Node, _: Any) -> None:
+    module, name = w.owner(node), str(node.target)
+    parts = ("weight", "bias", "running_mean", "running_var")
+    if any(getattr(module, part) is None for part in parts):
+        raise NotCovered
+    inputs = [w.constant(f"{name}.{part}", getattr(module, part)) for part in parts]
+    w.node("BatchNormalization", [w.value(node), *inputs], w.names[node], epsilon=module.eps)
+
+
+def _affine(w: Writer, node: fx.Node, weight: Any, bias: Any, shape: Any) -> list[str]:
+    """Names of ``weight`` and ``bias``, of a module or a function; of ones and zeros if None."""
+    names = []
+    for part, given, neutral in (("weight", weight, torch.ones), ("bias", bias, torch.zeros)):
+        if isinstance(given, fx.Node):
+            names.append(w.read(given))
+        else:
+            tensor = neutral(shape) if given is None else given
+            names.append(w.constant(f"{node.name}:{part}", tensor))
+    return names
+
+
+def _layer_norm(w: Writer, node: fx.Node, _: Any) -> None:
+    shape, weight, bias, eps = w.settings(
+        node, normalized_shape=None, weight=None, bias=None, eps=1e-5
+    )
+    parts = _affine(w, node, weight, bias, shape)
+    out, inputs = w.names[node], [w.value(node), *parts]
+    w.node("LayerNormalization", inputs, out, axis=-len(shape), epsilon=eps)
+
+
+def _instance_norm(w: Writer, node: fx.Node, _: Any) -> None:
+    module, shape = w.owner(node), w.shape(node)
+    if module.track_running_stats or len(shape) < 3:
+        raise NotCovered
+    parts = _affine(w, node, module.weight, module.bias, shape[1])
+    out = w.names[node]
+    w.node("InstanceNormalization", [w.value(node), *parts], out, epsilon=module.eps)
+
+
+def _group_norm(w: Writer, node: fx.Node, _: Any) -> None:
+    """An instance norm of the groups; ONNX's own group norm changed its meaning at opset 21."""
+    module, (_, channels, *rest), out = w.owner(node), w.shape(node), w.names[node]
+    groups = module.num_groups
+    split = w.numbers([0, groups, channels // groups * math.prod(rest)])
+    x = w.node("Reshape", [w.value(node), split], f"{out}:groups")
+    neutral = [w.numbers([value] * groups, torch.float32) for value in (1.0, 0.0)]
+    x = w.node("InstanceNormalization", [x, *neutral], f"{out}:normed", epsilon=module.eps)
+    x = w.node("Reshape", [x, w.numbers([0, channels, *rest])], f"{out}:joined")
+    column = (channels, *[1] * len(rest))
+    parts = [None if p is None else p.reshape(column) for p in (module.weight, module.bias)]
+    weight, bias = _affine(w, node, *parts, column)
+    w.node("Add", [w.node("Mul", [x, weight], f"{out}:scaled"), bias], out)
+
+
+def _embedding(w: Writer, node: fx.Node, _: Any) -> None:
+    module = w.owner(node)
+    if module is None:
+        table, *rest = w.settings(
+            node, weight=None, padding_idx=None, max_norm=None, norm_type=2.0,
+            scale_grad_by_freq=False, sparse=False,
+        )  # fmt: skip
+        weight, limited = w.read(table), rest[1]
+    else:
+        weight, limited = w.constant(f"{node.target}.weight", module.weight), module.max_norm
+    if limited is not None:
+        raise NotCovered  # it changes its weights as it runs
+    w.node("Gather", [weight, w.value(node)], w.names[node])
+
+
+def _prelu(w: Writer, node: fx.Node, _: Any) -> None:
+    module = w.owner(node)
+    slope: Tensor = module.weight.reshape(-1, *[1] * (len(w.shape(node)) - 2))
+    w.node("PRelu", [w.value(node), w.constant(f"{node.target}.weight", slope)], w.names[node])
+
+
+LAYERS: dict[Any, Operation] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FrozenLayer), _layer),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d), _layer),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _norm),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d), _instance_norm),
+    **dict.fromkeys((nn.LayerNorm, F.layer_norm), _layer_norm),
+    **dict.fromkeys((nn.Embedding, F.embedding), _embedding),
+    F.linear: _function,
+    nn.GroupNorm: _group_norm,
+    nn.PReLU: _prelu,
+    FrozenQuantizer: _quantizer,
+}  # fmt: skip

@@ -1,0 +1,159 @@
+"""What pools, means, paddings and enlargements are in ONNX."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from .onnx_file import NotCovered, Operation, Writer
+from .onnx_layers import pad, passed, spatial
+
+
+def _pool(kind: str) -> Operation:
+    average = kind == "AveragePool"
+
+    def write_pool(w: Writer, node: fx.Node, result: Tensor) -> None:
+        rank = result.ndim - 2
+        size, step, padding, dilation, ceil, counts, rest = _pool_settings(w, node, average)
+        size, step, padding, dilation = (
+            spatial(setting, rank) for setting in (size, step or size, padding, dilation)
+        )
+        # With ceil_mode the last window may reach beyond the padding: what it lacks is padded,
+        # which a maximum never sees and an average that leaves out padding does not count.
+        lengths = zip(
+            w.shape(node)[2:], result.shape[2:], size, step, padding, dilation, strict=True
+        )
+        after = [
+            max(p, (n_out - 1) * s + d * (k - 1) + 1 - n - p) for n, n_out, k, s, p, d in lengths
+        ]
+        if after != padding and average:
+            if counts and any(padding):
+                raise NotCovered
+            counts = False
+        if rest or any(n >= k for n, k in zip(after, size, strict=True)):
+            raise NotCovered
+        own = {"count_include_pad": int(counts)} if average else {"dilations": dilation}
+        w.node(
+            kind, [passed(w, node)], w.names[node], kernel_shape=size, strides=step,
+            pads=padding + after, **own,
+        )  # fmt: skip
+
+    return write_pool
+
+
+def _pool_settings(w: Writer, node: fx.Node, average: bool) -> list[Any]:
+    """size, step, padding, dilation, ceil_mode, count_include_pad, and what there is no word for"""
+    if average:
+        size, step, padding, ceil, counts, rest = w.settings(
+            node, kernel_size=None, stride=None, padding=0, ceil_mode=False,
+            count_include_pad=True, divisor_override=None,
+        )  # fmt: skip
+        return [size, step, padding, 1, ceil, counts, rest]
+    size, step, padding, dilation, ceil, rest = w.settings(
+        node, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False,
+        return_indices=False,
+    )  # fmt: skip
+    return [size, step, padding, dilation, ceil, False, rest]
+
+
+def _adaptive(kind: str) -> Operation:
+    def write_adaptive(w: Writer, node: fx.Node, result: Tensor) -> None:
+        sizes, rest = w.shape(node)[2:], w.settings(node, output_size=None, return_indices=False)[1]
+        steps = [n // m for n, m in zip(sizes, result.shape[2:], strict=True)]
+        if rest or any(n % m for n, m in zip(sizes, result.shape[2:], strict=True)):
+            raise NotCovered  # windows of different sizes
+        if set(result.shape[2:]) == {1}:
+            w.node(f"Global{kind}", [w.value(node)], w.names[node])
+        else:
+            w.node(kind, [w.value(node)], w.names[node], kernel_shape=steps, strides=steps)
+
+    return write_adaptive
+
+
+def _reduce(kind: str) -> Operation:
+    def write_reduce(w: Writer, node: fx.Node, result: Tensor) -> None:
+        dims, keep, _ = w.settings(node, dim=None, keepdim=False, dtype=None)
+        name = w.value(node, dtype=result.dtype)
+        w.node(kind, [name, w.numbers(axes(w, node, dims))], w.names[node], keepdims=int(keep))
+
+    return write_reduce
+
+
+def axes(w: Writer, node: fx.Node, dims: Any) -> list[int]:
+    """The axes ``dims`` of the first argument, none of them that of the requests."""
+    found = [axis % len(w.shape(node)) for axis in spatial(dims, 1) if axis is not None]
+    if not found or any(w.varies(node.args[0], axis) for axis in found):
+        raise NotCovered
+    return found
+
+
+def _normalize(w: Writer, node: fx.Node, _: Any) -> None:
+    p, dim, eps, rest = w.settings(node, p=2.0, dim=1, eps=1e-12, out=None)
+    if p != 2 or rest is not None:
+        raise NotCovered
+    out, x = w.names[node], w.value(node)
+    length = w.node("ReduceL2", [x, w.numbers(axes(w, node, dim))], f"{out}:length", keepdims=1)
+    length = w.node("Max", [length, w.numbers(eps, torch.float32)], f"{out}:divisor")
+    w.node("Div", [x, length], out)
+
+
+def _cumsum(w: Writer, node: fx.Node, result: Tensor) -> None:
+    (dim, _) = w.settings(node, dim=None, dtype=None)
+    (axis,) = axes(w, node, dim)
+    w.node("CumSum", [w.value(node, dtype=result.dtype), w.numbers(axis)], w.names[node])
+
+
+def _pad(w: Writer, node: fx.Node, result: Tensor) -> None:
+    amounts, mode, value = w.settings(node, pad=None, mode="constant", value=None)
+    before, after = [0] * result.ndim, [0] * result.ndim
+    for i, amount in enumerate(amounts):  # from the last axis: before, after
+        (after if i % 2 else before)[-1 - i // 2] = amount
+    moved = [i for i, pair in enumerate(zip(before, after, strict=True)) if any(pair)]
+    if min(amounts) < 0 or any(w.varies(node.args[0], axis) for axis in moved):
+        raise NotCovered
+    pad(w, w.value(node), before, after, mode, w.names[node], float(value or 0))
+
+
+def _enlarge(w: Writer, node: fx.Node, result: Tensor) -> None:
+    (mode,) = w.settings(
+        node,
+        size=None,
+        scale_factor=None,
+        mode="nearest",
+        align_corners=None,
+        recompute_scale_factor=None,
+        antialias=False,
+    )[2:3]
+    sizes = list(zip(w.shape(node)[2:], result.shape[2:], strict=True))
+    if mode != "nearest" or any(m % n for n, m in sizes):
+        raise NotCovered
+    scales = w.numbers([1.0, 1.0, *(m / n for n, m in sizes)], torch.float32)
+    w.node(
+        "Resize", [w.value(node), "", scales], w.names[node], mode="nearest",
+        coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+    )  # fmt: skip
+
+
+POOLS: dict[Any, Operation] = {
+    **dict.fromkeys(
+        (nn.MaxPool1d, nn.MaxPool2d, F.max_pool1d, F.max_pool2d, torch.max_pool1d,
+         torch.max_pool2d), _pool("MaxPool"),
+    ),
+    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, F.avg_pool1d, F.avg_pool2d), _pool("AveragePool")),
+    **dict.fromkeys(
+        (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d),
+        _adaptive("AveragePool"),
+    ),
+    **dict.fromkeys(
+        (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d),
+        _adaptive("MaxPool"),
+    ),
+    **dict.fromkeys((torch.mean, "mean"), _reduce("ReduceMean")),
+    **dict.fromkeys((torch.sum, "sum"), _reduce("ReduceSum")),
+    **dict.fromkeys((torch.amax, "amax"), _reduce("ReduceMax")),
+    **dict.fromkeys((torch.cumsum, "cumsum"), _cumsum),
+    **dict.fromkeys((nn.Upsample, F.interpolate), _enlarge),
+    F.normalize: _normalize,
+    F.pad: _pad,
+}  # fmt: skip

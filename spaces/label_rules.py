@@ -1,0 +1,89 @@
+"""What modules with weights do to the labels of channels: ``RULES``, by type of module."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .ties import FIXED
+
+if TYPE_CHECKING:
+    from .labels import Labels
+
+# (the labels so far, name of the module, module, labels of its input, its output) -> labels
+Rule = Callable[["Labels", str, Any, Tensor, Tensor], Tensor]
+
+
+def _along(labels: Tensor, axis: int, like: Tensor) -> Tensor:
+    """Labels of channels, [size], as those of a value shaped as ``like``."""
+    shape = [1] * like.ndim
+    shape[axis] = -1
+    return labels.reshape(shape).expand(like.shape)
+
+
+def _layer(axis: int) -> Rule:
+    def rule(t: "Labels", name: str, module: Any, x: Tensor, result: Tensor) -> Tensor:
+        channels, groups = t.channels(x, axis), getattr(module, "groups", 1)
+        if name not in t.makes:
+            t.makes[name] = t.ties.fresh(result.shape[axis])
+            t.reads[name] = channels
+        made = t.makes[name]
+        t.ties.tie(t.reads[name], channels)
+        if groups == len(channels) > 1:  # depthwise: each channel makes its own
+            t.ties.tie(made.reshape(groups, -1), channels[:, None])
+        else:
+            inside = channels.reshape(groups, -1)  # the same go from every group of a convolution
+            for parts in (inside, made.reshape(groups, -1)):
+                t.ties.tie(parts, parts[:1])
+            t.slot(name, module, "weight", 1, inside[0])
+        for attribute in ("weight", "bias"):
+            t.slot(name, module, attribute, 0, made)
+        return _along(made, axis, result)
+
+    return rule
+
+
+def _norm(axis: int) -> Rule:
+    def rule(t: "Labels", name: str, module: Any, x: Tensor, result: Tensor) -> Tensor:
+        if math.prod(getattr(module, "normalized_shape", ())[:-1]) != 1:
+            t.give_up([x], None)  # normalised over positions too
+        channels = t.channels(x, axis)
+        if isinstance(module, nn.GroupNorm):  # the same go from every group
+            parts = channels.reshape(module.num_groups, -1)
+            t.ties.tie(parts, parts[:1])
+        for attribute in ("weight", "bias", "running_mean", "running_var"):
+            tensor = getattr(module, attribute, None)
+            if tensor is not None and tensor.shape == channels.shape:
+                t.slot(name, module, attribute, 0, channels)
+        return _along(channels, axis, result)
+
+    return rule
+
+
+def _embedding(t: "Labels", name: str, module: Any, x: Tensor, result: Tensor) -> Tensor:
+    t.ties.fix(x)
+    made = t.ties.fresh(result.shape[-1])
+    t.slot(name, module, "weight", 1, made)
+    return _along(made, -1, result)
+
+
+def _transposed(t: "Labels", name: str, module: Any, x: Tensor, result: Tensor) -> Tensor:
+    channels = t.channels(x, 1)
+    if module.groups > 1:
+        t.ties.fix(channels)
+    t.slot(name, module, "weight", 0, channels)
+    return torch.tensor(FIXED).expand(result.shape)
+
+
+RULES: dict[Any, Rule] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _layer(1)),
+    nn.Linear: _layer(-1),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _norm(1)),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d), _norm(1)),
+    **dict.fromkeys((nn.GroupNorm, nn.PReLU), _norm(1)),
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _norm(-1)),
+    nn.Embedding: _embedding,
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
+}  # fmt: skip

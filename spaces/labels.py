@@ -1,0 +1,274 @@
+"""Labels that travel through a traced graph beside its values: what a channel becomes, exactly.
+
+Every output channel of a layer gets a label. What moves values (reshape, permute, chunk, cat)
+moves labels by the very same call, so heads, halves of a fused projection and flattened channels
+are found wherever they end up. Where an operation needs channels together (an add, the queries
+and keys of a head, the input of a convolution at all its positions) their labels are tied. An
+operation unknown here keeps labels where the axis that carries them keeps its length; otherwise
+what it reads stays whole. ``tracing`` holds the outcome to a really pruned copy.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .label_rules import RULES
+from .ties import FIXED, Ties, compact, core
+
+MOVES = {
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "swapdims",
+    "movedim", "moveaxis", "t", "getattr", "expand", "expand_as", "view_as", "repeat",
+    "repeat_interleave", "squeeze", "unsqueeze", "cat", "concat", "concatenate", "stack", "unbind",
+    "chunk", "split", "getitem", "narrow", "select", "flip", "pixel_shuffle", "pixel_unshuffle",
+    "Flatten", "Unflatten", "PixelShuffle", "PixelUnshuffle",
+}  # fmt: skip
+# Operations over an axis along which what goes would change what stays, and where it stands.
+OVER = {
+    "unbind": (1, 0), "select": (1, 0), "narrow": (1, 0), "chunk": (2, 0), "split": (2, 0),
+    "softmax": (1, -1), "log_softmax": (1, -1), "Softmax": (1, -1), "LogSoftmax": (1, -1),
+    "cumsum": (1, 0), "roll": (2, None), "glu": (1, -1), "GLU": (1, -1),
+}  # fmt: skip
+REDUCES = {"mean", "sum", "amax", "amin", "std", "var", "prod", "norm", "logsumexp"}
+MEETS = {"matmul", "bmm", "scaled_dot_product_attention"}
+OPAQUE = {"channel_shuffle", "ChannelShuffle", "einsum", "sort", "linear", "embedding"}
+LARGEST = 1 << 22  # elements of a parameter used as a value; a larger one stays whole
+
+
+class Labels(fx.Interpreter):
+    """Runs a graph on one request and labels every value.
+
+    of: per node its labels, shaped as its value (None where it is no tensor). makes, reads: per
+    convolution and linear layer the labels of its output and input channels. slots: per axis of a
+    tensor of the model its labels. attributes: per tensor used as a value the labels of its
+    elements.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph, garbage_collect_values=False)
+        self.ties = Ties()
+        self.of: dict[fx.Node, Any] = {}
+        self.makes: dict[str, Tensor] = {}
+        self.reads: dict[str, Tensor] = {}
+        self.slots: dict[tuple[str, int], Tensor] = {}
+        self.attributes: dict[str, Tensor] = {}
+        self._first: dict[int, str] = {}  # tied weights have several names, and are one tensor
+        everything = (graph.named_parameters, graph.named_buffers)
+        for name, tensor in (pair for kind in everything for pair in kind(remove_duplicate=False)):
+            self._first.setdefault(id(tensor), name)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        self.of[n] = found = self._label(n, result)
+        for labels in tensors_in(found):
+            self.ties.grid(labels)
+        return result
+
+    def _label(self, n: fx.Node, result: Any) -> Any:
+        inputs = [x for m in n.all_input_nodes for x in tensors_in(self.of[m])]
+        if n.op == "placeholder":
+            return nothing(result)
+        if n.op == "get_attr":
+            return self._attribute(str(n.target), result)
+        if n.op == "output":
+            return self.give_up(inputs, result)
+        name = called(self.module, n)
+        if n.op == "call_module":
+            module = self.fetch_attr(str(n.target))
+            if rule := RULES.get(type(module)):
+                return rule(self, str(n.target), module, inputs[0], result)
+            if any(True for _ in module.parameters()):
+                return self.give_up(inputs, result)
+        if not isinstance(result, Tensor) and not list(tensors_in(nothing(result))):
+            return None  # a size
+        if name in OPAQUE or not inputs:
+            return self.give_up(inputs, result)
+        return self._function(name, n, inputs, result)
+
+    def _function(self, name: str, n: fx.Node, inputs: list[Tensor], result: Any) -> Any:
+        if name in MOVES:
+            return self._move(name, n, inputs, result)
+        if not isinstance(result, Tensor):
+            return self.give_up(inputs, result)
+        if name in ("glu", "GLU"):
+            return self._halves(n, inputs[0])
+        if name in REDUCES:
+            return self._reduce(n, inputs[0], result)
+        if name in MEETS:
+            return self._meet(inputs, result)
+        if name in OVER:
+            self._stand_still(name, n, inputs[0])
+        if len(inputs) == 1 and inputs[0].ndim == result.ndim:
+            return self._resized(inputs[0], result)
+        if torch.broadcast_shapes(*(x.shape for x in inputs)) == result.shape:
+            return self._together(inputs, result.shape)
+        return self.give_up(inputs, result)
+
+    # -- channels of modules ---------------------------------------------------------------------
+
+    def channels(self, labels: Tensor, axis: int) -> Tensor:
+        """The labels along ``axis``, [size]: at all other places there must be the same."""
+        size = labels.shape[axis]
+        rows = core(labels).movedim(axis, 0)
+        rows = rows.reshape(len(rows), -1)
+        self.ties.tie(rows, rows[:, :1])
+        return rows[:, 0].expand(size)
+
+    def slot(self, name: str, module: nn.Module, attribute: str, axis: int, labels: Tensor) -> None:
+        """``labels`` are those of ``axis`` of a tensor of ``module``."""
+        tensor = getattr(module, attribute, None)
+        if tensor is None:
+            return
+        key = (self._first.get(id(tensor), f"{name}.{attribute}"), axis)
+        self.ties.tie(self.slots.setdefault(key, labels), labels)
+
+    def give_up(self, inputs: Iterable[Tensor], result: Any) -> Any:
+        """Nothing that is read here can go, nor anything that comes out."""
+        for labels in inputs:
+            self.ties.fix(labels)
+        return nothing(result)
+
+    def _attribute(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.ndim:
+            return nothing(value)
+        name = self._first.get(id(value), name)
+        if value.numel() > LARGEST:
+            return nothing(value)
+        if name not in self.attributes:
+            self.attributes[name] = self.ties.fresh(value.numel()).reshape(value.shape)
+        return self.attributes[name]
+
+    # -- functions -------------------------------------------------------------------------------
+
+    def _given(self, n: fx.Node, place: int, name: str, default: Any = None) -> Any:
+        """An argument of ``n``, by place or name; of a module its attribute."""
+        if n.op == "call_module":
+            return getattr(self.fetch_attr(str(n.target)), name, default)
+        found = n.args[place] if place < len(n.args) else n.kwargs.get(name, default)
+        return fx.node.map_arg(found, lambda m: self.env[m])  # type: ignore[arg-type]
+
+    def _stand_still(self, name: str, n: fx.Node, labels: Tensor) -> None:
+        place, default = OVER[name]
+        axes = self._given(n, place, "dims" if name == "roll" else "dim", default)
+        every = range(labels.ndim) if axes is None else [axes] if isinstance(axes, int) else axes
+        for axis in every:
+            self.ties.still(labels, axis)
+
+    def _move(self, name: str, n: fx.Node, inputs: list[Tensor], result: Any) -> Any:
+        if not n.args:
+            return self.give_up(inputs, result)
+        source: Any = fx.node.map_arg(n.args[0], self.of.__getitem__)
+        rest, kwargs = fx.node.map_arg((n.args[1:], n.kwargs), self.env.__getitem__)
+        call: Any = n.target
+        if n.op == "call_method":  # labels are not laid out in memory as values are
+            call = getattr(type(source), "reshape" if name == "view" else str(n.target))
+        elif n.op == "call_module":
+            call = self.fetch_attr(str(n.target))
+        moved = call(source, *rest, **kwargs)
+        whole = source if isinstance(source, Tensor) else None
+        if whole is not None and name == "getitem":
+            self._cut(whole, rest[0])
+        elif whole is not None and name in ("chunk", "split"):
+            self.ties.alike(whole, list(moved), self._given(n, 2, "dim", 0))
+        elif whole is not None and name in OVER:
+            self._stand_still(name, n, whole)
+        if isinstance(moved, Tensor):
+            return compact(moved)
+        return [compact(labels) for labels in tensors_in(moved)]
+
+    def _cut(self, labels: Tensor, index: Any) -> None:
+        """Of an axis that is indexed nothing may go: the numbers would mean other places."""
+        parts = index if isinstance(index, tuple) else (index,)
+        taken = sum(part is not None and part is not Ellipsis for part in parts)
+        axis = 0
+        for part in parts:
+            if part is Ellipsis:
+                axis += labels.ndim - taken
+            elif part is not None:
+                width = part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else 1
+                if part != slice(None) if isinstance(part, slice) else True:
+                    for a in range(axis, axis + width):
+                        self.ties.still(labels, a)
+                axis += width
+
+    def _halves(self, n: fx.Node, labels: Tensor) -> Tensor:
+        first, second = labels.chunk(2, self._given(n, 1, "dim", -1))
+        self.ties.tie(first, second)
+        return first
+
+    def _reduce(self, n: fx.Node, labels: Tensor, result: Tensor) -> Any:
+        axes = self._given(n, 1, "dim")
+        if axes is None or not isinstance(axes, int | tuple | list):
+            return self.give_up([labels], result)
+        for axis in [axes] if isinstance(axes, int) else axes:
+            self.ties.still(labels, axis)
+            labels = labels.narrow(axis, 0, 1)
+        return labels.reshape(result.shape)
+
+    def _meet(self, inputs: list[Tensor], result: Tensor) -> Any:
+        """A product of matrices: within one of a batch (a head) everything is needed together."""
+        batch = result.shape[:-2]
+        if any(x.ndim < 2 for x in inputs):
+            return self.give_up(inputs, result)
+        heads = []
+        for labels in inputs:
+            rows = core(labels).flatten(-2)
+            self.ties.tie(rows, rows[..., :1])
+            found = rows[..., 0].expand(labels.shape[:-2])
+            if batch and found.ndim and found.shape[-1] not in (1, batch[-1]):
+                # Several queries share one head of keys and values (grouped-query attention).
+                found = found.repeat_interleave(batch[-1] // found.shape[-1], -1)
+            heads.append(found)
+        return self._together(heads, batch)[..., None, None].expand(result.shape)
+
+    def _resized(self, labels: Tensor, result: Tensor) -> Tensor:
+        """Pooling, padding, interpolation, activations: axes that keep their length keep labels."""
+        for axis in range(result.ndim):
+            if labels.shape[axis] != result.shape[axis]:
+                self.ties.still(labels, axis)
+                labels = labels.narrow(axis, 0, 1)
+        return labels.expand(result.shape)
+
+    def _together(self, inputs: list[Tensor], shape: Iterable[int]) -> Tensor:
+        """Element by element, with broadcasting."""
+        shape = tuple(shape)
+        inputs = [x.reshape((1,) * (len(shape) - x.ndim) + x.shape) for x in inputs]
+        lead = next((x for x in inputs if tuple(x.shape) == shape), None)
+        if lead is None:  # an outer product
+            self.give_up(inputs, None)
+            return torch.tensor(FIXED).expand(shape)
+        for other in inputs:
+            axes = tuple(a for a, n in enumerate(shape) if other.shape[a] != n)
+            if other is lead:
+                continue
+            if axes:
+                self.ties.join(lead, other, axes)
+            else:
+                self.ties.tie(lead, other)
+        return lead
+
+
+def called(graph: nn.Module, node: fx.Node) -> str:
+    """The name of what ``node`` calls: "relu" for a function, "ReLU" for a module."""
+    if node.op == "call_module":
+        return type(graph.get_submodule(str(node.target))).__name__
+    return str(getattr(node.target, "__name__", node.target)).rstrip("_")
+
+
+def tensors_in(labels: Any) -> Iterable[Tensor]:
+    """The tensors in a value, in order."""
+    if isinstance(labels, Tensor):
+        yield labels
+    elif isinstance(labels, tuple | list):
+        for part in labels:
+            yield from tensors_in(part)
+
+
+def nothing(value: Any) -> Any:
+    """Labels of a value of which nothing can go."""
+    if isinstance(value, Tensor):
+        return torch.tensor(FIXED).expand(value.shape)
+    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
+        return [nothing(part) for part in value]
+    return None

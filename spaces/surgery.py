@@ -1,0 +1,196 @@
+"""Surgery on a traced graph: channels and residual branches go, numbers that held them follow."""
+
+import copy
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .labels import called
+from .network import Group, Network
+
+# Calls that are told the size of their result, or a part of it, and where.
+_SIZES = {"view": 1, "reshape": 1, "expand": 1, "unflatten": 2, "layer_norm": 1}
+
+
+def operate(
+    graph: fx.GraphModule,
+    network: Network,
+    kept: Mapping[str, Sequence[int] | Tensor],
+    drop: Iterable[str] = (),
+) -> fx.GraphModule:
+    """A copy of ``graph`` with only the channels ``kept`` of each group and without ``drop``.
+
+    graph: the trace of the model that ``network`` describes. Raises ValueError where ``kept``
+    has only a part of a unit.
+    """
+    student = copy.deepcopy(graph)
+    _drop(student, network, drop)
+    units = {name: _units(network.groups[name], channels) for name, channels in kept.items()}
+    _slice(student, network, units)
+    widths = {name: len(channels) for name, channels in kept.items()}
+    stale: set[fx.Node] = set()  # numbers that are another since the surgery
+    for node in student.graph.nodes:
+        node.meta.clear()  # the shapes are those of the whole model
+        if node.name in network.op:
+            if _is_stale(network, node, widths, stale):
+                stale.add(node)
+            _resize(student, network, node, widths, stale)
+    student.graph.lint()
+    student.recompile()
+    return student
+
+
+def _units(group: Group, channels: Sequence[int] | Tensor) -> set[int]:
+    some = {int(i) for i in channels}
+    units = {group.unit[i] for i in some}
+    if len(some) != len(units) * group.multiple_of:
+        raise ValueError(
+            f"group {group.name!r} loses whole units of {group.multiple_of} channels, but is to "
+            f"keep {sorted(some)}"
+        )
+    return units
+
+
+def _drop(student: fx.GraphModule, network: Network, drop: Iterable[str]) -> None:
+    nodes = {node.name: node for node in student.graph.nodes}
+    for name in drop:
+        block = network.blocks[name]
+        add = nodes[block.add]
+        # The skip may be the add of another block that went.
+        skip = nodes[network.without(n for n in drop if n != name).blocks[name].skip]
+        add.replace_all_uses_with(skip)
+    if drop:
+        student.graph.eliminate_dead_code()
+        student.delete_all_unused_submodules()
+
+
+def _slice(student: fx.GraphModule, network: Network, units: Mapping[str, set[int]]) -> None:
+    """Cuts the tensors of ``student`` and the sizes that its modules state."""
+    masks: dict[tuple[str, int], Tensor] = {}
+    for name, remain in units.items():
+        for slot in network.groups[name].slots:
+            stays = torch.tensor([unit < 0 or unit in remain for unit in slot.units])
+            place = (slot.tensor, slot.axis)
+            masks[place] = masks[place] & stays if place in masks else stays
+    holders = _holders(student)
+    for (name, axis), mask in masks.items():
+        for module, attribute in holders.get(name, ()):
+            old = getattr(module, attribute)
+            new = old.detach().index_select(axis, mask.nonzero().flatten())
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, old.requires_grad)
+            for other, alias in holders[name]:
+                setattr(other, alias, new)
+            break
+    for module in {id(m): m for held in holders.values() for m, _ in held}.values():
+        _state_sizes(module)
+
+
+def _holders(student: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Per tensor, under the first of its names, the modules that hold it and how they call it."""
+    first: dict[int, str] = {}
+    out: dict[str, list[tuple[nn.Module, str]]] = {}
+    for kind in ("named_parameters", "named_buffers"):
+        for name, tensor in getattr(student, kind)(remove_duplicate=False):
+            path, _, attribute = name.rpartition(".")
+            name = first.setdefault(id(tensor), name)
+            out.setdefault(name, []).append((student.get_submodule(path), attribute))
+    return out
+
+
+def _state_sizes(module: Any) -> None:
+    """The sizes that ``module`` states become those of its tensors."""
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        weight = getattr(module, "running_mean", None)
+    if not isinstance(weight, Tensor):
+        return
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        module.in_channels = weight.shape[0]
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        if module.groups == module.in_channels > 1:  # depthwise
+            module.groups = len(weight) // (module.out_channels // module.groups)
+        module.out_channels, module.in_channels = len(weight), weight.shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(weight)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(weight)
+    elif hasattr(module, "num_features"):
+        module.num_features = len(weight)
+
+
+def _is_stale(
+    network: Network, node: fx.Node, widths: Mapping[str, int], stale: set[fx.Node]
+) -> bool:
+    """Whether ``node`` is a number, or several, worked out from a size that has changed."""
+    if network.op[node.name].shape or not node.all_input_nodes:
+        return False
+    source, index = _value(network, node.all_input_nodes[0]), (*node.args, None, None)[1]
+    one = node.target in ("size", operator.getitem) and isinstance(index, int)
+    if one and not network.op[source.name].shape and source.all_input_nodes:
+        source = _value(network, source.all_input_nodes[0])  # x.shape[1]
+    if shape := network.op[source.name].shape:
+        new = network.shape(source.name, widths)
+        return shape[index] != new[index] if one else shape != new
+    return any(n in stale for n in node.all_input_nodes)
+
+
+def _value(network: Network, node: fx.Node) -> fx.Node:
+    """The node whose value that of ``node`` is: dropout and the like are no operations."""
+    while node.name not in network.op:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _resize(
+    student: fx.GraphModule,
+    network: Network,
+    node: fx.Node,
+    widths: Mapping[str, int],
+    stale: set[fx.Node],
+) -> None:
+    """Numbers among the arguments of ``node`` that are sizes of its value become the new ones."""
+    old, new = network.op[node.name].shape, network.shape(node.name, widths)
+    name = called(student, node)
+    if node.op == "call_module":
+        module: Any = student.get_submodule(str(node.target))
+        if hasattr(module, "normalized_shape"):
+            module.normalized_shape = new[-len(module.normalized_shape) :]
+        return
+    if name == "split":
+        node.args = (node.args[0], _part_sizes(network, node, widths), *node.args[2:])
+        return
+    if name not in _SIZES or (new == old and stale.isdisjoint(node.all_input_nodes)):
+        return
+    place = _SIZES[name]
+    given: Any = node.args[place:]
+    sizes = given[0] if given and not isinstance(given[0], int | fx.Node) else given
+    last = name == "layer_norm"
+    first = len(old) - len(sizes) if last else int(node.args[1]) if name == "unflatten" else 0
+    ends = zip(sizes, old[first:], new[first:], strict=False)
+    fitted = tuple(
+        s if s == -1 or (before == after and s not in stale) else after for s, before, after in ends
+    )
+    rest = given[1:] if sizes is given[0] else ()
+    node.args = (*node.args[:place], fitted, *rest)
+
+
+def _part_sizes(network: Network, node: fx.Node, widths: Mapping[str, int]) -> Any:
+    """The second argument of a split, for what remains of each part."""
+    given, dim = node.args[1], node.kwargs.get("dim", (*node.args, 0, 0)[2])
+    sizes: Any = list(given) if isinstance(given, list | tuple) else given
+    for part in node.users:
+        index: Any = part.args[1]
+        size = network.shape(part.name, widths)[dim]  # type: ignore[index]
+        if isinstance(sizes, list):
+            sizes[index] = size
+        elif index == 0:
+            sizes = size
+    return sizes

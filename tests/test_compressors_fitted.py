@@ -1,0 +1,205 @@
+"""Equalization and correction: the same in float, nearer to it in int8."""
+
+import copy
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from flyweight.compressors.correct import correct_, rounded_in_turn, sampled_rows, second_moments
+from flyweight.compressors.data import Items
+from flyweight.compressors.equalize import equalize, tied_channels
+from flyweight.compressors.export import to_onnx
+from flyweight.compressors.freeze import freeze
+from flyweight.compressors.parity import compare, run_module, run_session
+from flyweight.compressors.prune import remove
+from flyweight.compressors.quantize import (
+    QuantizedLayer,
+    calibrate,
+    fold_norms,
+    insert_quantizers,
+    settle_biases,
+)
+from flyweight.kernels import float_layers, int8_layers, make_runtime
+from flyweight.spaces import Blueprint, Capabilities, Policy, Quantize, blueprint
+from flyweight.spaces.tracing import trace_graph
+
+NAMES = ["plain", "mlp", "separable", "concat", "preactivation", "grouped", "gate", "two"]
+
+
+def uneven(model: nn.Module) -> nn.Module:
+    """Channels of very different loudness, as trained networks have."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                loud = torch.exp(1.5 * torch.randn(len(module.weight), generator=generator))
+                module.weight.mul_(loud.reshape(-1, *[1] * (module.weight.ndim - 1)))
+    return model
+
+
+def draw(example: Any, count: int, seed: int = 0) -> Items:
+    generator = torch.Generator().manual_seed(seed)
+    parts = example if isinstance(example, tuple) else (example,)
+    made = tuple(torch.randn(count, *p.shape[1:], generator=generator) for p in parts)
+    return Items(made if isinstance(example, tuple) else made[0], torch.zeros(count))
+
+
+def prepared(networks: ModuleType, name: str, capabilities: Capabilities) -> Any:
+    model, example = networks.make(name)
+    network = networks.traced(name)
+    plan = blueprint(
+        network, Policy(quantize=Quantize(dict.fromkeys(network.layers, "int8"))), capabilities
+    )
+    return fold_norms(trace_graph(uneven(model), example), network), network, plan, example
+
+
+def rounded(folded: fx.GraphModule, network: Any, plan: Blueprint, items: Items, fit: bool) -> Any:
+    graph = insert_quantizers(folded, plan, "minmax")
+    calibrate(graph, items, "minmax")
+    if fit:
+        correct_(graph, items)
+    settle_biases(graph, network, plan)
+    return graph
+
+
+def noise(found: Tensor, exact: Tensor) -> float:
+    return ((found - exact).var() / exact.var()).item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equalization_changes_nothing_in_float(
+    networks: ModuleType, capabilities: Capabilities, name: str
+) -> None:
+    folded, network, plan, example = prepared(networks, name, capabilities)
+    before = copy.deepcopy(folded.state_dict())
+    items = draw(example, 32)
+    made = equalize(folded, network, plan, items)
+    exact = run_module(folded, items)
+    assert torch.allclose(run_module(made, items), exact, atol=1e-4 * exact.abs().max().item())
+    assert all(torch.equal(v, folded.state_dict()[k]) for k, v in before.items())
+    if tied_channels(network):
+        assert any(not torch.equal(v, made.state_dict()[k]) for k, v in before.items())
+
+
+def test_equalization_takes_a_pruned_student(
+    networks: ModuleType, capabilities: Capabilities
+) -> None:
+    model, example = networks.make("separable")
+    network = networks.traced("separable")
+    kept = {name: torch.arange(group.width // 2) for name, group in network.groups.items()}
+    pruned = remove(uneven(model), network, example, kept)
+    folded = fold_norms(trace_graph(pruned, example), network)
+    plan = blueprint(
+        network, Policy(quantize=Quantize(dict.fromkeys(network.layers, "int8"))), capabilities
+    )
+    items = draw(example, 16)
+    made = equalize(folded, network, plan, items)
+    assert torch.allclose(run_module(made, items), run_module(folded, items), atol=1e-3)
+
+
+def test_channels_are_tied_where_nothing_but_scaling_lies_between(networks: ModuleType) -> None:
+    tied = {tuple(c.makers): c for c in tied_channels(networks.traced("separable"))}
+    assert set(tied) == {("stem.0", "project.0"), ("expand.0",), ("depth.0",)}
+    assert tied["stem.0", "project.0"].readers == ["expand.0", "head"]
+    assert tied["expand.0",].clipped
+    joined = {m for c in tied_channels(networks.traced("concat")) for m in c.makers}
+    assert joined == {"join"}  # what is concatenated stays
+
+
+@pytest.mark.parametrize("name", ["plain", "separable", "concat"])
+def test_fitted_students_are_nearer_to_float_on_items_never_seen(
+    networks: ModuleType, capabilities: Capabilities, name: str
+) -> None:
+    folded, network, plan, example = prepared(networks, name, capabilities)
+    seen, fresh = draw(example, 64), draw(example, 200, seed=1)
+    exact = run_module(folded, fresh)
+    plain = noise(run_module(rounded(folded, network, plan, seen, False), fresh), exact)
+    alike = equalize(folded, network, plan, seen)
+    fitted = noise(run_module(rounded(alike, network, plan, seen, True), fresh), exact)
+    assert fitted < 0.8 * plain
+
+
+@pytest.mark.parametrize("name", ["plain", "separable", "concat", "grouped"])
+def test_what_is_fitted_runs_in_int8_as_it_was_fitted(networks: ModuleType, name: str) -> None:
+    runtime = make_runtime("onnxruntime", 1)
+    folded, network, plan, example = prepared(networks, name, runtime.capabilities)
+    items = draw(example, 200)
+    graph = rounded(equalize(folded, network, plan, items), network, plan, items, True)
+    artifact = to_onnx(freeze(graph), example)
+    found = compare(run_module(graph, items), run_session(runtime.load(artifact), items))
+    assert found.mean_steps < 0.2
+    if name != "grouped":
+        assert (int8_layers(artifact), float_layers(artifact)) == (len(network.layers), 0)
+
+
+def test_the_mean_error_of_the_last_layer_is_gone(
+    networks: ModuleType, capabilities: Capabilities
+) -> None:
+    folded, network, plan, example = prepared(networks, "plain", capabilities)
+    items = draw(example, 64)
+    exact = run_module(folded, items)
+    off = [
+        (run_module(rounded(folded, network, plan, items, fit), items) - exact).mean(0).abs().max()
+        for fit in (False, True)
+    ]
+    assert off[1] < 0.02 * off[0]
+
+
+@pytest.mark.parametrize("layer", [
+    nn.Linear(5, 4), nn.Conv1d(5, 4, 3, stride=2, padding=1), nn.Conv2d(5, 4, (3, 2), padding=1),
+    nn.Conv2d(4, 8, 1, stride=2, groups=2), nn.Conv2d(6, 6, 3, groups=6, padding=2, dilation=2),
+])  # fmt: skip
+def test_rows_are_what_meets_the_weights(layer: Any) -> None:
+    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    sizes = {nn.Linear: (), nn.Conv1d: (9,), nn.Conv2d: (8, 7)}[type(layer)]
+    x = torch.randn(20, channels, *sizes)
+    with torch.no_grad():
+        expected = layer(x).transpose(0, 1).flatten(1).sort(1).values
+        rows = sampled_rows(layer, x)  # [G, R, F]
+        assert rows is not None
+        weight = layer.weight.reshape(len(rows), -1, rows.shape[2])  # [G, O, F]
+        found = (weight @ rows.mT).flatten(0, 1) + layer.bias[:, None]
+    assert torch.allclose(found.sort(1).values, expected, atol=1e-4)
+
+
+def test_rounding_in_turn_beats_rounding_to_the_nearest() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(12, 12, generator=generator)
+    rows = torch.randn(1, 4000, 12, generator=generator) @ mix
+    h = second_moments(rows)
+    weight = torch.randn(1, 16, 12, generator=generator, dtype=torch.float64)
+    step = weight.abs().amax(2, keepdim=True) / 7
+    found = rounded_in_turn(weight, h, step, 7)
+    nearest = (weight / step).round().clamp(-7, 7) * step
+
+    def error(w: Tensor) -> float:
+        return ((w - weight) @ h @ (w - weight).mT).diagonal(dim1=1, dim2=2).sum().item()
+
+    assert torch.allclose(found / step, (found / step).round(), atol=1e-9)
+    assert (found / step).abs().max() <= 7 + 1e-9
+    assert error(found) < 0.5 * error(nearest)
+
+
+def test_inputs_that_have_nothing_to_do_with_each_other_are_rounded_to_the_nearest() -> None:
+    weight = torch.randn(1, 4, 6, dtype=torch.float64)
+    step = torch.full((1, 4, 1), 0.1, dtype=torch.float64)
+    h = torch.eye(6, dtype=torch.float64)[None]
+    found = rounded_in_turn(weight, h, step, 1000)
+    assert torch.allclose(found, (weight / step).round() * step)
+
+
+@pytest.mark.parametrize("name", ["plain", "separable"])
+def test_one_item_and_constant_values_are_enough(
+    networks: ModuleType, capabilities: Capabilities, name: str
+) -> None:
+    folded, network, plan, example = prepared(networks, name, capabilities)
+    one = Items(torch.zeros_like(example), torch.zeros(1))  # every value is constant
+    graph = rounded(equalize(folded, network, plan, one), network, plan, one, True)
+    exact = run_module(folded, one)
+    assert torch.allclose(run_module(graph, one), exact, atol=0.05 * exact.abs().max().item())
+    for layer in (m for m in graph.modules() if isinstance(m, QuantizedLayer)):
+        assert torch.isfinite(layer.layer.weight).all()
+        assert torch.isfinite(layer.layer.bias).all()

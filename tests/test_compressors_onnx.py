@@ -1,0 +1,441 @@
+"""What is written as ONNX computes what PyTorch computes: each operation, then whole networks."""
+
+import random
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from flyweight.compressors import export
+from flyweight.compressors.data import Items, tree_map
+from flyweight.compressors.export import to_onnx
+from flyweight.compressors.freeze import freeze
+from flyweight.compressors.parity import compare, feed, run_module, run_session
+from flyweight.compressors.quantize import calibrate, fold_norms, insert_quantizers, settle_biases
+from flyweight.kernels import Runtime, float_layers, int8_layers, make_runtime
+from flyweight.spaces import Policy, Quantize, blueprint
+from flyweight.spaces.tracing import arguments, trace, trace_graph
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    return make_runtime("onnxruntime", 1)
+
+
+@pytest.fixture(autouse=True)
+def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> bytes:
+        raise AssertionError("torch.onnx was asked")
+
+    monkeypatch.setattr(export, "_torch_onnx", refuse)
+
+
+class Calls(nn.Module):
+    """A function of its inputs and of modules and parameters that it owns."""
+
+    def __init__(self, function: Callable[..., Tensor], *owned: Any) -> None:
+        super().__init__()
+        self.function = function
+        for i, one in enumerate(owned):
+            setattr(self, f"m{i}", one)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self)
+
+
+def of(function: Callable[..., Any], *shape: int, owned: tuple[Any, ...] = ()) -> Any:
+    """A case: ``function(x, owner)`` on an input of ``shape`` [1, ...]."""
+    return lambda: (Calls(function, *owned), torch.randn(1, *shape))
+
+
+def module(made: Callable[[], nn.Module], *shape: int) -> Any:
+    return lambda: (Calls(lambda x, m: m.m0(x), made()), torch.randn(1, *shape))
+
+
+def two(function: Callable[[Tensor, Tensor], Any], *shapes: tuple[int, ...]) -> Any:
+    class Two(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Any:
+            return function(a, b)
+
+    return lambda: (Two(), tuple(torch.randn(1, *shape) for shape in shapes))
+
+
+def ids(function: Callable[..., Any], *shape: int, owned: tuple[Any, ...] = ()) -> Any:
+    return lambda: (Calls(function, *owned), torch.randint(0, 5, (1, *shape)))
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape))
+
+
+def heads(x: Tensor, count: int = 2) -> Tensor:
+    n, t, c = x.shape
+    return x.view(n, t, count, c // count).transpose(1, 2)
+
+
+def attend(x: Tensor, **settings: Any) -> Tensor:
+    y = F.scaled_dot_product_attention(heads(x), heads(x * 2), heads(x + 1), **settings)
+    return y.transpose(1, 2).flatten(2)
+
+
+CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    # layers
+    "linear": module(lambda: nn.Linear(4, 3), 4),
+    "linear, sequence": module(lambda: nn.Linear(4, 3), 5, 4),
+    "linear, no bias": module(lambda: nn.Linear(4, 3, bias=False), 2, 5, 4),
+    "F.linear": of(lambda x, m: F.linear(x, m.m0, m.m1), 5, 4, owned=(parameter(3, 4), parameter(3))),
+    "F.linear, no bias": of(lambda x, m: F.linear(x, m.m0), 4, owned=(parameter(3, 4),)),
+    "conv1d, same": module(lambda: nn.Conv1d(3, 4, 4, padding="same"), 3, 9),
+    "conv2d, same": module(lambda: nn.Conv2d(3, 4, (2, 3), padding="same", dilation=2), 3, 9, 8),
+    "conv2d, valid": module(lambda: nn.Conv2d(3, 4, 3, padding="valid"), 3, 9, 8),
+    "conv2d, reflect": module(lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), 3, 9, 8),
+    "conv1d, circular": module(lambda: nn.Conv1d(3, 4, 3, padding=2, padding_mode="circular"), 3, 9),
+    "transposed conv1d": module(
+        lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), 4, 7
+    ),
+    "transposed conv2d": module(lambda: nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False), 4, 7, 5),
+    "embedding": ids(lambda x, m: m.m0(x), 6, owned=(nn.Embedding(5, 3, padding_idx=0),)),
+    "F.embedding": ids(lambda x, m: F.embedding(x, m.m0), 6, owned=(parameter(5, 3),)),
+    # norms
+    "layer norm": module(lambda: shaken(nn.LayerNorm(4, eps=0.1)), 5, 4),
+    "layer norm, two axes": module(lambda: shaken(nn.LayerNorm((5, 4))), 3, 5, 4),
+    "layer norm, plain": module(lambda: nn.LayerNorm(4, elementwise_affine=False), 5, 4),
+    "layer norm, no bias": module(lambda: shaken(nn.LayerNorm(4, bias=False)), 5, 4),
+    "F.layer_norm": of(
+        lambda x, m: F.layer_norm(x, (4,), m.m0, m.m1), 5, 4, owned=(parameter(4), parameter(4))
+    ),
+    "F.layer_norm, plain": of(lambda x, m: F.layer_norm(x, x.shape[-1:], eps=0.1), 5, 4),
+    "group norm": module(lambda: shaken(nn.GroupNorm(2, 6)), 6, 5, 4),
+    "group norm, plain": module(lambda: nn.GroupNorm(3, 6, affine=False), 6, 5),
+    "instance norm": module(lambda: shaken(nn.InstanceNorm2d(3, affine=True)), 3, 5, 4),
+    "instance norm, plain": module(lambda: nn.InstanceNorm1d(3), 3, 5),
+    "batch norm, sequence": module(lambda: shaken(nn.BatchNorm1d(3)).eval(), 3, 5),
+    "normalize": of(lambda x, m: F.normalize(x, dim=-1), 5, 4),
+    # activations
+    "gelu": module(nn.GELU, 5, 4),
+    "gelu, tanh": module(lambda: nn.GELU("tanh"), 5, 4),
+    "F.gelu": of(lambda x, m: F.gelu(x), 5, 4),
+    "F.gelu, tanh": of(lambda x, m: F.gelu(x, approximate="tanh"), 5, 4),
+    "silu": module(nn.SiLU, 5, 4),
+    "hardsigmoid": module(nn.Hardsigmoid, 5, 4),
+    "hardswish": module(nn.Hardswish, 5, 4),
+    "hardtanh": module(lambda: nn.Hardtanh(-0.3, 0.7), 5, 4),
+    "relu6": module(nn.ReLU6, 5, 4),
+    "tanh": of(lambda x, m: torch.tanh(x).tanh(), 5, 4),
+    "sigmoid": of(lambda x, m: torch.sigmoid(x).sigmoid(), 5, 4),
+    "elu": module(lambda: nn.ELU(0.7), 5, 4),
+    "leaky relu": module(lambda: nn.LeakyReLU(0.2), 5, 4),
+    "F.leaky_relu": of(lambda x, m: F.leaky_relu(x, inplace=False), 5, 4),
+    "prelu": module(lambda: nn.PReLU(3, init=0.3), 3, 5, 4),
+    "prelu, one slope": module(nn.PReLU, 3, 5),
+    "prelu, features": module(lambda: nn.PReLU(4, init=-0.3), 4),
+    # attention
+    "softmax": module(lambda: nn.Softmax(-1), 5, 4),
+    "F.softmax": of(lambda x, m: F.softmax(x, dim=1) + x.softmax(-1), 5, 4),
+    "log softmax": of(lambda x, m: F.log_softmax(x, -1), 5, 4),
+    "matmul": two(lambda a, b: a @ b, (5, 4), (4, 3)),
+    "bmm": two(lambda a, b: torch.bmm(a, b) + a.matmul(b), (5, 4), (4, 3)),
+    "matmul with a parameter": of(lambda x, m: x @ m.m0, 5, 4, owned=(parameter(4, 3),)),
+    "a parameter times it": of(lambda x, m: m.m0 @ x, 5, 4, owned=(parameter(3, 5),)),
+    "einsum": two(lambda a, b: torch.einsum("b t c, b c d -> b d t", a, b), (5, 4), (4, 3)),
+    "attention": of(lambda x, m: attend(x), 5, 4),
+    "attention, scale": of(lambda x, m: attend(x, scale=0.3), 5, 4),
+    "attention, causal": of(lambda x, m: attend(x, is_causal=True), 5, 4),
+    "attention, booleans": of(lambda x, m: attend(x, attn_mask=(x > -1)[:, None, None, :, 0]), 5, 4),
+    "attention, added": of(lambda x, m: attend(x, attn_mask=x[:, None, :, :1]), 5, 4),
+    "attention, buffer": of(
+        lambda x, m: attend(x, attn_mask=m.m0), 5, 4, owned=(nn.Parameter(torch.ones(5, 5).tril() > 0, False),)
+    ),
+    "attention, written out": of(
+        lambda x, m: (heads(x) @ heads(x).transpose(-2, -1) / x.size(-1) ** 0.5).softmax(-1)
+        @ heads(x), 5, 4,
+    ),
+    # shapes
+    "view": of(lambda x, m: x.view(x.size(0), x.size(1), 2, -1), 5, 4),
+    "view, merged": of(lambda x, m: x.view(x.shape[0] * x.shape[1], 4).view(-1, 5, 4), 5, 4),
+    "view, batch guessed": of(lambda x, m: x.view(-1, 20), 5, 4),
+    "view, computed": of(lambda x, m: x.reshape(len_of(x), x.size(1) // 2 * 2, 4), 6, 4),
+    "reshape": of(lambda x, m: torch.reshape(x, (-1, 2, 10)), 5, 4),
+    "reshape, merged with another": of(lambda x, m: x.permute(1, 0, 2).reshape(5, -1).T, 5, 4),
+    "flatten": of(lambda x, m: x.flatten(1), 5, 4),
+    "flatten, some": of(lambda x, m: torch.flatten(x, 1, 2), 5, 4, 3),
+    "flatten, batch": of(lambda x, m: x.flatten(0, 1), 5, 4),
+    "flatten, module": module(lambda: nn.Flatten(), 5, 4),
+    "unflatten": of(lambda x, m: x.unflatten(-1, (2, 2)), 5, 4),
+    "unflatten, module": module(lambda: nn.Unflatten(1, (1, 5)), 5, 4),
+    "squeeze": of(lambda x, m: x.squeeze(-1) + torch.squeeze(x, 2), 5, 1),
+    "unsqueeze": of(lambda x, m: x.unsqueeze(1).unsqueeze(-1), 5, 4),
+    "transpose": of(lambda x, m: x.transpose(1, 2).swapaxes(-1, -2).transpose(-1, 1), 5, 4),
+    "permute": of(lambda x, m: x.permute(0, 2, 1).permute((0, 2, 1)).permute(0, -1, 1), 5, 4),
+    "permute, function": of(lambda x, m: torch.permute(x, (0, 2, 1)), 5, 4),
+    "batch elsewhere": of(lambda x, m: x.transpose(0, 1)[1:].mean(0), 5, 4),
+    "mT": of(lambda x, m: x.mT, 5, 4),
+    "chunk": of(lambda x, m: sum_of(x.chunk(3, dim=-1), 3), 5, 6),
+    "chunk, function": of(lambda x, m: torch.chunk(x, 2, 1)[1], 5, 4),
+    "chunk, twice": of(lambda x, m: x.chunk(2, -1)[0] * (x + 1).chunk(2, -1)[1], 5, 4),
+    "split": of(lambda x, m: x.split([1, 3], -1)[1], 5, 4),
+    "split, equal": of(lambda x, m: sum_of(torch.split(x, 2, dim=2), 3), 5, 6),
+    "some of the parts": of(lambda x, m: sum_of(x.chunk(3, -1)[1:], 2), 5, 6),
+    "unbind": of(lambda x, m: sum_of(x.unbind(1), 5), 5, 4),
+    "q, k and v": of(
+        lambda x, m: sum_of(x.reshape(x.size(0), 5, 3, 2, 2).permute(2, 0, 3, 1, 4).unbind(0), 3), 5, 12
+    ),
+    "q, k and v by index": of(
+        lambda x, m: (y := x.reshape(-1, 5, 3, 4).permute(2, 0, 1, 3))[0] * y[1] + y[-1], 5, 12
+    ),
+    "item": of(lambda x, m: x[:, 0] + x[:, -1], 5, 4),
+    "slice": of(lambda x, m: x[:, 1:4:2, :-1], 5, 4),
+    "slice, dots": of(lambda x, m: x[..., 1:] + x[..., :1], 5, 4),
+    "slice, new axes": of(lambda x, m: x[:, None, 1:, None, 2], 5, 4),
+    "slice, sizes": of(lambda x, m: x[:, : x.size(2)], 5, 4),
+    "concat": of(lambda x, m: torch.cat([x, x * 2], 1), 5, 4),
+    "concat with a parameter": of(
+        lambda x, m: torch.cat((m.m0.expand(x.size(0), -1, -1), x), dim=1), 5, 4,
+        owned=(parameter(1, 1, 4),),
+    ),
+    "stack": of(lambda x, m: torch.stack([x, x * 2], 1) + torch.stack((x, x), dim=1), 5, 4),
+    "expand": of(lambda x, m: x[:, :, :1].expand(-1, 5, 4), 5, 4),
+    "expand, new axis": of(lambda x, m: x.unsqueeze(1).expand(x.shape[0], 3, 5, 4), 5, 4),
+    "expand, as": of(lambda x, m: x.mean(1, keepdim=True).expand_as(x), 5, 4),
+    "expand, broadcast": of(lambda x, m: x + torch.broadcast_to(m.m0, x.shape), 5, 4, owned=(parameter(4),)),
+    "repeat": of(lambda x, m: m.m0.repeat(x.shape[0], 5, 1) * x, 5, 4, owned=(parameter(1, 1, 4),)),
+    # arithmetic
+    "positions": of(lambda x, m: x + m.m0[:, : x.size(1)], 5, 4, owned=(parameter(1, 9, 4),)),
+    "positions, embedded": of(
+        lambda x, m: x + m.m0(torch.arange(x.size(1), device=x.device)), 5, 4,
+        owned=(nn.Embedding(9, 4),),
+    ),
+    "add": of(lambda x, m: x + 1 + torch.add(x, 2.5).add(x), 5, 4),
+    "sub": of(lambda x, m: (1 - x) - x * 3 - torch.sub(x, 1), 5, 4),
+    "mul": of(lambda x, m: (-x).mul(x) * x.size(1), 5, 4),
+    "div": of(lambda x, m: x / 3 + torch.div(1, x.abs() + 1) + x.div(4), 5, 4),
+    "pow": of(lambda x, m: x**2 + x.abs() ** 0.5 + x.pow(3) + 2**x, 5, 4),
+    "roots": of(lambda x, m: torch.sqrt(x.abs()) + (x * x + 1).rsqrt(), 5, 4),
+    "exp and log": of(lambda x, m: torch.log(x.exp() + 1), 5, 4),
+    "clamp": of(lambda x, m: x.clamp(min=-0.3) + torch.clamp(x, -0.2, 0.5) + x.clamp(max=0.1), 5, 4),
+    "maximum": of(lambda x, m: torch.maximum(x, -x).minimum(x + 1), 5, 4),
+    "mean": of(lambda x, m: x.mean(1) + torch.mean(x, dim=(1,)) + x.mean(-2), 5, 4),
+    "mean, kept": of(lambda x, m: x.mean((2, 3), keepdim=True), 3, 5, 4),
+    "sums": of(lambda x, m: x.sum(1) + torch.amax(x, 1), 5, 4),
+    "cumulated": ids(lambda x, m: torch.cumsum(x != 0, dim=1) * x, 6),
+    # masks and integers
+    "masked mean": ids(
+        lambda x, m: (m.m0(x) * x.ne(0)[..., None]).sum(1) / (x != 0).sum(1, keepdim=True).clamp(min=1),
+        6, owned=(nn.Embedding(5, 3),),
+    ),
+    "masked fill": of(lambda x, m: x.masked_fill(x > 0.5, float("-inf")).softmax(-1), 9, 8),
+    "masked fill, inverted": of(lambda x, m: x.masked_fill(~(x < 0.5), 2.0), 5, 4),
+    "where": of(lambda x, m: torch.where(x >= 0, x, 0.1) + torch.where(x <= 0, 1, x), 5, 4),
+    "inverted mask": ids(lambda x, m: (1.0 - x[:, None]) * -1e4, 6),
+    "integers as numbers": ids(lambda x, m: x.float() + x / 2 + x.to(torch.float32) * 0.5, 6),
+    "integers": ids(lambda x, m: ((x * 2 + 1) == 3).float() - (x > 2.5).type_as(m.m0), 6, owned=(parameter(1),)),
+    "logic": of(lambda x, m: ((x > 0) & (x < 1) | ~(x > -1)).float(), 5, 4),
+    # pools and their like
+    "max pool, ceil": module(lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True), 3, 8, 7),
+    "max pool, ceil, dilated": module(lambda: nn.MaxPool1d(3, 2, 1, dilation=2, ceil_mode=True), 3, 10),
+    "average pool, ceil": module(lambda: nn.AvgPool2d(3, 2, ceil_mode=True), 3, 8, 7),
+    "average pool, padded": module(lambda: nn.AvgPool2d(3, 2, 1, True, False), 3, 8, 7),
+    "average pool, counted": module(lambda: nn.AvgPool1d(3, 2, 1), 3, 8),
+    "F.avg_pool2d": of(lambda x, m: F.avg_pool2d(x, 2, stride=1, count_include_pad=False), 3, 8, 7),
+    "adaptive pool": module(lambda: nn.AdaptiveAvgPool2d((2, 1)), 3, 8, 7),
+    "adaptive pool, one": of(lambda x, m: F.adaptive_avg_pool1d(x, 1), 3, 8),
+    "adaptive max pool": module(lambda: nn.AdaptiveMaxPool2d(1), 3, 8, 7),
+    "adaptive max pool, some": of(lambda x, m: F.adaptive_max_pool1d(x, 4), 3, 8),
+    "upsample": module(lambda: nn.Upsample(scale_factor=2), 3, 5, 4),
+    "interpolate": of(lambda x, m: F.interpolate(x, size=(10, 12)), 3, 5, 4),
+    "pad": of(lambda x, m: F.pad(x, (1, 2, 0, 3), value=0.5), 3, 5, 4),
+    "pad, replicated": of(lambda x, m: F.pad(x, (1, 2), mode="replicate"), 3, 5),
+}  # fmt: skip
+
+
+def len_of(x: Tensor) -> Any:
+    return x.size()[0] * 1
+
+
+def sum_of(parts: Any, count: int) -> Any:
+    """A sum in which every part has a weight of its own."""
+    total = parts[0]
+    for i in range(1, count):
+        total = total + parts[i] * (i + 1)
+    return total
+
+
+def shaken(made: nn.Module) -> nn.Module:
+    """``made`` with parameters and statistics that do something."""
+    for value in (*made.parameters(), *made.buffers()):
+        if value.is_floating_point():
+            nn.init.uniform_(value, 0.5, 1.5)
+    return made
+
+
+def drawn(example: Any, count: int) -> Any:
+    """``count`` requests like ``example``; the first steps of a mask are always 1."""
+
+    def draw(value: Tensor) -> Tensor:
+        shape = (count, *value.shape[1:])
+        if value.is_floating_point():
+            return torch.randn(shape)
+        return torch.randint(0, int(value.max()) + 1, shape)
+
+    return tree_map(draw, example)
+
+
+def check(model: nn.Module, example: Any, runtime: Runtime) -> bytes:
+    artifact = to_onnx(model.eval(), example)
+    onnx.checker.check_model(onnx.load_from_string(artifact), full_check=True)
+    session = runtime.load(artifact)
+    for count in (1, 3):
+        inputs = drawn(example, count)
+        args, kwargs = arguments(inputs)
+        with torch.no_grad():
+            expected = model(*args, **kwargs)
+        found = torch.from_numpy(session.run(feed(inputs)))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+    return artifact
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_operation(name: str, runtime: Runtime) -> None:
+    torch.manual_seed(0)
+    model, example = CASES[name]()
+    check(model, example, runtime)
+
+
+class Encoder(nn.Module):
+    """A sentence encoder: post-norm, as BERT is; a mask; the mean of what is not masked."""
+
+    def __init__(self, width: int = 32, layers: int = 2) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, width)
+        self.places = nn.Embedding(16, width)
+        self.norm = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        places = torch.arange(ids.size(1), device=ids.device)
+        x = self.norm(self.words(ids) + self.places(places))
+        for block in self.blocks:
+            x = block(x, mask[:, None, None, :].bool())
+        kept = mask.unsqueeze(-1).to(x.dtype)
+        return self.head((x * kept).sum(1) / kept.sum(1).clamp(min=1e-9))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name in ("q", "k", "v", "out"):
+            setattr(self, name, nn.Linear(width, width))
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+        x = self.norm1(x + self.out(y.transpose(1, 2).flatten(2)))
+        return self.norm2(x + self.down(F.gelu(self.up(x))))
+
+
+class Vision(nn.Module):
+    """A vision transformer (Dosovitskiy et al. 2021): patches, a class token, pre-norm."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, stride=4)
+        self.token = parameter(1, 1, width)
+        self.places = parameter(1, 17, width)
+        self.norm = nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 64), nn.GELU(), nn.Linear(64, width)
+        )
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.places
+        n, t, c = x.shape
+        q, k, v = (
+            self.qkv(self.norm(x)).reshape(n, t, 3, 4, c // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        )
+        y = (q @ k.transpose(-2, -1) * (c // 4) ** -0.5).softmax(dim=-1) @ v
+        x = x + self.out(y.transpose(1, 2).reshape(n, t, c))
+        x = x + self.mlp(x)
+        return self.head(x[:, 0])
+
+
+class Signals(nn.Module):
+    """A network on signals: one-dimensional convolutions of even kernels, gated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(6, 16, 4, padding="same")
+        self.norm = nn.GroupNorm(4, 16)
+        self.gate = nn.Conv1d(16, 32, 5, padding=2, groups=2)
+        self.pool = nn.MaxPool1d(3, 2, ceil_mode=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.gate(F.silu(self.norm(self.stem(x)))).chunk(2, 1)
+        return self.head(self.pool(a * torch.sigmoid(b)).mean(-1))
+
+
+def encoder_request() -> dict[str, Tensor]:
+    return {"ids": torch.randint(0, 50, (1, 12)), "mask": torch.ones(1, 12, dtype=torch.int64)}
+
+
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    "encoder": lambda: (Encoder(), encoder_request()),
+    "vision": lambda: (Vision(), torch.randn(1, 3, 16, 16)),
+    "signals": lambda: (Signals(), torch.randn(1, 6, 33)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_whole_networks(name: str, runtime: Runtime) -> None:
+    torch.manual_seed(0)
+    check(*NETWORKS[name](), runtime)
+
+
+def test_the_networks_of_all_tests(networks: ModuleType, runtime: Runtime) -> None:
+    for name in networks.MAKERS:
+        check(*networks.make(name), runtime)
+
+
+def quantized(
+    model: nn.Module, example: Any, int8: list[str], runtime: Runtime
+) -> tuple[fx.GraphModule, bytes]:
+    """The student with ``int8`` layers in int8, calibrated, and its artifact."""
+    network = trace(model, example)
+    policy = Policy(quantize=Quantize(dict.fromkeys(int8, "int8")))
+    plan = blueprint(network, policy, runtime.capabilities)
+    graph = fold_norms(trace_graph(model, example), network)
+    graph = insert_quantizers(graph, plan, "minmax")
+    calibrate(graph, Items(drawn(example, 64), torch.zeros(64)), "minmax")
+    settle_biases(graph, network, plan)
+    return graph, to_onnx(freeze(graph), example)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_the_policy_calls_int8_runs_in_int8_and_nothing_else(
+    name: str, runtime: Runtime
+) -> None:
+    torch.manual_seed(0)
+    model, example = NETWORKS[name]()
+    model.eval()
+    layers = list(trace(model, example).layers)
+    rng = random.Random(name)
+    for share in (1.0, 0.7, 0.4, 0.1):
+        int8 = [layer for layer in layers if rng.random() < share]
+        graph, artifact = quantized(model, example, int8, runtime)
+        counts = int8_layers(artifact), float_layers(artifact)
+        assert counts == (len(int8), len(layers) - len(int8)), int8
+        items = Items(drawn(example, 300), torch.zeros(300))
+        found = compare(run_module(graph, items), run_session(runtime.load(artifact), items))
+        assert found.agreement >= 0.99, int8
+        assert found.mean_steps < 0.2, int8
