@@ -93,7 +93,9 @@ def _parameter(w: Writer, node: fx.Node, module: Any, name: str, transposed: boo
         return value
     names = (f"{name}_scale", f"{name}_zero")
     parts = [w.constant(f"{layer}.{part}", getattr(module, part)) for part in names]
-    out = f"{value}_float"
+    # One for each use of the layer: of two Gemms with one between them ONNX Runtime leaves one in
+    # float. The integers are stored once.
+    out = f"{w.names[node]}:{name}"
     return w.node("DequantizeLinear", [value, *parts], out, axis=int(transposed))
 
 
