@@ -37,7 +37,7 @@ from common import LIBRARIES, machine, versions, write
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 LIMIT_S = 1.0  # of one core, a policy at the recalibrate rung
 LIMIT_MODELS = 3  # peak memory in models, plus one batch
-BATCH = 128  # items that compress runs at once
+BATCH = 128  # items that statistics are recomputed from at once: the largest batch of compress
 IMAGES = 256  # of 224 x 224 for MobileNetV2, for training and validation each
 # The steps of compress, by the names under which its module calls them.
 PARTS = (

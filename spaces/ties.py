@@ -54,8 +54,8 @@ class Ties:
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """The labels at the same place of ``a`` and ``b``, which broadcast, are one unit."""
-        shape = torch.broadcast_shapes(a.shape, b.shape)
-        a, b = torch.broadcast_tensors(*(core(x.expand(shape)) for x in (a, b)))
+        a, b = torch.broadcast_tensors(a, b)
+        a, b = torch.broadcast_tensors(core(a), core(b))
         self._pairs.append(torch.stack((a.reshape(-1), b.reshape(-1))).unique(dim=1))
 
     def fix(self, labels: Tensor) -> None:
