@@ -102,6 +102,7 @@ class Labels(fx.Interpreter):
         if len(inputs) == 1 and inputs[0].ndim == result.ndim:
             return self._resized(inputs[0], result)
         shapes = (x.shape for x in inputs)
+        # PyTorch gives this function no types.
         if torch.broadcast_shapes(*shapes) == result.shape:  # type: ignore[no-untyped-call]
             return self._together(inputs, result.shape)
         return self.give_up(inputs, result)

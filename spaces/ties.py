@@ -54,6 +54,7 @@ class Ties:
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """The labels at the same place of ``a`` and ``b``, which broadcast, are one unit."""
+        # PyTorch gives these functions no types.
         shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
         cores = (core(x.expand(shape)) for x in (a, b))
         a, b = torch.broadcast_tensors(*cores)  # type: ignore[no-untyped-call]
