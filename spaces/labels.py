@@ -146,7 +146,7 @@ class Labels(fx.Interpreter):
         if n.op == "call_module":
             return getattr(self.fetch_attr(str(n.target)), name, default)
         found = n.args[place] if place < len(n.args) else n.kwargs.get(name, default)
-        return fx.node.map_arg(found, lambda m: self.env[m])  # type: ignore[arg-type]
+        return fx.node.map_arg(found, lambda m: self.env[m])
 
     def _stand_still(self, name: str, n: fx.Node, labels: Tensor) -> None:
         place, default = OVER[name]
@@ -259,7 +259,8 @@ def called(graph: nn.Module, node: fx.Node) -> str:
 def _broadcast(inputs: Iterable[Tensor]) -> tuple[int, ...] | None:
     """The shape to which ``inputs`` broadcast, None if they do not."""
     try:  # torch.broadcast_shapes would import sympy, a third of a second
-        return tuple(torch.broadcast_tensors(*inputs)[0].shape)
+        # PyTorch gives this function no types.
+        return tuple(torch.broadcast_tensors(*inputs)[0].shape)  # type: ignore[no-untyped-call]
     except RuntimeError:
         return None
 
