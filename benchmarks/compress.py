@@ -35,6 +35,7 @@ from typing import Any
 from common import LIBRARIES, machine, versions, write
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+RUNG = "recalibrate"
 LIMIT_S = 1.0  # of one core, a policy at the recalibrate rung
 LIMIT_MODELS = 3  # peak memory in models, plus one batch
 BATCH = 128  # items that statistics are recomputed from at once: the largest batch of compress
@@ -152,9 +153,6 @@ def timed_compress(rounds: int) -> dict[str, Any]:
             runs[name].append({**figures, "parts": {**parts.seconds, "the rest": left}})
             runs[name][-1]["loss"] = made.loss
     return {"once": once, "runs": runs}
-
-
-RUNG = "recalibrate"
 
 
 def timed_surgery(rounds: int, make: Callable[[], tuple[Any, Any]]) -> dict[str, list[float]]:
@@ -331,7 +329,10 @@ def fresh(job: str, **arguments: Any) -> Any:
         answer = Path(folder) / "answer.json"
         given = json.dumps({"job": job, "arguments": arguments, "answer": str(answer)})
         command = [sys.executable, str(Path(__file__).resolve()), "--job", given]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+        if done.returncode:  # otherwise only torch's profiler says that it begins and ends
+            raise SystemExit(done.stderr)
         return json.loads(answer.read_text())
 
 
@@ -409,9 +410,9 @@ def main() -> None:
         return
     here = machine()
     print(f"{here['name']}, {here['cores']} cores, load {here['load']}")
-    libraries = (*LIBRARIES, "torch-pruning")
-    print(", ".join(f"{name} {number}" for name, number in versions(libraries).items()))
-    found: dict[str, Any] = {"rounds": options.rounds, "load": here["load"]}
+    numbers = versions((*LIBRARIES, "torch-pruning"))
+    print(", ".join(f"{name} {number}" for name, number in numbers.items()))
+    found: dict[str, Any] = {"rounds": options.rounds, "versions": numbers, "machine": here}
     found["compress"] = fresh("compress", rounds=options.rounds)
     found |= report_compress(found["compress"])
     networks = ("resnet",) if options.skip_mobilenet else ("resnet", "mobilenet")
