@@ -91,6 +91,7 @@ def compress(
     if rung == "full" and plan.quantized and policy.quantize.qat and policy.distill:
         samples += _train(prepared, policy, quantized, "qat", seed)
     frozen = freeze(quantized)
+    del quantized  # a model's worth of memory while the artifact is written and run
     model = to_onnx(frozen, prepared.example)
     session = prepared.runtime.load(model)
     splits, task = prepared.splits, prepared.task

@@ -14,7 +14,6 @@ from .data import Items, tensors
 from .prune import call, in_order
 
 INPUTS = 2_000  # real inputs, or as many as there are
-BATCH = 100
 # Rounding flips grow through depth, so the largest deviation gates nothing: agreement of
 # predictions and the mean deviation do.
 AGREEMENT = {"fp32": 0.999, "int8": 0.995}
@@ -35,7 +34,7 @@ class Parity:
 
 def run_session(session: Session, items: Items) -> Tensor:
     """The answers of a runtime's session to ``items``, [N, ...]."""
-    parts = [session.run(feed(batch.inputs)) for batch in items.batches(BATCH)]
+    parts = [session.run(feed(batch.inputs)) for batch in items.chunks()]
     return torch.from_numpy(np.concatenate(parts))
 
 
@@ -52,7 +51,7 @@ def feed(inputs: Any) -> dict[str, np.ndarray[Any, Any]]:
 def run_module(module: torch.nn.Module, items: Items) -> Tensor:
     """The answers of ``module`` to ``items``, [N, ...]."""
     module.eval()
-    return torch.cat([call(module, batch.inputs) for batch in items.batches(BATCH)])
+    return torch.cat([call(module, batch.inputs) for batch in items.chunks()])
 
 
 def compare(student: Tensor, runtime: Tensor) -> Parity:
@@ -92,7 +91,7 @@ def check_parity(
         f"parity: the runtime agrees with the student on {found.agreement:.2%} of {count} inputs "
         f"(at least {allowed:.2%} needed), mean deviation {found.mean_steps:.2f} steps (at most "
         f"{MEAN_STEPS:g}), largest {found.max_steps:.1f}; it departs first at "
-        f"{first_departure(frozen, model, some.take(torch.arange(min(count, BATCH))), runtime)}"
+        f"{first_departure(frozen, model, next(some.chunks()), runtime)}"
     )
 
 

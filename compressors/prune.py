@@ -104,7 +104,7 @@ def _mean_gradients(
     model: nn.Module, items: Items, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     """Leaves in ``grad`` of every parameter the gradient of the mean loss over ``items``."""
-    for batch in items.batches(128):
+    for batch in items.chunks():
         value = loss(call(model, batch.inputs), batch.targets) * len(batch) / len(items)
         value.backward()  # type: ignore[no-untyped-call]
 

@@ -173,7 +173,7 @@ def calibrate(graph: fx.GraphModule, items: Items, calibration: str) -> None:
     graph.eval()
     for quantizer in quantizers.values():
         quantizer.observer = Observer(counting=calibration != "minmax")
-    for batch in items.batches(128):
+    for batch in items.chunks():
         call(graph, batch.inputs)
     for name, quantizer in quantizers.items():
         assert quantizer.observer is not None

@@ -56,7 +56,7 @@ def input_moments(model: nn.Module, network: Network, items: Items) -> dict[str,
         if _solvable(modules[name])
     ]
     try:
-        for batch in items.batches(64):
+        for batch in items.chunks():
             call(model, batch.inputs)
     finally:
         for handle in handles:

@@ -101,8 +101,7 @@ class Labels(fx.Interpreter):
             self._stand_still(name, n, inputs[0])
         if len(inputs) == 1 and inputs[0].ndim == result.ndim:
             return self._resized(inputs[0], result)
-        shapes = (x.shape for x in inputs)
-        if torch.broadcast_shapes(*shapes) == result.shape:  # type: ignore[no-untyped-call]
+        if _broadcast(inputs) == result.shape:
             return self._together(inputs, result.shape)
         return self.give_up(inputs, result)
 
@@ -255,6 +254,15 @@ def called(graph: nn.Module, node: fx.Node) -> str:
     if node.op == "call_module":
         return type(graph.get_submodule(str(node.target))).__name__
     return str(getattr(node.target, "__name__", node.target)).rstrip("_")
+
+
+def _broadcast(inputs: Iterable[Tensor]) -> tuple[int, ...] | None:
+    """The shape to which ``inputs`` broadcast, None if they do not."""
+    try:  # torch.broadcast_shapes would import sympy, a third of a second
+        # PyTorch gives this function no types.
+        return tuple(torch.broadcast_tensors(*inputs)[0].shape)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        return None
 
 
 def tensors_in(labels: Any) -> Iterable[Tensor]:

@@ -54,9 +54,9 @@ class Ties:
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """The labels at the same place of ``a`` and ``b``, which broadcast, are one unit."""
-        shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
-        cores = (core(x.expand(shape)) for x in (a, b))
-        a, b = torch.broadcast_tensors(*cores)  # type: ignore[no-untyped-call]
+        # PyTorch gives these functions no types.
+        a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
+        a, b = torch.broadcast_tensors(core(a), core(b))  # type: ignore[no-untyped-call]
         pairs = torch.stack((a.reshape(-1), b.reshape(-1)))
         self._pairs.append(pairs.unique(dim=1))  # type: ignore[no-untyped-call]
 

@@ -51,6 +51,12 @@ def networks() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def load() -> Callable[[str], ModuleType]:
+    """``load(path)``: the module in a file of the repository, once a session."""
+    return lambda path: _load(ROOT / path)
+
+
+@pytest.fixture(scope="session")
 def resnet() -> ModuleType:
     """examples/fashion_mnist/resnet.py: the network of the reference task."""
     return _load(ROOT / "examples" / "fashion_mnist" / "resnet.py")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flyweight.compressors import ClassificationTask, Schedule, load_task, prepare
-from flyweight.compressors.data import split, stack
+from flyweight.compressors.data import Items, split, stack
 from flyweight.kernels import make_runtime
 from flyweight.spaces import BadInput
 
@@ -194,3 +194,17 @@ def test_numbers_and_scalars_stack() -> None:
 def test_accuracy_is_in_percent() -> None:
     output = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     assert Mine().metric(output, torch.tensor([0, 1, 1, 0])) == 75.0
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"), [((1, 28, 28), [32, 8]), ((3, 224, 224), [8] * 5), ((100_000,), [10] * 4)]
+)
+def test_items_run_as_many_at_a_time_as_stay_in_the_cache(
+    shape: tuple[int, ...], sizes: list[int]
+) -> None:
+    numbers = torch.arange(40.0).reshape(-1, *[1] * len(shape))
+    items = Items({"a": numbers.expand(40, *shape)}, torch.arange(40))
+    chunks = list(items.chunks())
+    assert [len(c) for c in chunks] == sizes
+    assert torch.equal(torch.cat([c.targets for c in chunks]), items.targets)
+    assert all((c.inputs["a"].flatten(1)[:, 0] == c.targets).all() for c in chunks)

@@ -209,6 +209,22 @@ def test_only_an_add_of_two_like_values_is_one() -> None:
     assert adds == ["other", "other", "other", "add"]
 
 
+def test_a_function_with_weights_keeps_what_it_reads() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 2, 1)
+            self.weight = nn.Parameter(torch.rand(6, 8, 3, 3))
+            self.register_buffer("mean", torch.zeros(8))
+            self.register_buffer("variance", torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.batch_norm(self.a(x), self.mean, self.variance)
+            return self.c(F.relu(self.b(F.conv2d(x, self.weight))))
+
+    assert members(trace(Functional(), torch.rand(1, 3, 5, 5))) == {"b": ("b",)}
+
+
 def test_a_norm_that_cannot_be_folded_is_none() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, track_running_stats=False), nn.Conv2d(8, 2, 1)
