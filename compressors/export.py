@@ -36,6 +36,9 @@ def _torch_onnx(
     """The same by torch.onnx, for modules with operations that ``write`` does not know."""
     axis = {0: torch.export.Dim("batch")}
     shapes: Any = dict.fromkeys(kwargs, axis) if kwargs else tuple(axis for _ in args)
+    # Two requests: torch.export takes a size of 1 for one that never changes.
+    args = tuple(torch.cat((value, value)) for value in args)
+    kwargs = {name: torch.cat((value, value)) for name, value in kwargs.items()}
     try:
         with _quiet():
             program = torch.onnx.export(
