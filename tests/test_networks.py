@@ -510,3 +510,25 @@ def test_a_norm_that_divides_by_nothing_is_refused_by_name(
 ) -> None:
     with pytest.raises(BadInput, match=r"norm 'stem\.1' divides by .* but is (0|-0\.99999)"):
         prepared(tiny(networks, variance, eps), (3, 8, 8))
+
+
+class Repeats(nn.Module):
+    """Two residual steps through the same layer, and one through a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.same = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+        self.own, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + F.relu(self.same(x))
+        x = x + F.relu(self.same(x))
+        x = x + F.relu(self.own(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_block_whose_layer_runs_elsewhere_stays() -> None:
+    network = trace(Repeats(), torch.rand(1, 3, 6, 6))
+    assert list(network.blocks) == ["own"]
+    assert network.without(["own"]).layers.keys() == {"stem", "same", "head"}
