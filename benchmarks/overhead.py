@@ -109,8 +109,7 @@ def flyweight(trials: int, without: str, profile: Path | None) -> dict[str, Any]
     from flyweight.search.limits import Limits
     from flyweight.search.proposals import Proposals
     from flyweight.search.record import FileRecord, MemoryRecord
-    from flyweight.search.tracking import MemoryTracker
-    from flyweight.search.tracking_process import TrackerProcess
+    from flyweight.search.tracking import MemoryTracker, MlflowTracker
     from flyweight.search.tuning import run_trials
 
     sampler = "random" if without == "no TPE" else "tpe"
@@ -122,7 +121,7 @@ def flyweight(trials: int, without: str, profile: Path | None) -> dict[str, Any]
         tracker: Any = MemoryTracker()
         if without != "no MLflow":
             place = (f"sqlite:///{folder}/mlflow.db", "overhead", (folder / "files").as_uri())
-            tracker = TrackerProcess(*place, secrets.token_hex(8))
+            tracker = MlflowTracker(*place, secrets.token_hex(8))
             tracker.wait_run_id(120.0)  # importing MLflow and making a database: once a search
 
         def listen(entry: dict[str, Any]) -> None:  # as the driver does
@@ -138,9 +137,7 @@ def flyweight(trials: int, without: str, profile: Path | None) -> dict[str, Any]
         proposals = Proposals(_space(), sampler, seed=secrets.randbits(16))
         limits = Limits(92.5, latency_ms=0.4, max_drop=0.5)
         budget = Budget(trials)
-        controller = Controller(
-            proposals, price, limits, record, budget, listen=[listen], look_ahead=True
-        )
+        controller = Controller(proposals, price, limits, record, budget, listen=[listen])
         with Stopwatch(profile) as watch:
             resources = {"cpu": 1.0}
             run_trials(controller, no_op(), concurrency=CONCURRENCY, resources=resources)

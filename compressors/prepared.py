@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels import Runtime
 from ..spaces import BadInput, Impossible, Network, Policy, nearest
-from ..spaces.tracing import trace
+from ..spaces.tracing import arguments, trace
 from .data import Items, Splits, describe, split
 from .distill import CPU, Epoch
 from .parity import run_module
@@ -149,7 +149,10 @@ def prepare(
     models = {"pruned": _module(_ask(task, "model"), "model()"), **_students(task)}
     splits = split(task)
     example = _ask(task, "example_input")
-    starts = {name: Start(model, trace(model, example)) for name, model in models.items()}
+    starts = {}
+    for name, model in models.items():
+        model = _fastest_layout(model, example)
+        starts[name] = Start(model, trace(model, example))
     prepared = Prepared(
         task, example, starts, splits, runtime, schedule, dict(answers or {}), device
     )
@@ -161,11 +164,8 @@ def _module(model: Any, what: str) -> nn.Module:
     """A copy of ``model``, checked and ready to be read."""
     if not isinstance(model, nn.Module):
         raise BadInput(f"task: {what} must be a torch.nn.Module, but got {type(model).__name__}")
-    module = lay_out(copy.deepcopy(model), torch.channels_last).eval().requires_grad_(False)
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            whose = "the model" if what == "model()" else what
-            raise BadInput(f"task: {whose}'s {name!r} has values that are NaN or infinite")
+    module = untied(model).eval().requires_grad_(False)
+    _check_values(module, "the model" if what == "model()" else what)
     return module
 
 
@@ -184,6 +184,48 @@ def _students(task: Task) -> dict[str, nn.Module]:
         if name == "pruned":
             raise BadInput("task: 'pruned' is the pruned teacher; give the student another name")
     return {name: _module(model, f"students()[{name!r}]") for name, model in named.items()}
+
+
+def untied(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in which modules that share a parameter have equal ones of their own.
+
+    It computes the same. Whatever works on one layer (reconstruction, equalization, rounding)
+    would change the parameter for the others too.
+    """
+    model = copy.deepcopy(model)
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():  # a module with two names comes once
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+            seen.add(parameter)
+    return model
+
+
+def _check_values(model: nn.Module, whose: str) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise BadInput(f"task: {whose}'s {name!r} has values that are NaN or infinite")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            least = module.running_var.min().item() + module.eps
+            if least <= 0:
+                raise BadInput(
+                    f"task: norm {name!r} of {whose} divides by the square root of its variance + "
+                    f"eps, which must be above 0, but is {least:g} in some channel; give it an eps "
+                    "like 1e-5"
+                )
+
+
+def _fastest_layout(model: nn.Module, example: Any) -> nn.Module:
+    """``model`` in channels_last if it runs so: a ``view`` in it may ask for another layout."""
+    args, kwargs = arguments(copy.deepcopy(example))
+    try:
+        with torch.no_grad():
+            lay_out(model, torch.channels_last)(*args, **kwargs)
+    except Exception:  # if it is not the layout, tracing will say what it is
+        lay_out(model, torch.contiguous_format)
+    return model
 
 
 def _ask(task: Task, method: str) -> Any:

@@ -46,7 +46,10 @@ def importance(
         raise Impossible(f"no criterion {criterion!r}; {nearest(criterion, CRITERIA)}")
     model = copy.deepcopy(model).eval().requires_grad_()
     if criterion in _GRADIENTS:
-        _GRADIENTS[criterion](model, calibration, loss)
+        try:
+            _GRADIENTS[criterion](model, calibration, loss)
+        except RuntimeError as error:  # say, a value that is needed is changed in place
+            raise Impossible(f"criterion {criterion!r} needs gradients: {error}") from error
     score = CRITERIA[criterion]()
     out: dict[str, Tensor] = {}
     for name, group in network.groups.items():

@@ -108,24 +108,18 @@ def apply_layer(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
 
 @torch.no_grad()
 def fold_norms(graph: fx.GraphModule, network: Network) -> fx.GraphModule:
-    """A copy in which every norm that directly follows a layer is part of it.
+    """A copy in which every norm that can be is part of the layers before it.
 
     The nodes stay, as identities, so that every value keeps its name.
     """
     graph = copy.deepcopy(graph).eval()
-    for op in network.ops:
-        before = network.op[op.inputs[0]] if op.inputs else None
-        if op.kind != "norm" or before is None or before.module not in network.layers:
-            continue
-        if len(network.consumers[before.name]) > 1:
-            continue  # somebody needs the value before the norm
-        layer: Any = graph.get_submodule(before.module)
-        norm: Any = graph.get_submodule(op.module)
-        if norm.running_var is None:
-            continue
+    for name, norm_name in network.folded.items():
+        layer: Any = graph.get_submodule(name)
+        norm: Any = graph.get_submodule(norm_name)
         fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        graph.set_submodule(before.module, fuse(layer, norm))
-        graph.set_submodule(op.module, nn.Identity())
+        graph.set_submodule(name, fuse(layer, norm))
+    for norm_name in set(network.folded.values()):
+        graph.set_submodule(norm_name, nn.Identity())
     return graph
 
 

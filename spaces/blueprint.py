@@ -67,8 +67,11 @@ def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> B
     network = _without(network, policy)
     widths = _widths(network, policy)
     precision = _precision(network, policy, capabilities)
-    fused = _fuse(network)
+    fused = _fuse(network, precision)
     quantized = _quantize(network, fused, precision, capabilities)
+    if alone := _signed(network, fused, precision, quantized):
+        fused = _fuse(network, precision, alone)
+        quantized = _quantize(network, fused, precision, capabilities)
     kernels = tuple(
         _kernel(network, run, widths, precision, quantized, capabilities) for run in fused
     )
@@ -126,7 +129,10 @@ def _precision(network: Network, policy: Policy, capabilities: Capabilities) -> 
 Run = tuple[Op, ...]  # operations that become one kernel
 
 
-def _fuse(network: Network) -> list[Run]:
+def _fuse(
+    network: Network, precision: Mapping[str, str], alone: frozenset[str] = frozenset()
+) -> list[Run]:
+    """The kernels, each a run of operations; those in ``alone`` are fused behind nothing."""
     runs: list[list[Op]] = []
     ends: dict[str, list[Op]] = {}  # value at the end of a run that may grow
     for op in network.ops:
@@ -134,7 +140,7 @@ def _fuse(network: Network) -> list[Run]:
             continue  # a size or a constant is no kernel
         before = op.inputs[0]
         run = ends.get(before)
-        if run and op.kind in _BEHIND[run[-1].kind] and len(network.consumers[before]) == 1:
+        if run and op.name not in alone and _fuses(network, precision, run[-1], op):
             run.append(op)
         else:
             run = [op]
@@ -142,6 +148,34 @@ def _fuse(network: Network) -> list[Run]:
         if op.kind in _BEHIND and run[0].kind != "norm":
             ends[op.name] = run
     return [tuple(run) for run in runs]
+
+
+def _fuses(network: Network, precision: Mapping[str, str], before: Op, op: Op) -> bool:
+    """Whether ``op``, which reads ``before``, becomes part of its kernel."""
+    if op.kind not in _BEHIND[before.kind] or len(network.consumers[before.name]) > 1:
+        return False
+    if op.kind != "norm" or network.folded.get(before.module) == op.module:
+        return True
+    # A convolution with a norm of its own for each use: in float the runtime folds each by itself.
+    return before.kind == "conv" and precision[before.module] == "fp32"
+
+
+def _signed(
+    network: Network, fused: list[Run], precision: Mapping[str, str], quantized: Mapping[str, str]
+) -> frozenset[str]:
+    """Activations behind an int8 layer that share a scale with values of either sign.
+
+    An integer kernel ends in an activation only by clipping at its zero point, which is then not
+    0: it must end before the activation, or ONNX Runtime runs the layer in float.
+    """
+    positive = {op.name for op in network.ops if op.kind == "act"}
+    for op in network.ops:
+        if op.kind in (*_PASSES, "concat") and positive.issuperset(op.inputs):
+            positive.add(op.name)
+    signed = {scale for value, scale in quantized.items() if value not in positive}
+    ends = {run[-1] for run in fused if precision.get(run[0].module) == "int8"}
+    acts = (op.name for op in ends if op.kind == "act")
+    return frozenset(name for name in acts if quantized.get(name) in signed)
 
 
 def _quantize(
@@ -160,7 +194,8 @@ def _quantize(
         return precision.get(run[0].module) == "int8"
 
     wanted = {run[0].inputs[0] for run in fused if int8(run)}
-    wanted |= {run[-1].name for run in fused if int8(run) and _ends_in_int8(run, capabilities)}
+    made = (run for run in fused if int8(run))
+    wanted |= {run[-1].name for run in made if _ends_in_int8(network, run, capabilities)}
     wanted.discard(network.output)
     carriers = [run for run in fused if _carries(run, capabilities)]
     able = set(wanted)  # what could be quantized without a kernel of its own
@@ -170,14 +205,15 @@ def _quantize(
     for run in reversed(carriers):  # from the end, so that a chain is wanted as a whole
         if run[-1].name in wanted and able.issuperset(run[0].inputs):
             wanted.update(run[0].inputs)
-    return _scales(network, carriers, wanted)
+    return _scales(network, carriers, wanted, precision)
 
 
-def _ends_in_int8(run: Run, capabilities: Capabilities) -> bool:
+def _ends_in_int8(network: Network, run: Run, capabilities: Capabilities) -> bool:
     """Whether the int8 kernel of a layer exists only if its output is quantized too."""
     head, end = run[0], run[-1]
-    if head.kind in capabilities.act_output_quantized and end.kind == "act" and len(end.shape) == 2:
-        return True
+    if head.kind in capabilities.act_output_quantized and len(end.shape) == 2:
+        acts = [end, *(network.op[reader] for reader in network.consumers[end.name])]
+        return any(op.kind == "act" for op in acts)
     return head.kind in capabilities.output_quantized
 
 
@@ -188,14 +224,23 @@ def _carries(run: Run, capabilities: Capabilities) -> bool:
     return run[0].kind in (*_PASSES, "concat")
 
 
-def _scales(network: Network, carriers: list[Run], quantized: set[str]) -> dict[str, str]:
+def _scales(
+    network: Network, carriers: list[Run], quantized: set[str], precision: Mapping[str, str]
+) -> dict[str, str]:
     """For each quantized value the first value, in execution order, of those on its scale."""
     scale = {op.name: op.name for op in network.ops if op.name in quantized}
     order = {value: i for i, value in enumerate(scale)}
-    for run in carriers:
-        values = (*run[0].inputs, run[-1].name)
-        # A concatenation in int8 copies, as does what only moves values: all share one scale.
-        if run[0].kind != "add" and quantized.issuperset(values):
+    # A concatenation in int8 copies, as does what only moves values: all share one scale.
+    alike = [{*run[0].inputs, run[-1].name} for run in carriers if run[0].kind != "add"]
+    # So do the inputs of a layer that runs several times: its bias is an integer in steps of
+    # input scale x weight scale, and it has one bias.
+    alike += [
+        {use.inputs[0] for use in uses}
+        for name, uses in network.uses.items()
+        if precision[name] == "int8"
+    ]
+    for values in alike:
+        if quantized.issuperset(values):
             joined = {scale[v] for v in values}
             first = min(joined, key=lambda v: order[v])
             scale = {v: first if s in joined else s for v, s in scale.items()}

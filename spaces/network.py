@@ -33,8 +33,9 @@ class Op:
 class Layer:
     """One convolution or linear layer: the unit that gets a precision.
 
-    op: name of its operation. out_group: the group its output channels belong to, None if fixed.
-    kernel, stride: spatial, () for a linear layer. parameters and macs are those at full width.
+    op: name of its operation, the first if it runs several times (``Network.uses`` has them all).
+    out_group: the group its output channels belong to, None if fixed. kernel, stride: spatial, ()
+    for a linear layer. parameters and macs, of all its operations, are those at full width.
     """
 
     name: str
@@ -130,6 +131,32 @@ class Network:
         for op in self.ops:
             for name in dict.fromkeys(op.inputs):
                 out[name] += (op.name,)
+        return out
+
+    @cached_property
+    def uses(self) -> dict[str, tuple[Op, ...]]:
+        """For each layer the operations that run it, in execution order."""
+        return {name: tuple(op for op in self.ops if op.module == name) for name in self.layers}
+
+    @cached_property
+    def folded(self) -> dict[str, str]:
+        """For each layer that takes a norm into its weights: the module of that norm.
+
+        It must follow the layer wherever the layer runs, directly and read by nobody else, and
+        may follow nothing else.
+        """
+        out = {}
+        for name, uses in self.uses.items():
+            readers = [self.op[r] for use in uses for r in self.consumers[use.name]]
+            alike = {(reader.kind, reader.module) for reader in readers}
+            # Behind a linear layer on sequences a norm is one over steps, not over its outputs.
+            if len(readers) == len(uses) and len(alike) == 1 and all(u.axis == 1 for u in uses):
+                kind, module = alike.pop()
+                if kind == "norm":
+                    out[name] = module
+        for op in self.ops:
+            if op.kind == "norm" and out.get(self.op[op.inputs[0]].module) != op.module:
+                out = {name: norm for name, norm in out.items() if norm != op.module}
         return out
 
     def channels(self, value: str, widths: Mapping[str, int]) -> int:

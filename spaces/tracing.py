@@ -4,7 +4,6 @@ import copy
 import inspect
 import math
 import traceback
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import fx, nn
 
 from .errors import BadInput, Untraceable
 from .grouping import Found, doubled, find_blocks, trial_widths
+from .memory import Change, changes, versions, write_once
 from .network import Group, Layer, Network, Op
 from .operations import LAYERS, SHAPE, callee, operations, shape_of
 from .surgery import operate
@@ -32,9 +32,10 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def trace(model: nn.Module, example: Any) -> Network:
     """The network that ``model`` computes for ``example`` (one request, batch 1).
 
-    Nothing is changed in ``model``. Raises Untraceable, naming the operation, when the model's
-    control flow depends on values, when a module with weights runs twice, or when it does not run
-    on ``example``; BadInput when ``example`` does not fit its forward.
+    Nothing is changed in ``model``. A module that runs several times is one layer with several
+    operations. Raises Untraceable, naming the operation, when the model's control flow depends on
+    values or when it does not run on ``example``; BadInput when ``example`` does not fit its
+    forward.
     """
     model = copy.deepcopy(model).eval()
     graph = trace_graph(model, example)
@@ -47,29 +48,41 @@ def trace(model: nn.Module, example: Any) -> Network:
 
 
 def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
-    """``model`` as an fx graph whose nodes carry their shapes."""
+    """``model`` as an fx graph whose nodes carry their shapes and change nothing in place."""
     bound, defaults = _bind(model, example)
     try:
         graph = fx.symbolic_trace(model, concrete_args=defaults or None)
     except Exception as error:
-        raise Untraceable(f"the model cannot be traced at {_where(error)}: {error}") from error
-    _clean(graph, [name in defaults for name in inspect.signature(model.forward).parameters])
-    note_shapes(graph, bound)
+        raise Untraceable(
+            f"the model cannot be traced at {_where(error)}: {error}{_advice(error)}"
+        ) from error
+    _drop_defaults(graph, [n in defaults for n in inspect.signature(model.forward).parameters])
+    runner = note_shapes(graph, [value.clone() for value in bound])  # it may change them in place
+    write_once(graph, runner.changes)
+    graph.graph.eliminate_dead_code()  # not before: it would drop changes whose result is not used
+    graph.recompile()
     return graph
 
 
-def note_shapes(graph: fx.GraphModule, inputs: Sequence[Any]) -> None:
+def note_shapes(graph: fx.GraphModule, inputs: Sequence[Any]) -> "_Shapes":
     """Runs ``graph`` and notes at every node the shape of its value."""
     runner = _Shapes(graph)
     runner.extra_traceback = False  # torch would add the whole node to the message
     with torch.no_grad():
         runner.run(*inputs)
+    return runner
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of every value (torch's own prints what fails)."""
+    """Runs a graph and notes the shape of every value (torch's own prints what fails), and what
+    is changed in place."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.changes: list[Change] = []
 
     def run_node(self, n: fx.Node) -> Any:
+        before = versions(self.env)
         try:
             result = super().run_node(n)
         except Exception as error:
@@ -79,6 +92,7 @@ class _Shapes(fx.Interpreter):
             ) from error
         if isinstance(result, torch.Tensor):
             n.meta[SHAPE] = tuple(result.shape)
+        self.changes += changes(n, result, before, self.env)
         return result
 
 
@@ -93,20 +107,24 @@ def _bind(model: nn.Module, example: Any) -> tuple[list[Any], dict[str, Any]]:
         bound = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
         raise BadInput(f"example_input() does not fit the model's forward: {error}") from error
+    for name, value in bound.items():
+        if not isinstance(value, torch.Tensor):
+            raise BadInput(
+                "example_input() must be a tensor, or a tuple or dict of tensors, but its "
+                f"{name!r} is of type {type(value).__name__}"
+            )
     left = (p for p in signature.parameters.values() if p.name not in bound)
     return list(bound.values()), {p.name: p.default for p in left}
 
 
-def _clean(graph: fx.GraphModule, is_default: list[bool]) -> None:
-    """Erases what tracing leaves of arguments at their default, and operations nobody reads."""
+def _drop_defaults(graph: fx.GraphModule, is_default: list[bool]) -> None:
+    """Erases what tracing leaves of arguments at their default."""
     holders = [n for n in graph.graph.nodes if n.op == "placeholder"]
     for holder, default in zip(holders, is_default, strict=True):
         if default:  # all that reads it are checks that it still has that value
             checks = list(holder.users)
             for node in [*(u for n in checks for u in list(n.users)), *checks, holder]:
                 graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
 
 
 def _where(error: BaseException) -> str:
@@ -117,17 +135,24 @@ def _where(error: BaseException) -> str:
     return "an unknown place"
 
 
+def _advice(error: Exception) -> str:
+    if not isinstance(error, fx.proxy.TraceError) and "symbolic" not in str(error):
+        return ""
+    return "; what runs must not depend on an input's values or shape: decide it in __init__"
+
+
 def _check(graph: fx.GraphModule) -> None:
     """What a network must be; where it is not, everything after would fail less clearly."""
-    calls = [str(n.target) for n in graph.graph.nodes if n.op == "call_module"]
-    for name, count in Counter(calls).items():
-        if count > 1 and any(True for _ in graph.get_submodule(name).parameters()):
-            raise Untraceable(
-                f"layer {name!r} runs {'twice' if count == 2 else f'{count} times'} in one forward "
-                "pass; give each use a layer of its own"
-            )
-    if not any(callee(graph, n) in LAYERS for n in graph.graph.nodes):
+    layers = {str(n.target) for n in graph.graph.nodes if callee(graph, n) in LAYERS}
+    if not layers:
         raise Untraceable("the model has no convolution and no linear layer: nothing to compress")
+    for node in graph.graph.nodes:
+        owner = str(node.target).rpartition(".")[0]
+        if node.op == "get_attr" and owner in layers:
+            raise Untraceable(
+                f"{str(node.target)!r} is read outside of its layer {owner!r}: pruned or in "
+                "integers it would be another; give the other use a parameter of its own"
+            )
     answer = next(n for n in graph.graph.nodes if n.op == "output").args[0]
     if not isinstance(answer, fx.Node) or not shape_of(answer):
         kind = "no tensor" if isinstance(answer, fx.Node) else type(answer).__name__
@@ -175,11 +200,13 @@ def _agrees(
 def _network(graph: fx.GraphModule, found: Found, groups: Mapping[str, Group]) -> Network:
     out_group = {layer: group.name for group in groups.values() for layer in group.members}
     ops = operations(graph, found.channels(groups))
+    uses: dict[str, list[Op]] = {}
+    for op in ops:
+        if op.kind in ("conv", "linear"):
+            uses.setdefault(op.module, []).append(op)
     return Network(
         ops=tuple(ops),
-        layers={
-            op.module: _layer(graph, op, out_group.get(op.module)) for op in ops if _is_layer(op)
-        },
+        layers={name: _layer(graph, own, out_group.get(name)) for name, own in uses.items()},
         groups=dict(groups),
         inputs=tuple(op.name for op in ops if op.kind == "input"),
         output=next(op.inputs[0] for op in ops if op.kind == "output"),
@@ -187,14 +214,11 @@ def _network(graph: fx.GraphModule, found: Found, groups: Mapping[str, Group]) -
     )
 
 
-def _is_layer(op: Op) -> bool:
-    return op.kind in ("conv", "linear")
-
-
-def _layer(graph: fx.GraphModule, op: Op, group: str | None) -> Layer:
+def _layer(graph: fx.GraphModule, uses: list[Op], group: str | None) -> Layer:
+    op = uses[0]
     module: Any = graph.get_submodule(op.module)
     conv = op.kind == "conv"
-    positions = math.prod(op.shape[2:] if conv else op.shape[1:-1])
+    positions = sum(math.prod(use.shape[2:] if conv else use.shape[1:-1]) for use in uses)
     return Layer(
         name=op.module,
         kind=op.kind,

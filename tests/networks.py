@@ -380,6 +380,125 @@ class Gated(nn.Module):
         y = self.a(x)
         x = x + self.c(y + self.b(torch.relu(y)))
         return self.head(x)
+class Siamese(nn.Module):
+    """Two branches with the same layers and norms; the answer compares them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.n1 = nn.BatchNorm2d(16)
+        self.c2 = nn.Conv2d(16, 24, 3, stride=2, padding=1)
+        self.head = nn.Linear(48, 4)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return F.relu(self.c2(F.relu(self.n1(self.c1(x))))).mean((2, 3))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        a, b = self.branch(left), self.branch(right)
+        return self.head(torch.cat([a, b], dim=1))
+
+
+class Recurrent(nn.Module):
+    """One layer that reads what it made, each time with a norm of its own behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.step = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(3))
+        self.join = nn.Conv2d(16, 24, 1)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for norm in self.norms:
+            x = F.relu(x + norm(self.step(x)))
+        return self.head(F.relu(self.join(x)).mean((2, 3)))
+
+
+class Dense(nn.Module):
+    """A dense block (Huang et al. 2017, "Densely connected networks"): all that came before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16 + 8 * i) for i in range(3))
+        self.layers = nn.ModuleList(nn.Conv2d(16 + 8 * i, 8, 3, padding=1) for i in range(3))
+        self.last = nn.Conv2d(40, 16, 1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = torch.cat([x, layer(F.relu(norm(x)))], 1)
+        return self.head(F.max_pool2d(F.relu(self.last(x)), 2).mean((2, 3)))
+
+
+class Inception(nn.Module):
+    """Branches of several depths side by side (Szegedy et al. 2015, "Going deeper"), twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = self.unit(3, 16, 3)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    self.unit(inputs, 8, 1),
+                    nn.Sequential(self.unit(inputs, 16, 1), self.unit(16, 16, 3)),
+                    nn.Sequential(nn.MaxPool2d(3, 1, 1), self.unit(inputs, 8, 1)),
+                ]
+            )
+            for inputs in (16, 32)
+        )
+        self.head = nn.Linear(32, 3)
+
+    @staticmethod
+    def unit(inputs: int, outputs: int, size: int) -> nn.Sequential:
+        conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = torch.cat([branch(x) for branch in block], 1)
+        return self.head(x.mean((2, 3)))
+
+
+class InPlace(nn.Module):
+    """Values that are changed in place and read again, by operators, functions and modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 16, 3, padding=1)
+        self.b = nn.Conv2d(16, 16, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.c = nn.Conv2d(16, 24, 1)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x.relu_()  # nobody reads the result but through x
+        y = self.b(x)
+        y += x
+        z = self.c(self.relu(y))
+        return self.head((F.relu(z, inplace=True) + z).mean((2, 3)))  # z is the relu by now
+
+
+class Signal(nn.Module):
+    """A residual network in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(4, 16, 5, stride=2, padding=2)
+        self.norm = nn.BatchNorm1d(16)
+        self.c1 = nn.Conv1d(16, 24, 3, padding=1)
+        self.c2 = nn.Conv1d(24, 16, 3, padding=1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        x = F.relu(x + self.c2(F.relu(self.c1(x))))
+        return self.head(F.adaptive_avg_pool1d(x, 1).flatten(1))
 
 
 MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
@@ -402,6 +521,12 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "shuffle": lambda: (Shuffle(), image()),
     "inverted": lambda: (Inverted(), image()),
     "gated": lambda: (Gated(), torch.rand(1, 6)),
+    "siamese": lambda: (Siamese(), (image(), image().flip(3))),
+    "recurrent": lambda: (Recurrent(), image()),
+    "dense": lambda: (Dense(), image()),
+    "inception": lambda: (Inception(), image()),
+    "inplace": lambda: (InPlace(), image()),
+    "signal": lambda: (Signal(), torch.rand(1, 4, 32)),
 }
 
 

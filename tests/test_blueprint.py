@@ -34,7 +34,7 @@ BOTH = ("fp32", "int8")
 TARGET = Capabilities({"conv": BOTH, "linear": BOTH}, weight_bits=7)
 NAMES = [
     "plain", "mlp", "separable", "concat", "quiet", "two", "sequence", "preactivation", "grouped",
-    "groupnorm", "gate", "fixed",
+    "groupnorm", "gate", "fixed", "siamese", "recurrent", "dense", "inception", "inplace", "signal",
 ]  # fmt: skip
 
 

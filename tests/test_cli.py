@@ -31,14 +31,6 @@ def test_the_commands_of_the_design_that_are_built() -> None:
     assert "0." in run("--version").output
 
 
-def test_init_needs_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    found = run("init", tmp_path / "file")
-    assert found.exit_code == 2
-    assert "choose another" in found.output + found.stderr
-    assert (tmp_path / "file").read_text() == "mine"
-
-
 def test_init_writes_a_starter_once(tmp_path: Path) -> None:
     assert run("init", tmp_path / "new" / "s").exit_code == 0
     assert sorted(p.name for p in (tmp_path / "new" / "s").iterdir()) == ["search.yaml", "task.py"]

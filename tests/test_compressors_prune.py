@@ -24,7 +24,10 @@ from flyweight.compressors.prune import (
 )
 from flyweight.spaces import Group, Impossible
 
-NAMES = ["plain", "mlp", "separable", "concat", "preactivation", "two"]
+NAMES = [
+    "plain", "mlp", "separable", "concat", "preactivation", "two", "siamese", "recurrent", "dense",
+    "inception", "inplace", "signal",
+]  # fmt: skip
 
 
 def batch_of(example: Any, count: int) -> Any:

@@ -123,7 +123,9 @@ def test_least_squares_weights_are_no_worse_than_minmax(weight: Any, bits: int) 
     assert (error("mse") <= error("minmax") * (1 + 1e-4) + 1e-9).all()
 
 
-@pytest.mark.parametrize("name", ["mlp", "separable", "preactivation", "concat"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "separable", "preactivation", "concat", "recurrent", "dense", "inception"]
+)
 def test_folding_keeps_answers_and_names(networks: ModuleType, name: str) -> None:
     model, example = networks.make(name)
     for module in model.modules():

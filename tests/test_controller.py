@@ -79,12 +79,12 @@ NONE = Limits(95.0)
 def controller(
     record: Any = None, *, limits: Limits = NONE, trials: int = 12, seconds: float | None = None,
     clock: Clock | None = None, costs: Callable[[Policy], Price] = price, seed: int = 0,
-    listen: Any = (), look_ahead: bool = False, **settings: Any,
+    listen: Any = (), **settings: Any,
 ) -> Controller:  # fmt: skip
     return Controller(
         Proposals(space(**settings), seed=seed), costs, limits,
         MemoryRecord() if record is None else record, Budget(trials, seconds),
-        clock=clock or Clock(), listen=listen, look_ahead=look_ahead,
+        clock=clock or Clock(), listen=listen,
     )  # fmt: skip
 
 
@@ -106,12 +106,10 @@ def kinds(record: MemoryRecord, kind: str) -> list[Entry]:
     return [e for e in record.entries() if e["kind"] == kind]
 
 
-@pytest.mark.parametrize("look_ahead", [False, True])
-def test_a_whole_search_leaves_nothing_open_and_repeats_nothing(look_ahead: bool) -> None:
+def test_a_whole_search_leaves_nothing_open_and_repeats_nothing() -> None:
     record = MemoryRecord()
-    control = controller(record, trials=40, look_ahead=look_ahead)
+    control = controller(record, trials=40)
     run(control)
-    control.close()
     assert sorted(control.trials) == list(range(40))
     assert len({t.policy.digest for t in control.trials.values()}) == 40
     assert {t.ended for t in control.trials.values()} == {"finished", "stopped"}
@@ -166,26 +164,6 @@ def test_out_of_reach_ends_without_a_trial() -> None:
     assert control.exhausted
     assert not control.trials
     assert control.proposals.running() == 0
-
-
-def test_looking_ahead_ends_as_cleanly() -> None:
-    calls = itertools.count()
-
-    def costs(policy: Policy) -> Price:
-        if next(calls) == 5:
-            raise OSError("the measuring actor died")
-        return price(policy)
-
-    control = controller(costs=costs, look_ahead=True)
-    run(control)
-    assert "died" in str(control.fatal)
-    assert len(control.trials) == 5
-    cut = controller(look_ahead=True)
-    trial = cut.propose()
-    assert trial is not None
-    cut.close()  # with one trial running and one policy found ahead
-    assert trial.ended == "interrupted"
-    assert cut.proposals.running() == 0
 
 
 def test_an_impossible_policy_is_rejected_with_its_reason() -> None:

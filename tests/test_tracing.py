@@ -65,7 +65,22 @@ GROUPS = {
     "groupnorm": {"c1": ("c1",)},
     "gate": {"c1": ("c1", "up"), "down": ("down",), "c2": ("c2",)},
     "fixed": {"number": ("number",), "free": ("free",), "last": ("last",)},
-}
+    "siamese": {"c1": ("c1",), "c2": ("c2",)},
+    "recurrent": {"stem": ("stem", "step"), "join": ("join",)},
+    "dense": {
+        "stem": ("stem",), "layers.0": ("layers.0",), "layers.1": ("layers.1",),
+        "layers.2": ("layers.2",), "last": ("last",),
+    },
+    "inception": {
+        name: (name,)
+        for name in (
+            "stem.0", "blocks.0.0.0", "blocks.0.1.0.0", "blocks.0.1.1.0", "blocks.0.2.1.0",
+            "blocks.1.0.0", "blocks.1.1.0.0", "blocks.1.1.1.0", "blocks.1.2.1.0",
+        )
+    },
+    "inplace": {"a": ("a", "b"), "c": ("c",)},
+    "signal": {"stem": ("stem", "c2"), "c1": ("c1",)},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -315,14 +330,51 @@ class Branches(Small):
         return self.b(x)
 
 
-class Shared(Small):
+class BranchesOnShape(Small):
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(F.relu(self.a(x))))
+        if len(x) > 1:
+            x = -x
+        return self.b(self.a(x))
 
 
-class SharedNorm(Small):
+class BranchesOnSize(Small):
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.norm(F.relu(self.norm(self.a(x)))))
+        if x.shape[1] > 2:
+            x = -x
+        return self.b(self.a(x))
+
+
+class Loops(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        while x.sum() < 9:
+            x = self.a(x)
+        return self.b(x)
+
+
+class Counts(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(int(x.max())):
+            x = self.a(x)
+        return self.b(x)
+
+
+class Outside(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.linear(self.a(x), self.a.weight.t()))
+
+
+class Part(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x[:, 0] = 0
+        return self.b(x)
+
+
+class View(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x.unsqueeze(1).relu_()
+        return self.b(x)
 
 
 class Tuple(Small):
@@ -359,8 +411,13 @@ class Weightless(nn.Module):
     ("model", "says"),
     [
         (Branches(), r"test_tracing\.py:\d+ \('if x.sum\(\) > 0:.*the line to be named"),
-        (Shared(), "layer 'a' runs twice in one forward pass; give each use a layer of its own"),
-        (SharedNorm(), "layer 'norm' runs twice"),
+        (BranchesOnShape(), r"'if len\(x\) > 1:.*; what runs must not depend on"),
+        (BranchesOnSize(), r"'if x.shape\[1\] > 2:.*; what runs must not depend on"),
+        (Loops(), r"test_tracing\.py:\d+ \('while x.sum\(\) < 9:'\)"),
+        (Counts(), r"test_tracing\.py:\d+ \('for _ in range\(int\(x.max\(\)\)\):'\)"),
+        (Outside(), "'a.weight' is read outside of its layer 'a': .* a parameter of its own"),
+        (Part(), r"test_tracing\.py:\d+ \('x\[:, 0\] = 0'\).* item assignment"),
+        (View(), "'relu_' changes in place a part or a view of 'a', which 'b' reads afterwards"),
         (Tuple(), "the model must return one tensor, but it returns tuple"),
         (Dict(), "the model must return one tensor, but it returns dict"),
         (Many(), "the model must return one tensor, but it returns no tensor"),

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from flyweight.search.tracking import MemoryTracker, MlflowTracker, Tracker, Undelivered, redact
-from flyweight.search.tracking_process import TrackerProcess
 from flyweight.spaces import BadInput, Policy, Prune
 
 LONG_S = 120.0  # a bound that a slow machine keeps too; nothing waits for it when all is well
@@ -371,88 +370,6 @@ class TestMlflow(TrackerContract):
     def test_search_id_is_checked(self, make: MakeMlflow) -> None:
         with pytest.raises(BadInput, match="search_id"):
             make(search_id="it's")
-
-
-def runs_in_process(pid: int) -> bool:
-    """Whether ``pid`` lives; one that nobody has waited for yet is dead all the same."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-class TestProcess(TrackerContract):
-    """MLflow in a process of its own."""
-
-    @pytest.fixture
-    def tracker(self, store: Path, request: pytest.FixtureRequest) -> Tracker:
-        name = f"process.{id(request.node)}"
-        uri = f"sqlite:///{store}/made/mlflow.db"
-        return TrackerProcess(uri, name, str(store / "artifacts" / name), name)
-
-    def test_runs_are_as_a_thread_makes_them(self, tracker: TrackerProcess, tmp_path: Path) -> None:
-        file = tmp_path / "report.html"
-        file.write_text("<p>")
-        for entry in RECORD:
-            tracker.record(entry)
-        assert tracker.finish("FINISHED", [file], timeout_s=LONG_S) == ALL
-        from mlflow import MlflowClient
-
-        client = MlflowClient(tracker._uri)
-        run = client.get_run(tracker.run_id)
-        assert run.info.status == "FINISHED"
-        assert [f.path for f in client.list_artifacts(tracker.run_id)] == ["report.html"]
-        children = client.search_runs(
-            [run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'"
-        )
-        assert {c.info.status for c in children} == {"FINISHED", "FAILED", "KILLED"}
-        assert len(children) == 4
-
-    def test_a_process_that_dies_fails_nothing(
-        self, tracker: TrackerProcess, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        assert tracker.wait_run_id(LONG_S)
-        tracker._process.kill()
-        for entry in RECORD:
-            tracker.record(entry)
-        left = tracker.finish("FINISHED", timeout_s=LONG_S)
-        assert left == Undelivered(len(RECORD), "the process that writes to MLflow died")
-        assert "goes on without it" in caplog.text
-
-    def test_a_process_that_hangs_is_given_up(self, tracker: TrackerProcess) -> None:
-        tracker._process.send_signal(signal.SIGSTOP)
-        for _ in range(1_000):  # more than a pipe holds
-            for entry in RECORD:
-                tracker.record(entry)
-        left = tracker.finish("FINISHED", timeout_s=0.1)
-        assert left.entries == 1_000 * len(RECORD)
-        assert left.reason is not None
-
-    def test_what_was_given_arrives_when_the_driver_is_killed(self, store: Path) -> None:
-        code = f"""
-import os, sys
-from flyweight.search.tracking_process import TrackerProcess
-tracker = TrackerProcess("sqlite:///{store}/made/mlflow.db", "orphan", None, "orphan")
-for entry in {RECORD!r}:
-    tracker.record(entry)
-while not tracker._outbox.empty():
-    pass
-print(tracker._process.pid, flush=True)
-os.kill(os.getpid(), 9)
-"""
-        killed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False)
-        end_of_wait = time.monotonic() + LONG_S
-        while runs_in_process(int(killed.stdout)) and time.monotonic() < end_of_wait:
-            time.sleep(0.05)
-        from mlflow import MlflowClient
-
-        client = MlflowClient(f"sqlite:///{store}/made/mlflow.db")
-        experiment = client.get_experiment_by_name("orphan")
-        assert experiment is not None
-        runs = client.search_runs([experiment.experiment_id])
-        assert len(runs) == 5
-        parent = next(r for r in runs if "mlflow.parentRunId" not in r.data.tags)
-        assert parent.info.status == "RUNNING"  # to be resumed
 
 
 class TestNoServer:
