@@ -151,7 +151,7 @@ def quantize(
     how, items = policy.quantize.calibration, prepared.splits.calibration
     some = items.take(torch.arange(min(FITTED, len(items))))
     if how == "fitted":
-        folded = equalize(folded, prepared.network, plan, some)
+        folded = equalize(folded, plan.network, plan, some)
     quantized = insert_quantizers(folded, plan, how)
     calibrate(quantized, items, how)
     if how == "fitted":

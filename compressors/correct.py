@@ -45,10 +45,9 @@ def correct_(graph: fx.GraphModule, items: Items) -> None:
             floats[node] = rounded[node] = next(inputs)
             continue
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        ours, theirs = (
-            fx.node.map_arg((node.args, node.kwargs), lambda n, e=env: e[n])
-            for env in (rounded, floats)
-        )
+        given = (node.args, node.kwargs)
+        ours: Any = fx.node.map_arg(given, rounded.__getitem__)
+        theirs: Any = fx.node.map_arg(given, floats.__getitem__)
         if isinstance(module, ActivationQuantizer):
             rounded[node], floats[node] = module(ours[0][0]), theirs[0][0]
         elif isinstance(module, QuantizedLayer):
@@ -75,7 +74,8 @@ def _run(graph: fx.GraphModule, node: fx.Node, module: Any, given: Any) -> Any:
         return value
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return node.target(*args, **kwargs)
+    function: Any = node.target
+    return function(*args, **kwargs)
 
 
 def _last_uses(graph: fx.GraphModule) -> dict[fx.Node, list[fx.Node]]:

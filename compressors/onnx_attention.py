@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from .onnx_file import NotCovered, Operation, Writer
+from .onnx_file import NotCovered, Operation, Writer, source_of
 from .onnx_layers import apart
 
 LOWEST = torch.finfo(torch.float32).min  # not -inf: a row that is all masked must not be NaN
@@ -42,7 +42,7 @@ def _attention(w: Writer, node: fx.Node, _: Any) -> None:
         node, key=None, value=None, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
         enable_gqa=False,
     )  # fmt: skip
-    q, k = w.env[node.args[0]], w.env[key]
+    q, k = w.env[source_of(node)], w.env[key]
     if dropout or grouped or w.varies(key, -2):
         raise NotCovered
     out = w.names[node]

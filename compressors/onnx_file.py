@@ -169,7 +169,7 @@ class Writer(fx.Interpreter):
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """The shape of the first argument of ``node`` for one request."""
-        return tuple(self.env[node.args[0]].shape)  # type: ignore[index]
+        return tuple(self.env[source_of(node)].shape)
 
     def varies(self, node: Any, axis: int) -> bool:
         """Whether the size of ``node`` along ``axis`` depends on the batch."""
@@ -208,19 +208,27 @@ def plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def source_of(node: fx.Node) -> fx.Node:
+    """The node that is the first argument of ``node``."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        raise NotCovered
+    return source
+
+
 def shapes(value: Any) -> Any:
     """Of tensors, also those in a tuple, their shapes; anything else as it is."""
     if isinstance(value, Tensor):
         return tuple(value.shape)
-    return tuple(tuple(t.shape) for t in value) if _tensors(value) else value
+    return tuple(tuple(t.shape) for t in _tensors(value)) or value
 
 
 def _tensors(value: Any) -> list[Tensor]:
     """The tensors that a node gives, none if it gives something else."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, tuple | list) and value and all(isinstance(t, Tensor) for t in value):
-        return list(value)
+    if isinstance(value, tuple | list):  # attention gives (tensor, None)
+        return [t for t in value if isinstance(t, Tensor)]
     return []
 
 

@@ -196,8 +196,8 @@ def _group_norm(w: Writer, node: fx.Node, _: Any) -> None:
     x = w.node("InstanceNormalization", [x, *neutral], f"{out}:normed", epsilon=module.eps)
     x = w.node("Reshape", [x, w.numbers([0, channels, *rest])], f"{out}:joined")
     column = (channels, *[1] * len(rest))
-    parts = [None if p is None else p.reshape(column) for p in (module.weight, module.bias)]
-    weight, bias = _affine(w, node, *parts, column)
+    own = [None if p is None else p.reshape(column) for p in (module.weight, module.bias)]
+    weight, bias = _affine(w, node, own[0], own[1], column)
     w.node("Add", [w.node("Mul", [x, weight], f"{out}:scaled"), bias], out)
 
 

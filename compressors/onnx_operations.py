@@ -40,7 +40,7 @@ def _clip(low: Any, high: Any) -> Operation:
     """Clip between ``low`` and ``high``, each a number or the setting (name, default) it is in."""
 
     def write_clip(w: Writer, node: fx.Node, result: Tensor) -> None:
-        names = dict(bound for bound in (low, high) if isinstance(bound, tuple))
+        names: dict[str, Any] = dict(b for b in (low, high) if isinstance(b, tuple))
         given = dict(zip(names, w.settings(node, **names, inplace=False), strict=False))
         bounds = [given[b[0]] if isinstance(b, tuple) else b for b in (low, high)]
         inputs = ["" if b is None else w.read(b, result.dtype) for b in bounds]
@@ -77,7 +77,8 @@ def _comparison(kind: str, negated: bool = False) -> Operation:
     def write_comparison(w: Writer, node: fx.Node, _: Any) -> None:
         if len(node.args) != 2 or node.kwargs:
             raise NotCovered
-        dtype = torch.result_type(*(w.env[a] if isinstance(a, fx.Node) else a for a in node.args))
+        compared: list[Any] = [w.env[a] if isinstance(a, fx.Node) else a for a in node.args]
+        dtype = torch.result_type(*compared)
         names, out = [w.value(node, place, dtype) for place in (0, 1)], w.names[node]
         if negated:
             w.node("Not", [w.node(kind, names, f"{out}:{kind}")], out)
@@ -123,14 +124,18 @@ OPERATIONS: dict[Any, Operation] = {
     **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), _unary("Sigmoid")),
     **dict.fromkeys((nn.Tanh, torch.tanh, F.tanh, "tanh"), _unary("Tanh")),
     **dict.fromkeys((nn.GELU, F.gelu), _unary("Gelu", approximate=("approximate", "none"))),
-    **dict.fromkeys((nn.LeakyReLU, F.leaky_relu), _unary("LeakyRelu", alpha=("negative_slope", 0.01))),
+    **dict.fromkeys(
+        (nn.LeakyReLU, F.leaky_relu), _unary("LeakyRelu", alpha=("negative_slope", 0.01))
+    ),
     **dict.fromkeys((nn.ELU, F.elu), _unary("Elu", alpha=("alpha", 1.0))),
     **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), _unary("HardSigmoid", alpha=1 / 6, beta=0.5)),
     **dict.fromkeys((nn.Hardswish, F.hardswish), _unary("HardSwish")),
     **dict.fromkeys((nn.SiLU, F.silu), _silu),
     **dict.fromkeys((nn.ReLU6, F.relu6), _clip(0.0, 6.0)),
     **dict.fromkeys((nn.Hardtanh, F.hardtanh), _clip(("min_val", -1.0), ("max_val", 1.0))),
-    **dict.fromkeys((torch.clamp, "clamp", torch.clip, "clip"), _clip(("min", None), ("max", None))),
+    **dict.fromkeys(
+        (torch.clamp, "clamp", torch.clip, "clip"), _clip(("min", None), ("max", None))
+    ),
     **dict.fromkeys((torch.exp, "exp"), _unary("Exp")),
     **dict.fromkeys((torch.log, "log"), _unary("Log")),
     **dict.fromkeys((torch.sqrt, "sqrt"), _unary("Sqrt")),

@@ -15,7 +15,7 @@ def _pool(kind: str) -> Operation:
 
     def write_pool(w: Writer, node: fx.Node, result: Tensor) -> None:
         rank = result.ndim - 2
-        size, step, padding, dilation, ceil, counts, rest = _pool_settings(w, node, average)
+        size, step, padding, dilation, _, counts, rest = _pool_settings(w, node, average)
         size, step, padding, dilation = (
             spatial(setting, rank) for setting in (size, step or size, padding, dilation)
         )

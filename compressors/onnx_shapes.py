@@ -11,7 +11,7 @@ import torch
 from onnx import helper
 from torch import Tensor, fx, nn
 
-from .onnx_file import NotCovered, Operation, Writer
+from .onnx_file import NotCovered, Operation, Writer, source_of
 from .onnx_layers import passed
 
 Shape = Sequence[int]
@@ -19,7 +19,7 @@ Shape = Sequence[int]
 
 def _reshape(w: Writer, node: fx.Node, result: Tensor) -> None:
     """view, flatten, squeeze and their like: the shape of what they give says it all."""
-    _reshaped(w, node, result, passed(w, node), w.shape(node), w.doubled[node.args[0]])
+    _reshaped(w, node, result, passed(w, node), w.shape(node), w.doubled[source_of(node)])
 
 
 def _reshaped(w: Writer, node: fx.Node, result: Tensor, x: str, one: Shape, two: Shape) -> None:
@@ -132,8 +132,8 @@ def _transpose(w: Writer, node: fx.Node, order: Shape) -> None:
 
 def _expand(w: Writer, node: fx.Node, result: Tensor) -> None:
     shape, doubled, out = tuple(result.shape), w.doubled[node], w.names[node]
-    missing = [1] * (len(shape) - len(w.env[node.args[0]].shape))
-    one, two = [*missing, *w.shape(node)], [*missing, *w.doubled[node.args[0]]]
+    missing = [1] * (len(shape) - len(w.env[source_of(node)].shape))
+    one, two = [*missing, *w.shape(node)], [*missing, *w.doubled[source_of(node)]]
     target = []
     for before, size in zip(
         zip(one, two, strict=True), zip(shape, doubled, strict=True), strict=True

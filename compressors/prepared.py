@@ -121,7 +121,7 @@ class Prepared:
         if (student, criterion) not in self._importance:
             start = self.starts[student]
             self._importance[student, criterion] = importance(
-                start.model, start.network, self.example, criterion,
+                start.model, start.network, criterion,
                 self.splits.calibration, self.task.loss,
             )  # fmt: skip
         return self._importance[student, criterion]

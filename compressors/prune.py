@@ -36,7 +36,6 @@ Model = TypeVar("Model", bound=nn.Module)
 def importance(
     model: nn.Module,
     network: Network,
-    example: Any,
     criterion: str,
     calibration: Items,
     loss: Callable[[Tensor, Tensor], Tensor],

@@ -28,8 +28,8 @@ LARGEST = 4_608  # inputs of a layer (channels x kernel) whose covariance is kep
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the inputs of each of a layer's G groups (1 but for a grouped convolution), of F = channels
-    x kernel positions: mean [G, F], covariance [G, F, F]."""
+    """Of the inputs of a layer, G groups (1 but for a grouped convolution) of F = channels x kernel
+    positions: mean [G, F], covariance [G, F, F]."""
 
     mean: Tensor
     covariance: Tensor
@@ -124,8 +124,8 @@ def _rows(module: Any, x: Tensor) -> Tensor:
     if isinstance(module, nn.Conv1d):
         x = x[:, :, None]
         where = {n: (1, *v) for n, v in where.items()}
-    columns = F.unfold(x, **where)  # [N, G x F, positions]
-    return columns.unflatten(1, (module.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    columns = F.unfold(x, **where).mT  # [N, positions, G x F]
+    return columns.reshape(*columns.shape[:2], module.groups, -1).flatten(0, 1).transpose(0, 1)
 
 
 def _padding(module: Any) -> list[int]:
@@ -146,9 +146,9 @@ def _remaining(
 ) -> Tensor | None:
     """The positions along ``axis`` of ``tensor`` that remain, None if all do."""
     lost = None
-    for name, channels in kept.items():
-        group = network.groups.get(name)
-        for slot in group.slots if group else ():
+    for name in kept.keys() & network.groups.keys():
+        channels, group = kept[name], network.groups[name]
+        for slot in group.slots:
             if (slot.tensor, slot.axis) != (tensor, axis):
                 continue
             units = torch.tensor(slot.units)

@@ -157,7 +157,7 @@ class _Search:
         """The entry that begins each session of a search. A resumed one keeps the teacher's
         figures, so that its limits stay what they were."""
         spec, earlier = self.spec, self.record.entries()
-        runtime = self.ready.prepared.runtime
+        runtime, network = self.ready.prepared.runtime, self.ready.prepared.network
         teacher = {
             "metric": self.ready.metric,
             "metric_test": self.ready.metric_test,
@@ -172,6 +172,8 @@ class _Search:
             "teacher": teacher,
             "versions": versions(),
             "data_digest": data_digest(self.ready.prepared),
+            "groups": {name: group.width for name, group in network.groups.items()},
+            "layers": len(network.layers),
             "search_id": earlier[0]["search_id"] if earlier else secrets.token_hex(8),
             "time": time.time(),
         }

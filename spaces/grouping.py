@@ -43,8 +43,8 @@ class Found:
         """Units (as roots, in order of their first channel) that sit at the same places in the
         same numbers: any of them may go instead of another."""
         found: dict[int, list[tuple[Place, int]]] = {}
-        for side, places in (("makes", self.makes), ("reads", self.reads)):
-            for name, roots in places.items():
+        for side, layers in (("makes", self.makes), ("reads", self.reads)):
+            for name, roots in layers.items():
                 for root, count in Counter(roots).items():  # in order of the first
                     found.setdefault(root, []).append(((side, name), count))
         found.pop(FIXED, None)
@@ -65,7 +65,10 @@ class Found:
         name = next(iter(makes))
         self.unit_of[name] = number
         size = len(channels) // len(units)
-        slots = (Slot(*place, where) for place, where in _where(self.slots, number).items())
+        slots = (
+            Slot(tensor, axis, where)
+            for (tensor, axis), where in _where(self.slots, number).items()
+        )
         return Group(
             name, len(channels), tuple(makes), size, tuple(channels) if size > 1 else (),
             tuple(slots),

@@ -101,7 +101,9 @@ class Labels(fx.Interpreter):
             self._stand_still(name, n, inputs[0])
         if len(inputs) == 1 and inputs[0].ndim == result.ndim:
             return self._resized(inputs[0], result)
-        if torch.broadcast_shapes(*(x.shape for x in inputs)) == result.shape:
+        shapes = (x.shape for x in inputs)
+        # PyTorch gives this function no types.
+        if torch.broadcast_shapes(*shapes) == result.shape:  # type: ignore[no-untyped-call]
             return self._together(inputs, result.shape)
         return self.give_up(inputs, result)
 
@@ -146,7 +148,7 @@ class Labels(fx.Interpreter):
         if n.op == "call_module":
             return getattr(self.fetch_attr(str(n.target)), name, default)
         found = n.args[place] if place < len(n.args) else n.kwargs.get(name, default)
-        return fx.node.map_arg(found, lambda m: self.env[m])  # type: ignore[arg-type]
+        return fx.node.map_arg(found, lambda m: self.env[m])
 
     def _stand_still(self, name: str, n: fx.Node, labels: Tensor) -> None:
         place, default = OVER[name]

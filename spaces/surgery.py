@@ -132,7 +132,8 @@ def _is_stale(
     """Whether ``node`` is a number, or several, worked out from a size that has changed."""
     if network.op[node.name].shape or not node.all_input_nodes:
         return False
-    source, index = _value(network, node.all_input_nodes[0]), (*node.args, None, None)[1]
+    source = _value(network, node.all_input_nodes[0])
+    index: Any = (*node.args, None, None)[1]
     one = node.target in ("size", operator.getitem) and isinstance(index, int)
     if one and not network.op[source.name].shape and source.all_input_nodes:
         source = _value(network, source.all_input_nodes[0])  # x.shape[1]
@@ -172,8 +173,12 @@ def _resize(
     place = _SIZES[name]
     given: Any = node.args[place:]
     sizes = given[0] if given and not isinstance(given[0], int | fx.Node) else given
-    last = name == "layer_norm"
-    first = len(old) - len(sizes) if last else int(node.args[1]) if name == "unflatten" else 0
+    first = 0
+    if name == "layer_norm":
+        first = len(old) - len(sizes)
+    elif name == "unflatten":
+        axis: Any = node.args[1]
+        first = axis % len(old)
     ends = zip(sizes, old[first:], new[first:], strict=False)
     fitted = tuple(
         s if s == -1 or (before == after and s not in stale) else after for s, before, after in ends

@@ -54,9 +54,12 @@ class Ties:
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """The labels at the same place of ``a`` and ``b``, which broadcast, are one unit."""
-        shape = torch.broadcast_shapes(a.shape, b.shape)
-        a, b = torch.broadcast_tensors(*(core(x.expand(shape)) for x in (a, b)))
-        self._pairs.append(torch.stack((a.reshape(-1), b.reshape(-1))).unique(dim=1))
+        # PyTorch gives these functions no types.
+        shape = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
+        cores = (core(x.expand(shape)) for x in (a, b))
+        a, b = torch.broadcast_tensors(*cores)  # type: ignore[no-untyped-call]
+        pairs = torch.stack((a.reshape(-1), b.reshape(-1)))
+        self._pairs.append(pairs.unique(dim=1))  # type: ignore[no-untyped-call]
 
     def fix(self, labels: Tensor) -> None:
         """What carries ``labels`` cannot go."""
@@ -114,9 +117,9 @@ class Ties:
             self._joins = waiting
             return True
         for labels in self._grids:  # one at a time: it may settle the others
-            axes = [axis for axis in range(labels.ndim) if varies(labels, axis, roots)]
-            if len(axes) > 1:
-                self.tie(labels, labels.narrow(axes[-1], 0, 1))
+            differ = [axis for axis in range(labels.ndim) if varies(labels, axis, roots)]
+            if len(differ) > 1:
+                self.tie(labels, labels.narrow(differ[-1], 0, 1))
                 return True
         return False
 

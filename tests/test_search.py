@@ -112,7 +112,11 @@ def test_a_search_from_init_to_an_artifact_that_runs_bare(starter: Path, tmp_pat
         r["latency_ms"] for r in result["front"]
     )
     assert yaml.safe_load((run / "spec.yaml").read_text())["tracking"]["uri"] == uri
-    assert "<html" in (run / "report.html").read_text()
+    search = entries(run, "search")[0]
+    assert len(search["groups"]) <= search["layers"]
+    report = (run / "report.html").read_text()
+    assert f" of {search['layers']}</td>" in report  # int8 layers
+    assert "channels in" not in report  # shares of the widths that the record tells
     assert (run / "teacher" / "model.onnx").stat().st_size == result["teacher"]["size_bytes"]
 
     code = (
