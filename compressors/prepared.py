@@ -211,7 +211,7 @@ def _check_values(model: nn.Module, whose: str) -> None:
             least = module.running_var.min().item() + module.eps
             if least <= 0:
                 raise BadInput(
-                    f"task: norm {name!r} of {whose} divides by the square root of its variance + "
+                    f"task: {whose}'s norm {name!r} divides by the square root of its variance + "
                     f"eps, which must be above 0, but is {least:g} in some channel; give it an eps "
                     "like 1e-5"
                 )

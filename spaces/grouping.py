@@ -167,7 +167,8 @@ def find_blocks(ops: Sequence[Op], groups: Mapping[str, Group]) -> dict[str, Blo
 def _dropped(
     ops: Sequence[Op], by_name: Mapping[str, Op], add: Op, skip: str, branch: str
 ) -> tuple[str, ...]:
-    """Layers that go if ``add`` becomes ``skip``; () if ``branch`` is none of ``skip`` alone."""
+    """Layers that go if ``add`` becomes ``skip``; () if ``branch`` is none of ``skip`` alone, or
+    if one of them also runs elsewhere: that one would stay, and what it is in would be unclear."""
     stack, seen = [branch], {skip}
     while stack:
         op = by_name[stack.pop()]
@@ -181,4 +182,7 @@ def _dropped(
         if op is not add
     ]
     alive = reachable(without)
-    return tuple(op.module for op in ops if op.name not in alive and op.kind in ("conv", "linear"))
+    layers = [op for op in ops if op.kind in ("conv", "linear")]
+    gone = dict.fromkeys(op.module for op in layers if op.name not in alive)
+    stays = {op.module for op in layers if op.name in alive}
+    return () if stays.intersection(gone) else tuple(gone)

@@ -380,6 +380,8 @@ class Gated(nn.Module):
         y = self.a(x)
         x = x + self.c(y + self.b(torch.relu(y)))
         return self.head(x)
+
+
 class Siamese(nn.Module):
     """Two branches with the same layers and norms; the answer compares them."""
 

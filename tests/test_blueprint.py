@@ -27,7 +27,7 @@ from flyweight.spaces import (
     Space,
     blueprint,
 )
-from flyweight.spaces.tracing import trace, trace_graph
+from flyweight.spaces.tracing import trace
 
 Traced = Callable[[str], Network]
 BOTH = ("fp32", "int8")
@@ -80,9 +80,8 @@ def test_shapes_and_cost_are_those_of_the_pruned_model(
         assert kernel.in_shapes[0][axis] == (module.in_channels if conv else module.in_features)
         assert kernel.out_shape[axis] == (module.out_channels if conv else module.out_features)
         assert kernel.groups == (module.groups if conv else 1)
-    graph = trace_graph(pruned, example)
-    ShapeProp(graph).propagate(*args)
-    shapes = {n.name: n.meta["tensor_meta"].shape for n in graph.graph.nodes}
+    ShapeProp(pruned).propagate(*args)
+    shapes = {n.name: n.meta["tensor_meta"].shape for n in pruned.graph.nodes}
     for kernel in plan.kernels:
         assert kernel.out_shape == shapes[kernel.output], kernel
         assert kernel.in_shapes == tuple(shapes[i] for i in kernel.inputs), kernel
