@@ -11,6 +11,7 @@ and 5 dB on others (64 photographs, 1,280 inputs of the last layer).
 """
 
 import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ RIDGE = 1e-2  # share of the mean variance of the layer's inputs that is added t
 def correct_(graph: fx.GraphModule, items: Items) -> None:
     """Fits the int8 layers of the calibrated ``graph`` to their float selves, in place.
 
-    Biases are to be settled after it. All ``items`` pass through together.
+    Biases are to be settled after it. All ``items`` pass through together. Layers that run several
+    times stay as they are: what fits them to one of their inputs would not fit the others.
     """
     graph.eval()
+    runs = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
     floats: dict[fx.Node, Any] = {}
     rounded: dict[fx.Node, Any] = {}
     inputs = iter(in_order(graph, items.inputs))
@@ -53,7 +56,8 @@ def correct_(graph: fx.GraphModule, items: Items) -> None:
         elif isinstance(module, QuantizedLayer):
             layer = module.layer
             floats[node] = layer(theirs[0][0])
-            fit_(module, ours[0][0], floats[node])
+            if runs[str(node.target)] == 1:
+                fit_(module, ours[0][0], floats[node])
             rounded[node] = module(ours[0][0])
         else:
             same = all(rounded[n] is floats[n] for n in node.all_input_nodes)

@@ -14,7 +14,6 @@ and a depthwise reader, whose step follows its only channel, loses nothing.
 """
 
 import copy
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +25,7 @@ from ..spaces.network import Op
 from .data import Items
 from .prune import in_order
 
-HOMOGENEOUS = ("act", "add", "pool", "maxpool", "reshape", "norm")  # norms are folded
+HOMOGENEOUS = ("act", "add", "pool", "maxpool", "reshape", "norm")
 CLIP = 6.0  # of ReLU6, which stays what it was only where no channel is scaled beyond it
 MARGIN = 1.1  # room for values larger than any seen
 POWERS = torch.linspace(0, 1, 11).tolist()
@@ -57,7 +56,6 @@ class Channels:
 def tied_channels(network: Network) -> list[Channels]:
     """The sets of channels of ``network`` that may be scaled, in execution order."""
     of: dict[str, Channels] = {}
-    uses = Counter(op.module for op in network.ops if op.module in network.layers)
 
     def merge(a: Channels, b: Channels) -> Channels:
         if a is not b:
@@ -71,11 +69,12 @@ def tied_channels(network: Network) -> list[Channels]:
         if op.kind in ("conv", "linear"):
             layer = network.layers[op.module]
             own = Channels(layer.out_channels, makers=[layer.name], values=[op.name])
-            own.fixed = op.axis != 1 or uses[op.module] > 1
+            again = len(network.uses[layer.name]) > 1
+            own.fixed = op.axis != 1 or again
             for source in known:
                 source.readers.append(layer.name)
                 whole = layer.groups == 1 or layer.groups == layer.in_channels == layer.out_channels
-                source.fixed |= not whole or uses[op.module] > 1 or len(op.shape) == 3
+                source.fixed |= not whole or again or len(op.shape) == 3
         elif op.kind in HOMOGENEOUS and known and _homogeneous(op, network):
             own = known[0]
             for other in known[1:]:
@@ -99,6 +98,8 @@ def _homogeneous(op: Op, network: Network) -> bool:
     if op.kind == "act" and op.detail not in ("relu", "relu6"):
         return False
     before = network.op[op.inputs[0]]
+    if op.kind == "norm":  # one that is folded is no operation any more
+        return network.folded.get(before.module) == op.module
     if op.kind == "reshape":
         return len(op.shape) == 2 and before.axis == op.axis == 1
     return op.shape[1:2] == before.shape[1:2]

@@ -88,7 +88,10 @@ def _weights(module: Any) -> list[str]:
 def _parameter(w: Writer, node: fx.Node, module: Any, name: str, transposed: bool = False) -> str:
     """Weight or bias; one in integers is dequantized by a scale for each output channel."""
     layer, tensor = str(node.target), getattr(module, name)
-    value = w.constant(f"{layer}.{name}", tensor.T if transposed else tensor)
+    if transposed:  # by a name of its own: the layer may run on sequences here, on vectors there
+        value = w.constant(f"{layer}.{name}:transposed", tensor.T)
+    else:
+        value = w.constant(f"{layer}.{name}", tensor)
     if tensor.is_floating_point():
         return value
     names = (f"{name}_scale", f"{name}_zero")
@@ -221,7 +224,7 @@ def _embedding(w: Writer, node: fx.Node, _: Any) -> None:
 def _prelu(w: Writer, node: fx.Node, _: Any) -> None:
     module = w.owner(node)
     slope: Tensor = module.weight.reshape(-1, *[1] * (len(w.shape(node)) - 2))
-    w.node("PRelu", [w.value(node), w.constant(f"{node.target}.weight", slope)], w.names[node])
+    w.node("PRelu", [w.value(node), w.constant(f"{node.name}:weight", slope)], w.names[node])
 
 
 LAYERS: dict[Any, Operation] = {

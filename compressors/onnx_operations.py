@@ -119,7 +119,7 @@ OPERATIONS: dict[Any, Operation] = {
     **dict.fromkeys((F.dropout, "contiguous", "clone", "detach"), _identity),
     **dict.fromkeys(("float", "long", "int", "bool", "to", "type", "type_as"), _cast),
     **dict.fromkeys(
-        (nn.ReLU, torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"), _unary("Relu")
+        (nn.ReLU, torch.relu, F.relu, "relu"), _unary("Relu")
     ),
     **dict.fromkeys((nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid"), _unary("Sigmoid")),
     **dict.fromkeys((nn.Tanh, torch.tanh, F.tanh, "tanh"), _unary("Tanh")),
@@ -142,10 +142,10 @@ OPERATIONS: dict[Any, Operation] = {
     **dict.fromkeys((torch.rsqrt, "rsqrt"), _rsqrt),
     **dict.fromkeys((torch.abs, "abs"), _unary("Abs")),
     **dict.fromkeys((operator.neg, torch.neg, "neg"), _unary("Neg")),
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _binary("Add")),
-    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _binary("Sub")),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _binary("Mul")),
-    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div"), _binary("Div")),
+    **dict.fromkeys((operator.add, torch.add, "add"), _binary("Add")),
+    **dict.fromkeys((operator.sub, torch.sub, "sub"), _binary("Sub")),
+    **dict.fromkeys((operator.mul, torch.mul, "mul"), _binary("Mul")),
+    **dict.fromkeys((operator.truediv, torch.div, "div"), _binary("Div")),
     **dict.fromkeys((operator.pow, torch.pow, "pow"), _binary("Pow")),
     **dict.fromkeys((torch.maximum, "maximum"), _binary("Max")),
     **dict.fromkeys((torch.minimum, "minimum"), _binary("Min")),

@@ -18,7 +18,7 @@ Shape = Sequence[int]
 
 
 def _reshape(w: Writer, node: fx.Node, result: Tensor) -> None:
-    """view, flatten, squeeze and their like: the shape of what they give says it all."""
+    """reshape, flatten, squeeze and their like: the shape of what they give says it all."""
     _reshaped(w, node, result, passed(w, node), w.shape(node), w.doubled[source_of(node)])
 
 
@@ -174,9 +174,9 @@ def _stack(w: Writer, node: fx.Node, result: Tensor) -> None:
 
 
 SHAPES: dict[Any, Operation] = {
-    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
+    **dict.fromkeys(("reshape", "flatten", "unflatten", "squeeze", "unsqueeze"), _reshape),
     **dict.fromkeys((torch.reshape, torch.flatten, torch.squeeze, torch.unsqueeze), _reshape),
-    **dict.fromkeys((nn.Flatten, nn.Unflatten, torch.unflatten, "view_as", "reshape_as"), _reshape),
+    **dict.fromkeys((nn.Flatten, nn.Unflatten, torch.unflatten, "reshape_as"), _reshape),
     **dict.fromkeys((torch.permute, "permute"), _permute),
     **dict.fromkeys((torch.transpose, "transpose", torch.swapaxes, "swapaxes", "t"), _swap),
     **dict.fromkeys(("expand", "expand_as", torch.broadcast_to, "broadcast_to"), _expand),

@@ -186,7 +186,8 @@ def _students(task: Task) -> dict[str, nn.Module]:
 def untied(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in which modules that share a parameter have equal ones of their own.
 
-    It computes the same. Pruned or quantized, each would change the parameter for the others.
+    It computes the same. Whatever works on one layer (reconstruction, equalization, rounding)
+    would change the parameter for the others too.
     """
     model = copy.deepcopy(model)
     seen: set[nn.Parameter] = set()

@@ -152,11 +152,13 @@ def settle_biases(graph: fx.GraphModule, network: Network, plan: Blueprint) -> N
 
     Not on sequences: there the runtime's kernel wants them in float (MatMulIntegerToFloat).
     """
-    for name, layer in network.layers.items():
-        module, op = graph.get_submodule(name), network.op[layer.op]
-        sequences = layer.kind == "linear" and len(op.shape) > 2
+    for name, uses in network.uses.items():
+        module = graph.get_submodule(name)
+        sequences = all(op.kind == "linear" and len(op.shape) > 2 for op in uses)
         if isinstance(module, QuantizedLayer) and not sequences:
-            source: Any = graph.get_submodule(quantizer_name(plan.quantized[op.inputs[0]]))
+            # Wherever the layer runs its inputs share one scale.
+            scale = plan.quantized[uses[0].inputs[0]]
+            source: Any = graph.get_submodule(quantizer_name(scale))
             module.settle_bias(source.scale)
 
 

@@ -18,8 +18,8 @@ from .label_rules import RULES
 from .ties import FIXED, Ties, compact, core
 
 MOVES = {
-    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "swapdims",
-    "movedim", "moveaxis", "t", "getattr", "expand", "expand_as", "view_as", "repeat",
+    "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "swapaxes", "swapdims",
+    "movedim", "moveaxis", "t", "getattr", "expand", "expand_as", "repeat",
     "repeat_interleave", "squeeze", "unsqueeze", "cat", "concat", "concatenate", "stack", "unbind",
     "chunk", "split", "getitem", "narrow", "select", "flip", "pixel_shuffle", "pixel_unshuffle",
     "Flatten", "Unflatten", "PixelShuffle", "PixelUnshuffle",
@@ -53,10 +53,6 @@ class Labels(fx.Interpreter):
         self.reads: dict[str, Tensor] = {}
         self.slots: dict[tuple[str, int], Tensor] = {}
         self.attributes: dict[str, Tensor] = {}
-        self._first: dict[int, str] = {}  # tied weights have several names, and are one tensor
-        everything = (graph.named_parameters, graph.named_buffers)
-        for name, tensor in (pair for kind in everything for pair in kind(remove_duplicate=False)):
-            self._first.setdefault(id(tensor), name)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -117,10 +113,9 @@ class Labels(fx.Interpreter):
 
     def slot(self, name: str, module: nn.Module, attribute: str, axis: int, labels: Tensor) -> None:
         """``labels`` are those of ``axis`` of a tensor of ``module``."""
-        tensor = getattr(module, attribute, None)
-        if tensor is None:
+        if getattr(module, attribute, None) is None:
             return
-        key = (self._first.get(id(tensor), f"{name}.{attribute}"), axis)
+        key = (f"{name}.{attribute}", axis)
         self.ties.tie(self.slots.setdefault(key, labels), labels)
 
     def give_up(self, inputs: Iterable[Tensor], result: Any) -> Any:
@@ -132,7 +127,6 @@ class Labels(fx.Interpreter):
     def _attribute(self, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.ndim:
             return nothing(value)
-        name = self._first.get(id(value), name)
         if value.numel() > LARGEST:
             return nothing(value)
         if name not in self.attributes:
@@ -161,8 +155,8 @@ class Labels(fx.Interpreter):
         source: Any = fx.node.map_arg(n.args[0], self.of.__getitem__)
         rest, kwargs = fx.node.map_arg((n.args[1:], n.kwargs), self.env.__getitem__)
         call: Any = n.target
-        if n.op == "call_method":  # labels are not laid out in memory as values are
-            call = getattr(type(source), "reshape" if name == "view" else str(n.target))
+        if n.op == "call_method":
+            call = getattr(type(source), str(n.target))
         elif n.op == "call_module":
             call = self.fetch_attr(str(n.target))
         moved = call(source, *rest, **kwargs)

@@ -16,11 +16,11 @@ LAYERS: dict[Any, str] = {
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Activations that a runtime fuses into the layer before them and a quantizer's range expresses.
 CLAMPS: dict[Any, str] = {
-    nn.ReLU: "relu", nn.ReLU6: "relu6", torch.relu: "relu", torch.relu_: "relu",
-    F.relu: "relu", F.relu_: "relu", F.relu6: "relu6", "relu": "relu", "relu_": "relu",
+    nn.ReLU: "relu", nn.ReLU6: "relu6", torch.relu: "relu",
+    F.relu: "relu", F.relu6: "relu6", "relu": "relu",
 }  # fmt: skip
 KINDS: dict[Any, str] = {
-    operator.add: "add", operator.iadd: "add", torch.add: "add", "add": "add", "add_": "add",
+    operator.add: "add", torch.add: "add", "add": "add",
     torch.cat: "concat", torch.concat: "concat", torch.concatenate: "concat",
     nn.AdaptiveAvgPool1d: "pool", nn.AdaptiveAvgPool2d: "pool", nn.AvgPool2d: "pool",
     nn.AvgPool1d: "pool", nn.MaxPool1d: "maxpool", nn.MaxPool2d: "maxpool",
@@ -28,7 +28,7 @@ KINDS: dict[Any, str] = {
     F.avg_pool1d: "pool", F.max_pool1d: "maxpool", F.max_pool2d: "maxpool",
     torch.max_pool1d: "maxpool", torch.max_pool2d: "maxpool",
     torch.mean: "pool", "mean": "pool",
-    nn.Flatten: "reshape", torch.flatten: "reshape", "flatten": "reshape", "view": "reshape",
+    nn.Flatten: "reshape", torch.flatten: "reshape", "flatten": "reshape",
     "reshape": "reshape", torch.reshape: "reshape",
 }  # fmt: skip
 # What changes nothing in a deployed network; its value is that of its input.

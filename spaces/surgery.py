@@ -12,7 +12,7 @@ from .labels import called
 from .network import Group, Network
 
 # Calls that are told the size of their result, or a part of it, and where.
-_SIZES = {"view": 1, "reshape": 1, "expand": 1, "unflatten": 2, "layer_norm": 1}
+_SIZES = {"reshape": 1, "expand": 1, "unflatten": 2, "layer_norm": 1}
 
 
 def operate(
@@ -75,30 +75,18 @@ def _slice(student: fx.GraphModule, network: Network, units: Mapping[str, set[in
             stays = torch.tensor([unit < 0 or unit in remain for unit in slot.units])
             place = (slot.tensor, slot.axis)
             masks[place] = masks[place] & stays if place in masks else stays
-    holders = _holders(student)
+    modules = dict(student.named_modules())
     for (name, axis), mask in masks.items():
-        for module, attribute in holders.get(name, ()):
-            old = getattr(module, attribute)
-            new = old.detach().index_select(axis, mask.nonzero().flatten())
-            if isinstance(old, nn.Parameter):
-                new = nn.Parameter(new, old.requires_grad)
-            for other, alias in holders[name]:
-                setattr(other, alias, new)
-            break
-    for module in {id(m): m for held in holders.values() for m, _ in held}.values():
+        path, _, attribute = name.rpartition(".")
+        if (module := modules.get(path)) is None:
+            continue  # it went with a block
+        old = getattr(module, attribute)
+        new = old.detach().index_select(axis, mask.nonzero().flatten())
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, old.requires_grad)
+        setattr(module, attribute, new)
+    for module in modules.values():
         _state_sizes(module)
-
-
-def _holders(student: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Per tensor, under the first of its names, the modules that hold it and how they call it."""
-    first: dict[int, str] = {}
-    out: dict[str, list[tuple[nn.Module, str]]] = {}
-    for kind in ("named_parameters", "named_buffers"):
-        for name, tensor in getattr(student, kind)(remove_duplicate=False):
-            path, _, attribute = name.rpartition(".")
-            name = first.setdefault(id(tensor), name)
-            out.setdefault(name, []).append((student.get_submodule(path), attribute))
-    return out
 
 
 def _state_sizes(module: Any) -> None:
