@@ -154,7 +154,7 @@ def interval(ours: np.ndarray, theirs: np.ndarray) -> list[float]:
     difference = 100 * (ours.astype(float) - theirs).mean(0)
     rng = np.random.default_rng(0)
     picks = rng.integers(0, len(difference), (2_000, len(difference)))
-    return [round(v, 3) for v in np.quantile(difference[picks].mean(1), [0.025, 0.975])]
+    return [round(float(v), 3) for v in np.quantile(difference[picks].mean(1), [0.025, 0.975])]
 
 
 def measure(name: str, draws: int, ours: list[str], theirs: list[str]) -> dict[str, Any]:
