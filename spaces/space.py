@@ -385,7 +385,7 @@ class Space:
         """
         values = self.values(policy)
         for name, choices in self.widths.items():
-            if self.groups[name][0] == policy.student:
+            if f"width/{name}" in values:  # of this student, and not in a block that is gone
                 wish = share * values[f"width/{name}"]
                 values[f"width/{name}"] = min(choices, key=lambda w: (abs(w - wish), w))
         return self.policy(values)

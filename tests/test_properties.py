@@ -25,7 +25,8 @@ WIDE = Settings(
     multiple_of=1,
     criteria=("l1", "taylor", "random"),
     reconstruct=(True, False),
-    calibrations=("minmax", "percentile", "mse"),
+    calibrations=("minmax", "percentile", "mse", "fitted"),
+    depth=True,
 )
 # Those with operations that only torch.onnx exports, in seconds each.
 SLOW = ("library",)

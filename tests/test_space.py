@@ -421,3 +421,29 @@ def test_the_space_of_a_traced_network(
     assert space.widths == {"stem": (8, 16), "left": (16, 24), "right": (8,), "join": (8, 16)}
     assert set(space.precisions) == {"stem", "left", "right", "join", "head"}
     assert space.size == 2 * 2 * 2 * 2**5
+
+
+@pytest.mark.parametrize("name", ["fused", "inverted", "gated"])
+@given(seed=st.integers(0, 2**32), share=st.floats(0, 1))
+def test_a_block_that_goes_takes_its_parameters_along(
+    name: str, seed: int, share: float, networks: Any
+) -> None:
+    network = networks.traced(name)
+    space = Space(network, TARGET, Settings(min_keep=0.25, multiple_of=1, depth=True))
+    policy = space.sample(random.Random(seed))
+    assert space.contains(policy)
+    assert space.policy(space.values(policy)) == policy
+    for block in (network.blocks[n] for n in policy.prune.drop):
+        assert not policy.quantize.precision.keys() & set(block.layers)
+        assert not policy.prune.width.keys() & set(block.groups)
+    assert space.shrunk(policy, 1.0) == policy
+    assert space.contains(space.shrunk(policy, share))
+    assert space.shrunk(policy, share).prune.drop == policy.prune.drop
+    assert all(space.contains(n) for n in space.neighbours(policy))
+
+
+def test_a_block_is_dropped_in_some_samples(networks: Any) -> None:
+    space = Space(networks.traced("fused"), TARGET, Settings(multiple_of=1, depth=True))
+    drops = {space.sample(random.Random(seed)).prune.drop for seed in range(40)}
+    assert () in drops
+    assert len(drops) > 2
