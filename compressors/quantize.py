@@ -124,7 +124,8 @@ def fold_norms(graph: fx.GraphModule, network: Network) -> fx.GraphModule:
 
 
 def insert_quantizers(graph: fx.GraphModule, plan: Blueprint, calibration: str) -> fx.GraphModule:
-    """A copy of the folded ``graph`` with a quantizer at every value the blueprint names."""
+    """A copy of the folded ``graph`` with a quantizer at every value the blueprint names, for
+    the operations that it says read it rounded."""
     graph = copy.deepcopy(graph)
     for name, precision in plan.precision.items():
         if precision != "int8":
@@ -139,12 +140,28 @@ def insert_quantizers(graph: fx.GraphModule, plan: Blueprint, calibration: str) 
         target = quantizer_name(scale)
         if value == scale:
             graph.add_submodule(target, ActivationQuantizer())
-        node = nodes[value]
-        with graph.graph.inserting_after(node):
-            rounded = graph.graph.call_module(target, (node,))
-        node.replace_all_uses_with(rounded, delete_user_cb=lambda user, r=rounded: user is not r)
+        for node, readers in _reads(nodes[value], plan, value):
+            with graph.graph.inserting_after(node):
+                rounded = graph.graph.call_module(target, (node,))
+            node.replace_all_uses_with(rounded, delete_user_cb=readers.__contains__)
     graph.recompile()
     return graph
+
+
+def _reads(node: fx.Node, plan: Blueprint, value: str) -> list[tuple[fx.Node, list[fx.Node]]]:
+    """Nodes that give ``value``, which ``node`` makes, and those that read it there rounded.
+
+    Dropout and the like give the value too, and may have readers of both kinds.
+    """
+    if plan.rounded[value] == plan.network.consumers[value]:
+        return [(node, list(node.users))]
+    givers, found = [node], []
+    for giver in givers:  # grows
+        givers += [user for user in giver.users if user.name not in plan.network.op]
+        readers = [user for user in giver.users if user.name in plan.rounded[value]]
+        if readers:
+            found.append((giver, readers))
+    return found
 
 
 def settle_biases(graph: fx.GraphModule, network: Network, plan: Blueprint) -> None:

@@ -46,13 +46,15 @@ class Kernel:
 class Blueprint:
     """network: what is left of the traced one without the blocks that the policy drops. widths:
     channels kept, of every group. precision: of every layer. quantized: for each value that is
-    quantized the name of its scale; values with the same name share it."""
+    quantized the name of its scale; values with the same name share it. rounded: for each of them
+    the operations that read it rounded; the others read it as it was made."""
 
     policy: Policy
     widths: Mapping[str, int]
     precision: Mapping[str, str]
     kernels: tuple[Kernel, ...]
     quantized: Mapping[str, str]
+    rounded: Mapping[str, tuple[str, ...]]
     weight_bits: int
     network: Network
 
@@ -75,8 +77,9 @@ def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> B
     kernels = tuple(
         _kernel(network, run, widths, precision, quantized, capabilities) for run in fused
     )
+    rounded = _rounded(network, fused, kernels, quantized)
     return Blueprint(
-        policy, widths, precision, kernels, quantized, capabilities.weight_bits, network
+        policy, widths, precision, kernels, quantized, rounded, capabilities.weight_bits, network
     )
 
 
@@ -186,8 +189,7 @@ def _quantize(
     A value is quantized if an int8 layer reads it, or if an int8 layer makes it whose kernel
     exists only with a quantized output. An add whose inputs are all quantized runs in int8 too
     where somebody reads its result in int8, and a concatenation likewise; an operation that only
-    moves values passes the scale on. Kernels that read a quantized value in fp32 read it
-    dequantized. The network's answer is never quantized.
+    moves values passes the scale on. The network's answer is never quantized.
     """
 
     def int8(run: Run) -> bool:
@@ -245,6 +247,23 @@ def _scales(
             first = min(joined, key=lambda v: order[v])
             scale = {v: first if s in joined else s for v, s in scale.items()}
     return scale
+
+
+def _rounded(
+    network: Network, fused: list[Run], kernels: tuple[Kernel, ...], quantized: Mapping[str, str]
+) -> dict[str, tuple[str, ...]]:
+    """For each quantized value the operations that read it rounded.
+
+    What an int8 kernel makes exists in integers only: all read it dequantized. What is made in
+    float is there as it was: only int8 kernels read it rounded. (So the sums between the layers of
+    a transformer are not rounded at every layer.)
+    """
+    made = {k.output for k in kernels if k.precision == "int8"}
+    heads = {run[0].name for run, k in zip(fused, kernels, strict=True) if k.precision == "int8"}
+    return {
+        value: tuple(op for op in network.consumers[value] if value in made or op in heads)
+        for value in quantized
+    }
 
 
 def _kernel(

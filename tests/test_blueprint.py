@@ -228,6 +228,22 @@ def test_quantizers_of_one_int8_layer(teacher: Network, layer: str, values: set[
     assert [n for n, p in precisions(plan).items() if p == "int8"] == [layer]
 
 
+def test_only_what_an_int8_kernel_makes_is_read_rounded_by_all(teacher: Network) -> None:
+    plan = int8(teacher, "body.0.c2", "body.1.c1", "body.1.c2", "body.2.c1")
+    assert plan.rounded == {
+        "relu": ("body_0_c2",),
+        "body_0_n2": ("add",),  # a float sum, of what a convolution in int8 makes
+        "relu_1": ("body_1_c1", "add_1"),  # made by that sum; add_1 is in int8
+        "relu_2": ("body_1_c2",),
+        "body_1_n2": ("add_1",),
+        "relu_3": ("body_2_c1", "body_2_short_0"),  # add_1 makes it: the shortcut has no other
+        "relu_4": teacher.consumers["relu_4"],
+    }
+    alone = int8(teacher, "body.0.c1")
+    assert alone.rounded["stem_2"] == ("body_0_c1",)
+    assert teacher.consumers["stem_2"] == ("body_0_c1", "add")
+
+
 def test_a_concatenation_shares_one_scale(traced: Traced) -> None:
     plan = int8(traced("concat"))
     assert plan.quantized == {

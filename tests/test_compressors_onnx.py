@@ -1,5 +1,6 @@
 """What is written as ONNX computes what PyTorch computes: each operation, then whole networks."""
 
+import copy
 import random
 from collections.abc import Callable
 from types import ModuleType
@@ -451,6 +452,37 @@ def quantized(
     calibrate(graph, Items(drawn(example, 64), torch.zeros(64)), "minmax")
     settle_biases(graph, network, plan)
     return graph, to_onnx(freeze(graph), example)
+
+
+def test_sums_read_what_was_made_in_float_as_it_was(runtime: Runtime) -> None:
+    """Against the model as it is written, in which each layer rounds its own input."""
+    torch.manual_seed(0)
+    model, example = Encoder(), encoder_request()
+    model.norm = nn.Sequential(model.norm, nn.Dropout())  # as in BERT: its value is the norm's
+    network = trace(model.eval(), example)
+    student, artifact = quantized(model, example, list(network.layers), runtime)
+    expected = copy.deepcopy(model)
+    for name in network.layers:
+        reads = [n for n in student.graph.nodes if n.target == name]
+        (rounds,) = {str(source.target) for n in reads for source in n.all_input_nodes}
+        assert rounds.startswith("quantizer_"), name
+        own = nn.Sequential(student.get_submodule(rounds), student.get_submodule(name))
+        expected.set_submodule(name, own)
+    items = Items(drawn(example, 300), torch.zeros(300))
+    answers = run_module(expected, items)
+    torch.testing.assert_close(run_module(student, items), answers, rtol=1e-4, atol=1e-5)
+    found = compare(answers, run_session(runtime.load(artifact), items))
+    assert found.agreement >= 0.995
+    assert found.mean_steps < 0.2
+    graph = onnx.load_from_string(artifact).graph
+    rounded = {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0].endswith(":integers")
+    }
+    readers = {node.op_type for node in graph.node if rounded & set(node.input)}
+    assert rounded
+    assert readers <= {"MatMul", "Gemm"}
 
 
 @pytest.mark.parametrize("name", NETWORKS)
