@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help demo test test-slow check benchmarks clean
+.PHONY: help install demo test test-slow check benchmarks clean
 
 help:
+	@echo "make install     install flyweight into $(VENV)"
 	@echo "make demo        compress the Fashion-MNIST teacher (installation, then about five minutes)"
 	@echo "make test        the fast tests, linting and types"
 	@echo "make test-slow   the slow tests"
@@ -18,6 +19,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(READY)
+
+install: $(READY)
 
 demo: $(READY)
 	@echo "== Searching: four minutes of trials, then the finalists are measured alone"

@@ -132,10 +132,12 @@ def rounded_in_turn(weight: Tensor, h: Tensor, step: Tensor, limit: int) -> Tens
     back = order.argsort(1)
     size = h.shape[-1]
     w = weight.gather(2, order[:, None].expand_as(weight))
+    zero = w == 0  # pruned: stays 0
     h = h.gather(1, order[:, :, None].expand_as(h)).gather(2, order[:, None].expand_as(h))
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)  # [G, F, F]
     for i in range(size):
         whole = (w[:, :, i : i + 1] / step).round().clamp(-limit, limit) * step
+        whole = whole.masked_fill(zero[:, :, i : i + 1], 0)
         error = (w[:, :, i : i + 1] - whole) / upper[:, i, i][:, None, None]
         w[:, :, i + 1 :] -= error * upper[:, i : i + 1, i + 1 :]
         w[:, :, i : i + 1] = whole

@@ -29,6 +29,8 @@ HOMOGENEOUS = ("act", "add", "pool", "maxpool", "reshape", "norm")
 CLIP = 6.0  # of ReLU6, which stays what it was only where no channel is scaled beyond it
 MARGIN = 1.1  # room for values larger than any seen
 POWERS = torch.linspace(0, 1, 11).tolist()
+CHECKED = 16  # items on which the outcome is compared with the graph that it came from
+TOLERANCE = 1e-3  # share of the largest answer
 LOUDEST = 2.0**10  # of a channel against itself: a channel that never speaks stays finite
 
 
@@ -110,19 +112,21 @@ def equalize(
     graph: fx.GraphModule, network: Network, plan: Blueprint, items: Items
 ) -> fx.GraphModule:
     """A copy of the folded ``graph`` that computes the same with channels of like loudness."""
-    graph = copy.deepcopy(graph)
+    before, graph = graph, copy.deepcopy(graph)
     some = [c for c in tied_channels(network) if not plan.quantized.keys().isdisjoint(c.values)]
-    wanted = {v for c in some for v in c.values if v in plan.quantized}
-    seen = _loudness(graph, wanted, items)
+    rounded = {v for c in some for v in c.values if v in plan.quantized}
+    seen = _loudness(graph, rounded.union(*(c.clipped for c in some)), items)
     for channels in some:
         width = len(graph.get_submodule(channels.makers[0]).weight)  # type: ignore[arg-type]
         # Of a flattened value each channel is several features in a row.
-        found = [[t.reshape(width, -1) for t in seen[v]] for v in channels.values if v in seen]
+        found = [[t.reshape(width, -1) for t in seen[v]] for v in channels.values if v in rounded]
         low = torch.stack([f[0].amin(1) for f in found])  # [values, channels]
         high = torch.stack([f[1].amax(1) for f in found])
         square = torch.stack([f[2].mean(1) for f in found]).amax(0)
         readers: list[Any] = [graph.get_submodule(name) for name in channels.readers]
-        scale = best_scale(low, high, square, readers, bool(channels.clipped), plan)
+        highest = [seen[v][1].reshape(width, -1).amax(1) for v in channels.clipped]
+        ceiling = torch.stack(highest).amax(0) if highest else None
+        scale = best_scale(low, high, square, readers, ceiling, plan)
         for name in channels.makers:
             maker: Any = graph.get_submodule(name)
             maker.weight.mul_(scale.reshape(-1, *[1] * (maker.weight.ndim - 1)))
@@ -130,7 +134,15 @@ def equalize(
                 maker.bias.mul_(scale)
         for reader in readers:
             reader.weight.div_(_for_reader(reader, scale))
-    return graph
+    return graph if _same(graph, before, items) else before
+
+
+def _same(ours: fx.GraphModule, theirs: fx.GraphModule, items: Items) -> bool:
+    """Whether both compute the same but for float rounding: a network may do what looks homogeneous
+    here and is not."""
+    inputs = in_order(ours, items.take(torch.arange(min(CHECKED, len(items)))).inputs)
+    expected = theirs(*inputs)
+    return bool((ours(*inputs) - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
 def _for_reader(reader: Any, scale: Tensor) -> Tensor:
@@ -153,13 +165,20 @@ def _columns(reader: Any, width: int) -> Tensor:
 
 
 def best_scale(
-    low: Tensor, high: Tensor, square: Tensor, readers: list[Any], clipped: bool, plan: Blueprint
+    low: Tensor,
+    high: Tensor,
+    square: Tensor,
+    readers: list[Any],
+    ceiling: Tensor | None,
+    plan: Blueprint,
 ) -> Tensor:
     """The scale of each channel [channels] with the least expected error.
 
-    low, high: extremes of the channels of each value [values, channels]; square: mean squares.
+    low, high: extremes of the channels of each value [values, channels]; square: mean squares;
+    ceiling: the largest values behind a ReLU6 [channels], None if there is none.
     """
     loud = torch.maximum(high, -low).amax(0).clamp_min(1e-8)  # [channels]
+    silent = loud <= loud.max() / LOUDEST
     dense = [_columns(r, len(loud)) for r in readers if not _depthwise(r)]
     gain = sum(((_columns(r, len(loud)) ** 2).sum((0, 2)) for r in readers), torch.zeros_like(loud))
     limit = 2 ** (plan.weight_bits - 1) - 1
@@ -171,8 +190,11 @@ def best_scale(
             if weighed and reach is not None:
                 scale = scale * reach.clamp_min(reach.max() / LOUDEST) ** (1 - power)
             scale = scale / scale[loud.argmax()]
-            if clipped:
-                scale = scale.clamp(torch.ones(()), (CLIP / (MARGIN * loud)).clamp(1, LOUDEST))
+            # What is silent here need not be so elsewhere: it is not made louder.
+            scale = torch.where(silent, scale.clamp_max(1), scale)
+            if ceiling is not None:
+                room = CLIP / (MARGIN * ceiling.clamp_min(1e-8))
+                scale = scale.clamp(torch.ones(()), torch.where(silent, 1, room.clamp(1, LOUDEST)))
             else:
                 scale = scale.clamp(1 / LOUDEST, LOUDEST)
             step = ((high * scale).amax(1) - (low * scale).amin(1).clamp_max(0)).amax() / 255

@@ -129,7 +129,10 @@ def apart(w: Writer, node: fx.Node, argument: Any = None) -> str:
         w.constant(f"{x}:{part}", getattr(module, part).expand(channels))
         for part in ("scale", "zero")
     ]
-    return w.node("DequantizeLinear", [f"{x}:integers", *parts], f"{w.names[node]}:{x}", axis=1)
+    out = f"{w.names[node]}:{x}"
+    while any(out in made.output for made in w.nodes):
+        out += ":again"  # a product with itself
+    return w.node("DequantizeLinear", [f"{x}:integers", *parts], out, axis=1)
 
 
 def passed(w: Writer, node: fx.Node) -> str:

@@ -43,6 +43,8 @@ def _clip(low: Any, high: Any) -> Operation:
         names: dict[str, Any] = dict(b for b in (low, high) if isinstance(b, tuple))
         given = dict(zip(names, w.settings(node, **names, inplace=False), strict=False))
         bounds = [given[b[0]] if isinstance(b, tuple) else b for b in (low, high)]
+        if any(isinstance(b, fx.Node) and w.env[b].ndim for b in bounds):
+            raise NotCovered  # a bound for each element
         inputs = ["" if b is None else w.read(b, result.dtype) for b in bounds]
         w.node("Clip", [w.value(node, dtype=result.dtype), *inputs], w.names[node])
 

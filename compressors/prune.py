@@ -155,8 +155,7 @@ def remove(
 ) -> fx.GraphModule:
     """A copy of ``model`` without the channels that are not in ``kept`` and without the residual
     branches ``drop``, as the graph of its operations."""
-    if model.training:
-        model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).eval()  # it runs once, and may write to its buffers
     student = operate(trace_graph(model, example), network, kept, drop)
     return student.eval().requires_grad_()
 

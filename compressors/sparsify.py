@@ -1,9 +1,12 @@
 """Single weights: magnitude masks. The zeros themselves are the mask."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from ..spaces import Network
+from ..spaces.operations import LAYERS
 
 
 @torch.no_grad()
@@ -21,6 +24,7 @@ def sparsify_(model: nn.Module, network: Network, sparsity: float) -> None:
 
 
 def masks(model: nn.Module) -> dict[Tensor, Tensor]:
-    """For every weight with more than one axis that has zeros: where it has none."""
-    weights = (p for p in model.parameters() if p.ndim > 1)
-    return {p: p != 0 for p in weights if not p.all()}
+    """For every weight of a layer that has zeros: where it has none."""
+    layers = (m for m in model.modules() if isinstance(m, tuple(LAYERS)))
+    weights = [cast(Tensor, layer.weight) for layer in layers]
+    return {w: w != 0 for w in weights if not w.all()}

@@ -105,8 +105,18 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     limit, cost = plan["limits"]["latency_ms"], plan["cost"]
     if limit is not None:
         verdict = "within reach" if plan["reachable"] else "OUT OF REACH of this space"
-        console.print(f"Limit: {limit:.4f} ms, {verdict} (fastest {plan['fastest_ms']:.4f} ms)")
-    budget = f", at most {cost['time_budget_s'] / 60:g} minutes" if cost["time_budget_s"] else ""
+        most = teacher["latency_ms"] / plan["fastest_ms"]
+        console.print(
+            f"Limit: {limit:.4f} ms, {verdict} (fastest {plan['fastest_ms']:.4f} ms, {most:.2f} "
+            "times the teacher)"
+        )
+        if not plan["reachable"]:
+            console.print(
+                "Ask for less, let space.prune.min_keep be smaller, or allow int8; the search "
+                "would refuse."
+            )
+    minutes = (cost["time_budget_s"] or 0) / 60
+    budget = f", about {minutes:g} min of them and then the finalists" if minutes else ""
     console.print(
         f"Cost: up to {cost['trials']} trials{budget}; one that climbs to the top trains on "
         f"{cost['samples_of_a_full_trial']:,} samples"

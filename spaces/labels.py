@@ -3,9 +3,9 @@
 Every output channel of a layer gets a label. What moves values (reshape, permute, chunk, cat)
 moves labels by the very same call, so heads, halves of a fused projection and flattened channels
 are found wherever they end up. Where an operation needs channels together (an add, the queries
-and keys of a head, the input of a convolution at all its positions) their labels are tied. An
-operation unknown here keeps labels where the axis that carries them keeps its length; otherwise
-what it reads stays whole. ``tracing`` holds the outcome to a really pruned copy.
+and keys of a head, the input of a convolution at all its positions) their labels are tied. What an
+operation reads that is unknown here stays whole. ``tracing`` holds the outcome to a really pruned
+copy.
 """
 
 from collections.abc import Iterable
@@ -32,7 +32,26 @@ OVER = {
 }  # fmt: skip
 REDUCES = {"mean", "sum", "amax", "amin", "std", "var", "prod", "norm", "logsumexp"}
 MEETS = {"matmul", "bmm", "scaled_dot_product_attention"}
-OPAQUE = {"channel_shuffle", "ChannelShuffle", "einsum", "sort", "linear", "embedding"}
+# Element by element. Names here and below are in lower case, without underscores.
+ELEMENTWISE = {
+    "add", "iadd", "sub", "isub", "rsub", "mul", "imul", "div", "truediv", "itruediv", "pow",
+    "ipow", "neg", "abs", "sign", "square", "sqrt", "rsqrt", "reciprocal", "exp", "expm1", "log",
+    "log1p", "log2", "erf", "sin", "cos", "tanh", "sigmoid", "floor", "ceil", "round", "trunc",
+    "clamp", "clip", "clampmin", "clampmax", "maximum", "minimum", "where", "maskedfill", "lerp",
+    "eq", "ne", "lt", "le", "gt", "ge", "logicalnot", "logicaland", "logicalor", "and", "or",
+    "invert", "float", "half", "double", "bfloat16", "int", "long", "bool", "to", "type",
+    "typeas", "contiguous", "clone", "detach", "identity", "relu", "relu6", "leakyrelu", "elu",
+    "celu", "selu", "gelu", "silu", "mish", "hardswish", "hardsigmoid", "hardtanh", "hardshrink",
+    "softshrink", "tanhshrink", "softplus", "softsign", "logsigmoid", "threshold", "dropout",
+    "dropout1d", "dropout2d", "dropout3d", "alphadropout", "featurealphadropout",
+}  # fmt: skip
+# Along the axes behind the channels: pools, enlargements, paddings.
+SPATIAL = {
+    *(f"{kind}pool{n}d" for kind in ("avg", "max", "adaptiveavg", "adaptivemax") for n in "123"),
+    "lppool1d", "lppool2d", "upsample", "upsamplingnearest2d", "upsamplingbilinear2d",
+    *(f"{kind}pad{n}d" for kind in ("zero", "constant", "reflection", "replication") for n in "12"),
+    "interpolate", "pad",
+}  # fmt: skip
 LARGEST = 1 << 22  # elements of a parameter used as a value; a larger one stays whole
 
 
@@ -78,7 +97,7 @@ class Labels(fx.Interpreter):
                 return self.give_up(inputs, result)
         if not isinstance(result, Tensor) and not list(tensors_in(nothing(result))):
             return None  # a size
-        if name in OPAQUE or not inputs:
+        if not inputs:
             return self.give_up(inputs, result)
         return self._function(name, n, inputs, result)
 
@@ -93,8 +112,14 @@ class Labels(fx.Interpreter):
             return self._reduce(n, inputs[0], result)
         if name in MEETS:
             return self._meet(inputs, result)
+        plain = name.lower().replace("_", "")
         if name in OVER:
             self._stand_still(name, n, inputs[0])
+        elif plain in SPATIAL:
+            for axis in range(2, inputs[0].ndim):
+                self.ties.still(inputs[0], axis)
+        elif plain not in ELEMENTWISE:  # who knows what it mixes
+            return self.give_up(inputs, result)
         if len(inputs) == 1 and inputs[0].ndim == result.ndim:
             return self._resized(inputs[0], result)
         if _broadcast(inputs) == result.shape:

@@ -256,12 +256,18 @@ class Space:
         if policy.student not in self.networks:
             known = self.settings.students
             raise Impossible(f"student is one of {known}, but got {policy.student!r}")
-        network = self.networks[policy.student]
+        full = network = self.networks[policy.student]
         strangers = {*policy.prune.drop}
         if self.settings.depth:
             strangers -= network.blocks.keys()
         if not strangers:
             network = network.without(policy.prune.drop)
+            # A block inside of one that is gone is no choice any more.
+            nested = {*policy.prune.drop} & {
+                layer for name in policy.prune.drop for layer in full.blocks[name].layers
+                if layer != name
+            }  # fmt: skip
+            strangers |= nested
         strangers |= policy.prune.width.keys() - network.groups.keys()
         strangers |= policy.quantize.precision.keys() - network.layers.keys()
         if strangers:

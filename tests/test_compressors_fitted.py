@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from flyweight.compressors.correct import correct_, rounded_in_turn, sampled_rows, second_moments
 from flyweight.compressors.data import Items
@@ -24,7 +25,7 @@ from flyweight.compressors.quantize import (
 )
 from flyweight.kernels import float_layers, int8_layers, make_runtime
 from flyweight.spaces import Blueprint, Capabilities, Policy, Quantize, blueprint
-from flyweight.spaces.tracing import trace_graph
+from flyweight.spaces.tracing import trace, trace_graph
 
 NAMES = ["plain", "mlp", "separable", "concat", "preactivation", "grouped", "gate", "two"]
 
@@ -203,3 +204,68 @@ def test_one_item_and_constant_values_are_enough(
     for layer in (m for m in graph.modules() if isinstance(m, QuantizedLayer)):
         assert torch.isfinite(layer.layer.weight).all()
         assert torch.isfinite(layer.layer.bias).all()
+
+
+class Quiet(nn.Module):
+    """Behind a ReLU6 a channel that speaks only where an input is large, then a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.head = nn.Conv2d(3, 8, 1), nn.Linear(8, 3)
+        with torch.no_grad():
+            self.c.weight[0], self.c.bias[0] = 4.0, -8.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu6(self.c(x)).mean((2, 3)))
+
+
+class Rows(nn.Module):
+    """A mean over channels, of which there are as many as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.c(x)).mean(1).flatten(1))
+
+
+def equalized(
+    model: nn.Module, int8: list[str], items: Items, capabilities: Capabilities
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    example = items.inputs[:1]
+    with torch.no_grad():
+        model.c.weight *= torch.linspace(0.1, 3, 8)[:, None, None, None]  # type: ignore[operator]
+    network = trace(model.eval(), example)
+    plan = blueprint(network, Policy(quantize=Quantize(dict.fromkeys(int8, "int8"))), capabilities)
+    folded = fold_norms(trace_graph(model, example), network)
+    return folded, equalize(folded, network, plan, items)
+
+
+@pytest.mark.parametrize("int8", [["head"], ["c", "head"]])
+def test_what_was_silent_or_is_clipped_in_float_stays_what_it_is(
+    capabilities: Capabilities, int8: list[str]
+) -> None:
+    torch.manual_seed(0)
+    small = Items(0.2 * torch.rand(32, 3, 8, 8), torch.zeros(32))
+    before, after = equalized(Quiet(), int8, small, capabilities)
+    assert not torch.equal(before.c.weight, after.c.weight)  # type: ignore[union-attr]
+    large = Items(torch.rand(32, 3, 8, 8), torch.zeros(32))
+    assert noise(run_module(after, large), run_module(before, large)) < 1e-3
+
+
+def test_a_mean_over_channels_is_not_equalized(capabilities: Capabilities) -> None:
+    torch.manual_seed(0)
+    items = Items(torch.randn(32, 3, 8, 8), torch.zeros(32))
+    before, after = equalized(Rows(), ["c", "head"], items, capabilities)
+    torch.testing.assert_close(run_module(after, items), run_module(before, items))
+
+
+def test_weights_that_are_zero_stay_zero() -> None:
+    torch.manual_seed(0)
+    weight, rows = torch.randn(1, 6, 20).double(), torch.randn(1, 100, 20)
+    rows = rows + rows.mean(2, keepdim=True) * 4  # correlated: errors are passed on
+    weight[torch.rand(weight.shape) < 0.7] = 0
+    found = rounded_in_turn(weight, second_moments(rows), torch.full((1, 6, 1), 0.02).double(), 127)
+    assert bool((found[weight == 0] == 0).all())
+    assert bool((found[weight != 0] != 0).any())

@@ -19,7 +19,7 @@ from flyweight.compressors.freeze import freeze
 from flyweight.compressors.parity import compare, feed, run_module, run_session
 from flyweight.compressors.quantize import calibrate, fold_norms, insert_quantizers, settle_biases
 from flyweight.kernels import Runtime, float_layers, int8_layers, make_runtime
-from flyweight.spaces import Policy, Quantize, blueprint
+from flyweight.spaces import Impossible, Policy, Quantize, blueprint
 from flyweight.spaces.tracing import arguments, trace, trace_graph
 
 
@@ -503,3 +503,38 @@ def test_what_the_policy_calls_int8_runs_in_int8_and_nothing_else(
         found = compare(run_module(graph, items), run_session(runtime.load(artifact), items))
         assert found.agreement >= 0.99, int8
         assert found.mean_steps < 0.2, int8
+
+
+class Self(nn.Module):
+    """A product of a value with itself, beside a layer that reads the value in int8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.fc, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 5, 4]
+        y = F.relu(self.first(x))
+        z = F.scaled_dot_product_attention(y, y, y) + self.fc(y)
+        return self.head(z.mean(1))
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=Impossible,
+    reason="ONNX Runtime 1.32 makes a product in integers of two values with scales per channel, "
+    "and then refuses to run it: the trial fails with its message",
+)
+def test_a_product_of_a_quantized_value_with_itself(runtime: Runtime) -> None:
+    torch.manual_seed(0)
+    model, example = Self().eval(), torch.randn(1, 5, 4)
+    graph, artifact = quantized(model, example, ["first", "fc"], runtime)
+    onnx.checker.check_model(onnx.load_from_string(artifact), full_check=True)
+    items = Items(torch.randn(100, 5, 4), torch.zeros(100))
+    found = compare(run_module(graph, items), run_session(runtime.load(artifact), items))
+    assert found.agreement >= 0.98
+
+
+def test_a_bound_for_each_element_is_not_written_as_one() -> None:
+    model = Calls(lambda x, m: torch.clamp(x, min=m.m0), parameter(4))
+    with pytest.raises(AssertionError, match=r"torch\.onnx was asked"):
+        to_onnx(model.eval(), torch.randn(1, 5, 4))

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from flyweight.compressors import (
@@ -105,3 +106,15 @@ def test_zeros_are_for_compression(prepared: Prepared) -> None:
     plain, sparse = sizes(0.0), sizes(0.9)
     assert max(sparse) < 0.6 * min(plain)
     assert sparse[0] == pytest.approx(sparse[1], rel=0.1)  # known before anything is trained
+
+
+def test_only_weights_of_layers_are_held() -> None:
+    class Placed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.place, self.fc = nn.Parameter(torch.zeros(4, 6)), nn.Linear(6, 3)
+
+    model = Placed()
+    with torch.no_grad():
+        model.fc.weight[0, 0] = 0
+    assert list(masks(model)) == [model.fc.weight]

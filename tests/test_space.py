@@ -8,8 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from flyweight.spaces import (
     BadInput,
@@ -27,6 +29,7 @@ from flyweight.spaces import (
     Settings,
     Space,
 )
+from flyweight.spaces.tracing import trace
 
 BOTH = ("fp32", "int8")
 TARGET = Capabilities({"conv": BOTH, "linear": BOTH}, width_multiple=8)
@@ -447,3 +450,25 @@ def test_a_block_is_dropped_in_some_samples(networks: Any) -> None:
     drops = {space.sample(random.Random(seed)).prune.drop for seed in range(40)}
     assert () in drops
     assert len(drops) > 2
+
+
+def test_a_block_inside_of_one_that_is_gone_is_no_choice() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.outer, self.inner, self.last = (nn.Linear(8, 8) for _ in range(4))
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Any) -> Any:
+            x = self.stem(x)
+            y = self.outer(x)
+            y = y + self.inner(y)
+            return self.head(x + self.last(y))
+
+    network = trace(Nested(), torch.rand(1, 8))
+    assert set(network.blocks) == {"outer", "inner"}
+    space = Space(network, TARGET, Settings(multiple_of=1, depth=True))
+    assert space.contains(Policy(Prune(drop=("inner",))))
+    assert space.contains(Policy(Prune(drop=("outer",))))
+    assert not space.contains(Policy(Prune(drop=("inner", "outer"))))
+    assert all(space.contains(space.sample(random.Random(seed))) for seed in range(30))

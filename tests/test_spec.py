@@ -1,10 +1,13 @@
 """search.yaml: what is accepted, and what every refusal names."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from flyweight.search.spec import Spec, load_spec
 from flyweight.spaces import BadInput
@@ -138,3 +141,19 @@ def test_secrets_are_not_written(tmp_path: Path) -> None:
         tmp_path, tracking={"uri": "https://me:hunter2@host/x"}, storage="s3://key:hunter2@bucket/x"
     )
     assert "hunter2" not in found.to_yaml()
+
+
+def test_the_starter_names_every_key(root: Path) -> None:
+    text = (root / "search" / "templates" / "search.yaml.txt").read_text()
+
+    def names(section: Any) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            if not field.exclude:
+                yield name
+            kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            for kind in kinds:
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    yield from names(kind)
+
+    missing = [n for n in names(Spec) if not re.search(rf"\b{n}:", text)]
+    assert missing == []

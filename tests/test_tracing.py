@@ -487,3 +487,34 @@ def test_looking_for_groups_prints_nothing(
 ) -> None:
     trace(*networks.make("fixed"))
     assert capfd.readouterr() == ("", "")
+
+
+class Mixing(nn.Module):
+    """An operation that mixes what it reads along the channels, between two layers."""
+
+    def __init__(self, operation: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.operation = operation
+        self.c1, self.c2, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.c2(self.operation(self.c1(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        nn.Softmin(1),
+        nn.Softmax2d(),
+        lambda x: F.normalize(x, dim=1),
+        lambda x: x.gather(1, x.argsort(1)),
+        lambda x: x.cumprod(1),
+        lambda x: torch.fft.fft(x, dim=1).real,
+        lambda x: F.avg_pool2d(x.transpose(1, 3), 3, 1, 1).transpose(1, 3),
+    ],
+    ids=["softmin", "softmax2d", "normalize", "sort", "cumprod", "fft", "pool"],
+)
+def test_channels_that_an_operation_mixes_stay(operation: Any) -> None:
+    network = trace(Mixing(operation).eval(), torch.rand(1, 3, 6, 6))
+    assert "c1" not in network.groups
+    assert "c2" in network.groups
