@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from .data import Items
 from .prune import in_order
 from .quantize import ActivationQuantizer, QuantizedLayer, apply_layer
+from .reconstruct import input_rows
 
 ROWS = 4_096  # output positions that the moments of a layer are taken from, at least
 LEAST = 16  # images that they come from
@@ -147,27 +147,17 @@ def rounded_in_turn(weight: Tensor, h: Tensor, step: Tensor, limit: int) -> Tens
 def sampled_rows(layer: Any, x: Tensor) -> Tensor | None:
     """What meets the weights at some output positions [G, rows, F]; None where it is not known."""
     if isinstance(layer, nn.Linear):
-        return _thin(x.flatten(0, -2))[None]
+        return _thin(input_rows(layer, x))
     if isinstance(layer, nn.Conv3d) or isinstance(layer.padding, str):
         return None
-    where = {n: getattr(layer, n) for n in ("kernel_size", "dilation", "padding", "stride")}
-    if isinstance(layer, nn.Conv1d):
-        x = x[:, :, None]
-        where = {n: (0 if n == "padding" else 1, *v) for n, v in where.items()}
-    positions = math.prod(x.shape[2:]) // math.prod(where["stride"])
+    positions = math.prod(x.shape[2:]) // math.prod(layer.stride)
     images = min(len(x), max(LEAST, math.ceil(ROWS / positions)))
-    x = x[torch.linspace(0, len(x) - 1, images).long()]
-    if math.prod(where["kernel_size"]) == 1 and not any(where["padding"]):
-        columns = x[:, :, :: where["stride"][0], :: where["stride"][1]].flatten(2)
-    else:
-        columns = F.unfold(x, **where)  # [N, C F, positions]
-    rows = _thin(columns.transpose(1, 2).flatten(0, 1))
-    return rows.reshape(len(rows), layer.groups, -1).transpose(0, 1)
+    return _thin(input_rows(layer, x[torch.linspace(0, len(x) - 1, images).long()]))
 
 
 def _thin(rows: Tensor) -> Tensor:
-    """At most ``ROWS`` of the rows (or four for each of their elements), evenly."""
-    most = max(ROWS, 4 * rows.shape[1])
-    if len(rows) <= most:
+    """Of ``rows`` [G, R, F] at most ``ROWS``, or four for each of their elements, evenly."""
+    most = max(ROWS, 4 * rows.shape[0] * rows.shape[2])
+    if rows.shape[1] <= most:
         return rows
-    return rows[torch.linspace(0, len(rows) - 1, most).long()]
+    return rows[:, torch.linspace(0, rows.shape[1] - 1, most).long()]

@@ -9,7 +9,7 @@ import torch_pruning as tp  # type: ignore[import-untyped]
 from torch import Tensor, fx, nn
 
 from ..spaces import Group, Impossible, Network, nearest
-from ..spaces.surgery import operate
+from ..spaces.surgery import operate_
 from ..spaces.tracing import trace_graph
 from .data import Items
 
@@ -156,7 +156,7 @@ def remove(
     """A copy of ``model`` without the channels that are not in ``kept`` and without the residual
     branches ``drop``, as the graph of its operations."""
     model = copy.deepcopy(model).eval()  # it runs once, and may write to its buffers
-    student = operate(trace_graph(model, example), network, kept, drop)
+    student = operate_(trace_graph(model, example), network, kept, drop)
     return student.eval().requires_grad_()
 
 

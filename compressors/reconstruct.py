@@ -42,7 +42,7 @@ def input_moments(model: nn.Module, network: Network, items: Items) -> dict[str,
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = _rows(module, inputs[0])  # [G, rows, F]
+            rows = input_rows(module, inputs[0])  # [G, rows, F]
             count, total, square = sums.get(name, (0, 0.0, 0.0))
             square = square + rows.mT @ rows
             sums[name] = (count + rows.shape[1], total + rows.sum(1), square)
@@ -115,7 +115,7 @@ def _solvable(module: Any) -> bool:
     return False
 
 
-def _rows(module: Any, x: Tensor) -> Tensor:
+def input_rows(module: Any, x: Tensor) -> Tensor:
     """The inputs that meet the weights, one row for each output position: [G, rows, F]."""
     if isinstance(module, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])

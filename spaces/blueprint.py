@@ -66,7 +66,7 @@ class Blueprint:
 
 def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> Blueprint:
     """Works ``policy`` out. Raises Impossible with the rule it breaks."""
-    network = _without(network, policy)
+    network = without_blocks(network, policy)
     widths = _widths(network, policy)
     precision = _precision(network, policy, capabilities)
     fused = _fuse(network, precision)
@@ -83,7 +83,9 @@ def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> B
     )
 
 
-def _without(network: Network, policy: Policy) -> Network:
+def without_blocks(network: Network, policy: Policy) -> Network:
+    """What is left without the blocks that ``policy`` drops. Raises Impossible where it names what
+    is not there, or what goes with them."""
     for name in policy.prune.drop:
         if name not in network.blocks:
             hint = nearest(name, network.blocks)

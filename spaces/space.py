@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from .blueprint import without_blocks
 from .capabilities import Capabilities
 from .errors import BadInput, Impossible, nearest
 from .network import Block, Group, Layer, Network
@@ -256,18 +257,9 @@ class Space:
         if policy.student not in self.networks:
             known = self.settings.students
             raise Impossible(f"student is one of {known}, but got {policy.student!r}")
-        full = network = self.networks[policy.student]
-        strangers = {*policy.prune.drop}
+        network, strangers = self.networks[policy.student], {*policy.prune.drop}
         if self.settings.depth:
-            strangers -= network.blocks.keys()
-        if not strangers:
-            network = network.without(policy.prune.drop)
-            # A block inside of one that is gone is no choice any more.
-            nested = {*policy.prune.drop} & {
-                layer for name in policy.prune.drop for layer in full.blocks[name].layers
-                if layer != name
-            }  # fmt: skip
-            strangers |= nested
+            network, strangers = without_blocks(network, policy), set()
         strangers |= policy.prune.width.keys() - network.groups.keys()
         strangers |= policy.quantize.precision.keys() - network.layers.keys()
         if strangers:

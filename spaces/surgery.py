@@ -1,6 +1,5 @@
 """Surgery on a traced graph: channels and residual branches go, numbers that held them follow."""
 
-import copy
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,18 +14,17 @@ from .network import Group, Network
 _SIZES = {"reshape": 1, "expand": 1, "unflatten": 2, "layer_norm": 1}
 
 
-def operate(
-    graph: fx.GraphModule,
+def operate_(
+    student: fx.GraphModule,
     network: Network,
     kept: Mapping[str, Sequence[int] | Tensor],
     drop: Iterable[str] = (),
 ) -> fx.GraphModule:
-    """A copy of ``graph`` with only the channels ``kept`` of each group and without ``drop``.
+    """Leaves ``student`` only the channels ``kept`` of each group, and not ``drop``, in place.
 
-    graph: the trace of the model that ``network`` describes. Raises ValueError where ``kept``
-    has only a part of a unit.
+    student: a trace of the model that ``network`` describes, with modules of its own. Raises
+    ValueError where ``kept`` has only a part of a unit.
     """
-    student = copy.deepcopy(graph)
     _drop(student, network, drop)
     units = {name: _units(network.groups[name], channels) for name, channels in kept.items()}
     _slice(student, network, units)

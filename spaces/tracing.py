@@ -17,7 +17,7 @@ from .grouping import Found, doubled, find_blocks, trial_widths
 from .memory import Change, changes, versions, write_once
 from .network import Group, Layer, Network, Op
 from .operations import LAYERS, SHAPE, callee, operations, shape_of
-from .surgery import operate
+from .surgery import operate_
 
 _LIBRARY = (str(Path(torch.__file__).parent), "<eval_with_key>", __file__)
 
@@ -185,7 +185,7 @@ def _agrees(
     network, widths = _network(graph, found, groups), trial_widths(groups)
     try:
         kept = {name: groups[name].first(width) for name, width in widths.items()}
-        pruned = operate(graph, network, kept)
+        pruned = operate_(copy.deepcopy(graph), network, kept)
         if found.takes_two:  # a number that held the batch for one request would show here
             with torch.no_grad():
                 pruned(*doubled(inputs))
