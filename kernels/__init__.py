@@ -2,27 +2,38 @@
 
 A runtime (``make_runtime``) says what its kernels can do on this machine, carries the fingerprint
 of the device, and loads models; ``time_sessions`` times loaded models side by side;
-``int8_layers`` and ``float_layers`` count the kernels that really run. Nothing here needs torch.
+``int8_layers`` and ``float_layers`` count the kernels that really run. A ``DeviceProfile`` holds
+what networks took on a device; from it the ``LatencyPredictor`` says what a blueprint will take.
+Nothing here needs torch.
 """
 
 from .device import saturates
 from .executed import float_layers, int8_layers, optimized_kernels
+from .measuring import MeasuringProcess
 from .onnxruntime import OnnxRuntime
+from .predictor import LatencyPredictor, predictor_for
 from .probe import measured_weight_bits
+from .profile import DeviceProfile, Timed
 from .runtime import RUNTIMES, Array, Inputs, Runtime, Session, make_runtime
+from .signature import Signature, signature
 from .timing import Timing, disturbed, time_sessions
 from .twin import SimulatedClock, SimulatedRuntime, SimulatedSession
 
 __all__ = [
     "RUNTIMES",
     "Array",
+    "DeviceProfile",
     "Inputs",
+    "LatencyPredictor",
+    "MeasuringProcess",
     "OnnxRuntime",
     "Runtime",
     "Session",
+    "Signature",
     "SimulatedClock",
     "SimulatedRuntime",
     "SimulatedSession",
+    "Timed",
     "Timing",
     "disturbed",
     "float_layers",
@@ -30,6 +41,8 @@ __all__ = [
     "make_runtime",
     "measured_weight_bits",
     "optimized_kernels",
+    "predictor_for",
     "saturates",
+    "signature",
     "time_sessions",
 ]

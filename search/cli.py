@@ -133,6 +133,66 @@ def search(spec: Path, out: Path | None, resume: bool, address: str | None, as_j
 
 @main.command()
 @click.option("--spec", required=True, type=click.Path(path_type=Path), help="The search.yaml.")
+@click.option("--runtime", help="Instead of the spec's target.runtime.")
+@click.option("--threads", type=click.IntRange(1), help="Instead of the spec's target.threads.")
+@click.option(
+    "-o", "out", type=click.Path(path_type=Path), default=Path("profile.jsonl"), show_default=True
+)
+@click.option("--networks", type=click.IntRange(1), help="Networks to time at most [default: 960].")
+@click.option(
+    "--minutes", default=15.0, show_default=True, type=click.FloatRange(min=0, min_open=True)
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@answers
+def profile(
+    spec: Path, runtime: str | None, threads: int | None, out: Path, networks: int | None,
+    minutes: float, seed: int,
+) -> None:  # fmt: skip
+    """Time networks of SPEC's space on this device, so that latencies can be predicted.
+
+    Ends when predictions are good to a few per cent, or at a limit. Begun again, it goes on with
+    the file. Let nothing else run on the device meanwhile. Name the file in the spec's
+    target.profile and a search will predict instead of timing each policy.
+    """
+    from .predict import profile as run
+
+    made = run(
+        spec, out, runtime=runtime, threads=threads, networks=networks, minutes=minutes, seed=seed,
+        say=lambda line: click.echo(line, err=True),
+    )  # fmt: skip
+    click.echo(f"Wrote {out}: {len(made.timed)} networks on device {made.fingerprint}")
+
+
+@main.command()
+@click.argument("policies", metavar="POLICY...", nargs=-1, required=True,
+                type=click.Path(path_type=Path))  # fmt: skip
+@click.option("--profile", "profile_path", required=True, type=click.Path(path_type=Path),
+              help="A device profile.")  # fmt: skip
+@click.option("--spec", required=True, type=click.Path(path_type=Path), help="The search.yaml.")
+@click.option("--allow-foreign", is_flag=True, help="Use a profile of another device.")
+@JSON
+@answers
+def predict(
+    policies: tuple[Path, ...], profile_path: Path, spec: Path, allow_foreign: bool, as_json: bool
+) -> None:
+    """Predict the latency of each POLICY (a JSON file) with its 90% interval; builds nothing.
+
+    On the profile's own device the teacher is timed first, since a device is not always as fast as
+    it was when it was profiled.
+    """
+    from .predict import predict as run
+
+    found = run(policies, profile_path, spec, allow_foreign=allow_foreign)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for path, case in zip(policies, found, strict=True):
+        low, middle, high = case["predicted_latency_ms"]
+        click.echo(f"{path}: {middle:.4f} ms ({low:.4f} to {high:.4f})")
+
+
+@main.command()
+@click.option("--spec", required=True, type=click.Path(path_type=Path), help="The search.yaml.")
 @click.option("-n", "count", required=True, type=click.IntRange(1), help="How many policies.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("-o", "out", type=click.Path(path_type=Path), help="Folder for one file each.")

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +21,12 @@ from ray import tune
 from ..compressors import RUNGS, untrained
 from ..compressors.data import Items
 from ..compressors.parity import run_session
-from ..kernels import Timing
+from ..kernels import DeviceProfile, Timed, Timing, signature
 from ..spaces import BadInput, FlyweightError, Policy
 from .controller import Budget, Controller, Price, failures
 from .limits import Limits
+from .predict import predictor_of
+from .profiling import plan_of
 from .progress import Progress
 from .proposals import Proposals
 from .ready import (
@@ -130,18 +132,21 @@ class _Search:
         self.console, self.began = console, began
         self.notes: list[str] = []
         self.resumed = bool(record.entries())
+        path = spec.target.profile
+        self.profile = None if path is None else DeviceProfile.load(Path(path))
 
     def run(self) -> Outcome:
         meter = start_meter(self.ready)
         header = self._header(ray.get(meter.alone.remote()))
         limits = self.ready.limits(header["teacher"]["latency_ms"])
+        price = self._price(meter, header["teacher"]["latency_ms"])
         if not self.resumed:
-            self._check_limits(meter, limits)
+            self._check_limits(price, limits)
         torch.set_num_threads(os.cpu_count() or 1)
         self.answers = teacher_answers(self.ready.prepared)  # before the time budget begins
         torch.set_num_threads(1)  # from here on the trials have the cores
         tracker = self._tracker(header)
-        controller = self._controller(limits, tracker, header, meter)
+        controller = self._controller(limits, tracker, header, price)
         self._trials(controller)
         ray.kill(meter)
         self._note_end(controller)
@@ -188,13 +193,36 @@ class _Search:
                 header["teacher"] = earlier[0]["teacher"]
         return header
 
-    def _check_limits(self, meter: Any, limits: Limits) -> None:
+    def _price(self, meter: Any, teacher_ms: float) -> Callable[[Policy], Price]:
+        """What says what a policy costs: a device profile where the spec names one, else the
+        measuring actor, which times the policy untrained."""
+        prepared = self.ready.prepared
+        if self.profile is None:
+
+            def timed(policy: Policy) -> Price:
+                model = untrained(prepared, policy)
+                try:
+                    return Price(ray.get(meter.provisional.remote(model)), len(model))
+                except ray.exceptions.RayError as error:
+                    raise OSError(f"the measuring actor died: {error}") from error
+
+            return timed
+        predictor = predictor_of(self.spec, prepared, self.profile, teacher_ms=teacher_ms)
+        sized = self.spec.objective.size_bytes is not None
+
+        def predicted(policy: Policy) -> Price:
+            plan = plan_of(prepared, policy)
+            low, middle, high = predictor.predict([plan])[0].tolist()
+            size = len(untrained(prepared, policy)) if sized else plan.weight_bytes
+            return Price((low, middle, high), size)
+
+        return predicted
+
+    def _check_limits(self, price: Callable[[Policy], Price], limits: Limits) -> None:
         if limits.latency_ms is None:
             return
-        latencies = {}
-        for policy in self.ready.smallest():
-            model = untrained(self.ready.prepared, policy)
-            latencies[policy.digest] = ray.get(meter.provisional.remote(model))[1]
+        smallest = self.ready.smallest()
+        latencies = {policy.digest: price(policy).latency_ms[1] for policy in smallest}
         check_reachable(self.ready, limits, latencies)
 
     def _tracker(self, header: dict[str, Any]) -> Tracker:
@@ -206,7 +234,11 @@ class _Search:
         return TrackerProcess(tracking.uri, tracking.experiment, location, header["search_id"])
 
     def _controller(
-        self, limits: Limits, tracker: Tracker, header: dict[str, Any], meter: Any
+        self,
+        limits: Limits,
+        tracker: Tracker,
+        header: dict[str, Any],
+        price: Callable[[Policy], Price],
     ) -> Controller:
         search = self.spec.search
         self.progress = Progress(
@@ -224,13 +256,6 @@ class _Search:
         first = self.ready.recipes()
         proposals = Proposals(self.ready.space, search.sampler, search.seed, first)
         budget = Budget(search.trials, search.time_budget)
-
-        def price(policy: Policy) -> Price:
-            model = untrained(self.ready.prepared, policy)
-            try:
-                return Price(ray.get(meter.provisional.remote(model)), len(model))
-            except ray.exceptions.RayError as error:
-                raise OSError(f"the measuring actor died: {error}") from error
 
         return Controller(
             proposals, price, limits, self.record, budget, listen=[listen], look_ahead=True
@@ -285,9 +310,26 @@ class _Search:
                     "time": time.time(),
                 }
             )
+        self._feed_back(controller, timings)
         counts = Counter(rung for t in controller.trials.values() for rung in t.results)
         rows = measured_front(entries, timings, tests)
         return result(header, counts, rows, teacher, time.time() - self.began, None)
+
+    def _feed_back(self, controller: Controller, timings: Mapping[str, Timing]) -> None:
+        """Adds the finalists to the device profile, which they make better where it matters."""
+        if self.profile is None or self.spec.target.profile is None:
+            return
+        session = 1 + max(t.session for t in self.profile.timed)
+        policies = {t.policy.digest: t.policy for t in controller.trials.values()}
+        try:
+            for digest, timing in timings.items():
+                if digest in policies:
+                    counts = signature(plan_of(self.ready.prepared, policies[digest]))
+                    teacher_ms = timings["teacher"].median_ms
+                    timed = Timed(counts, timing.median_ms, teacher_ms, session, digest)
+                    self.profile.append(Path(self.spec.target.profile), timed)
+        except OSError as error:
+            self.notes.append(f"the finalists were not added to the device profile: {error}")
 
     def _append(self, entry: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # a full disk was told already; result.json will tell

@@ -65,8 +65,7 @@ class Ready:
 
     def request(self) -> dict[str, np.ndarray[Any, Any]]:
         """One request of the target's batch size under the artifact's input names."""
-        one = feed(self.prepared.example)
-        return {k: np.repeat(v, self.spec.target.batch_size, axis=0) for k, v in one.items()}
+        return request_of(self.spec, self.prepared)
 
     def smallest(self) -> list[Policy]:
         """The policies that can be expected to be fastest: least width in each precision."""
@@ -74,6 +73,12 @@ class Ready:
         students = self.space.settings.students
         found = [self.space.uniform(0.0, p, student) for student in students for p in precisions]
         return list(dict.fromkeys(found))
+
+
+def request_of(spec: Spec, prepared: Prepared) -> dict[str, np.ndarray[Any, Any]]:
+    """One request of the target's batch size under the artifact's input names."""
+    one = feed(prepared.example)
+    return {k: np.repeat(v, spec.target.batch_size, axis=0) for k, v in one.items()}
 
 
 def ready(spec: Spec, run_dir: Path | None = None) -> Ready:

@@ -4,6 +4,7 @@ What compressors build and what kernels price, decided once, here: every width, 
 every value that is quantized, and which values share a scale.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +42,27 @@ class Kernel:
     stride: tuple[int, ...] = ()
     groups: int = 1
 
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Channels that a layer reads and makes."""
+        axis = -1 if self.kind == "linear" else 1
+        return self.in_shapes[0][axis], self.out_shape[axis]
+
+    @property
+    def weights(self) -> int:
+        """Weights of a layer, its bias aside; 0 for any other operation."""
+        if self.kind not in ("conv", "linear"):
+            return 0
+        read, made = self.channels
+        return math.prod(self.kernel) * read // self.groups * made
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one request; 0 for what is no layer."""
+        if self.kind not in ("conv", "linear"):
+            return 0
+        return self.weights * math.prod(self.out_shape[1:]) // self.channels[1]
+
 
 @dataclass(frozen=True)
 class Blueprint:
@@ -61,7 +83,12 @@ class Blueprint:
     @cached_property
     def macs(self) -> int:
         """Multiply-accumulates of one request."""
-        return sum(_macs(kernel) for kernel in self.kernels)
+        return sum(kernel.macs for kernel in self.kernels)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights of all layers: about what the artifact's file takes."""
+        return sum(k.weights * (1 if k.precision == "int8" else 4) for k in self.kernels)
 
 
 def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> Blueprint:
@@ -298,17 +325,3 @@ def _kernel(
         stride=layer.stride if layer else (),
         groups=groups,
     )
-
-
-def _macs(kernel: Kernel) -> int:
-    if kernel.kind == "conv":
-        size = 1
-        for n in (*kernel.kernel, *kernel.out_shape[1:]):
-            size *= n
-        return size * kernel.in_shapes[0][1] // kernel.groups
-    if kernel.kind == "linear":
-        size = kernel.in_shapes[0][-1]
-        for n in kernel.out_shape[1:]:
-            size *= n
-        return size
-    return 0

@@ -1,0 +1,79 @@
+"""Timing in a process of its own, which a model may kill without harm."""
+
+import multiprocessing
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, Self
+
+from ..spaces.errors import FlyweightError, Impossible
+from .runtime import Inputs, Session, make_runtime
+from .timing import TEACHER, Timing, time_sessions
+
+ROUNDS, REPEATS, VISIT_MS = 7, 20, 20.0
+
+
+class MeasuringProcess:
+    """Times models beside a sentinel on one target. A context manager; each is a new session of
+    the runtime, with memory of its own."""
+
+    def __init__(self, runtime: str, threads: int, sentinel: bytes, inputs: Inputs) -> None:
+        self._start = runtime, threads, sentinel, dict(inputs)
+
+    def __enter__(self) -> Self:
+        spawn = multiprocessing.get_context("spawn")  # a fork would inherit the parent's threads
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(theirs, *self._start), daemon=True)
+        self._process.start()
+        theirs.close()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._pipe.close()
+        self._process.join(5)
+        self._process.kill()
+
+    def time(self, models: Mapping[str, bytes]) -> dict[str, Timing | None]:
+        """Timings of ``models`` and of the sentinel (``TEACHER``), interleaved; None for a model
+        that the runtime cannot run or dies of. Raises FlyweightError if it dies of the sentinel."""
+        found = self._ask(models)
+        if found is not None:
+            return found
+        found = self._ask({})
+        if found is None:
+            raise FlyweightError("the runtime dies of the teacher's model on this device")
+        for name, model in models.items():
+            found[name] = (self._ask({name: model}) or {name: None})[name]
+        return found
+
+    def _ask(self, models: Mapping[str, bytes]) -> dict[str, Timing | None] | None:
+        """None if the process died of it; a new one is there then."""
+        try:
+            self._pipe.send(dict(models))
+            answer: dict[str, Timing | None] = self._pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self.__exit__(None)
+            self.__enter__()
+            return None
+        return answer
+
+
+def _serve(pipe: Connection, runtime: str, threads: int, sentinel: bytes, inputs: Any) -> None:
+    target = make_runtime(runtime, threads)
+    teacher = target.load(sentinel)
+    while True:
+        try:
+            models = pipe.recv()
+        except (EOFError, KeyboardInterrupt):
+            return
+        sessions: dict[str, Session] = {TEACHER: teacher}
+        failed: dict[str, None] = {}
+        for name, model in models.items():
+            try:
+                session = target.load(model)
+                session.run(inputs)
+                sessions[name] = session
+            except Impossible:
+                failed[name] = None
+        timings = time_sessions(sessions, inputs, rounds=ROUNDS, repeats=REPEATS, visit_ms=VISIT_MS)
+        pipe.send({**timings, **failed})

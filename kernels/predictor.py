@@ -1,0 +1,108 @@
+"""The latency predictor: blueprint to milliseconds with an interval, from a device profile."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from statistics import median
+
+import numpy as np
+
+from ..spaces.blueprint import Blueprint
+from ..spaces.errors import BadInput
+from .additive import AdditiveProcess, Array, Counts
+from .profile import DeviceProfile
+from .signature import Signature, signature
+
+LEVEL = 0.9
+LEAST = 20  # networks without which nothing can be said
+FOREIGN = 3.0  # how much wider intervals are for a device that was not measured
+
+
+class LatencyPredictor:
+    """Predicts for the device of ``profile``; ``widen`` multiplies every interval.
+
+    A machine is now faster, now slower, and the teacher with it; so networks are learned in units
+    of the teacher beside them, and ``teacher_ms`` says what it takes now. Without it, it takes what
+    it took in the profile.
+
+    Intervals are conformal (Vovk et al. 2005): as many standard deviations wide as were needed to
+    hold 90% of the networks of each session of the profile, predicted from the other sessions. So
+    what differs from one process to the next (memory, neighbours) is in them. They widen by
+    themselves where the profile knows little.
+
+    Raises BadInput for a profile of too few networks.
+    """
+
+    def __init__(
+        self, profile: DeviceProfile, teacher_ms: float | None = None, widen: float = 1.0
+    ) -> None:
+        self._timed = [t for t in profile.timed if t.ms is not None]
+        if len(self._timed) < LEAST:
+            raise BadInput(
+                f"a device profile needs at least {LEAST} timed networks, but this one has "
+                f"{len(self._timed)}; let `flyweight profile` go on with it"
+            )
+        self._unavailable = profile.unavailable()
+        self._widen = widen
+        self._sessions = {
+            session: median(t.teacher_ms for t in self._timed if t.session == session)
+            for session in sorted({t.session for t in self._timed})
+        }
+        self.teacher_ms = teacher_ms or median(self._sessions.values())
+        # Latencies as they would be if the teacher always took ``teacher_ms``.
+        ms = [t.ms * self.teacher_ms / self._sessions[t.session] for t in self._timed if t.ms]
+        self._process = AdditiveProcess([t.counts for t in self._timed], ms)
+
+    @cached_property
+    def _deviations(self) -> float:
+        """Standard deviations from the middle of an interval to its ends."""
+        groups: Sequence[int] = [t.session for t in self._timed]
+        if len(self._sessions) == 1:
+            groups = range(len(groups))
+        mean, deviation = self._process.left_out(groups)
+        scores = np.sort(np.abs(self._process.ms - mean) / deviation)
+        rank = min(len(scores), math.ceil(LEVEL * (len(scores) + 1)))
+        return float(scores[rank - 1]) * self._widen
+
+    def predict(self, plans: Sequence[Blueprint]) -> Array:
+        """[plans, 3]: lower end, middle and upper end of the latency in ms. Infinite for a plan
+        with work that the runtime is known to die of."""
+        return self.predict_work([signature(plan) for plan in plans])
+
+    def predict_work(self, sums: Sequence[Counts]) -> Array:
+        """The same for the signatures of plans."""
+        if not sums:
+            return np.zeros((0, 3))
+        mean, deviation = self._process.predict(sums)
+        half = self._deviations * deviation
+        out = np.stack([np.maximum(mean - half, 0), mean, mean + half], 1)
+        if self._unavailable:
+            out[[not self._unavailable.isdisjoint(counts) for counts in sums]] = np.inf
+        return out
+
+    def pieces(self, plan: Blueprint) -> dict[Signature, float]:
+        """What each piece of work of ``plan`` takes, all its occurrences together, in ms. Their sum
+        is the latency predicted."""
+        counts = signature(plan)
+        mean, _ = self._process.predict([{s: n} for s, n in counts.items()])
+        return dict(zip(counts, mean.tolist(), strict=True))
+
+
+def predictor_for(
+    profile: DeviceProfile,
+    fingerprint: str,
+    teacher_ms: float | None = None,
+    allow_foreign: bool = False,
+) -> LatencyPredictor:
+    """The predictor for a device. Raises BadInput if ``profile`` is of another one, unless that is
+    allowed: then with wider intervals."""
+    if profile.fingerprint == fingerprint:
+        return LatencyPredictor(profile, teacher_ms)
+    if not allow_foreign:
+        known = ", ".join(f"{k}={v}" for k, v in profile.device.items())
+        raise BadInput(
+            f"the profile is of device {profile.fingerprint} ({known}), but the target is "
+            f"{fingerprint}; make one on the target with `flyweight profile`, or use this one with "
+            "--allow-foreign and wider intervals"
+        )
+    return LatencyPredictor(profile, teacher_ms, FOREIGN)

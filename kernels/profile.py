@@ -1,0 +1,124 @@
+"""A device profile: what networks took on a device, in a file that can be carried.
+
+JSON lines. The first says what device it was; each further one is a network that was timed, by the
+signatures of its work, so that nothing but this file is needed to predict. Appended as they are
+measured: a profile that was interrupted is a profile of fewer networks.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from ..spaces.errors import BadInput
+from .signature import Signature
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One network on the device.
+
+    counts: its work. ms: its latency, None where the runtime died of it. teacher_ms: that of the
+    teacher beside it. session: number of the process that it was timed in. policy: its digest.
+    """
+
+    counts: Mapping[Signature, int]
+    ms: float | None
+    teacher_ms: float
+    session: int
+    policy: str = ""
+
+
+@dataclass
+class DeviceProfile:
+    """device, fingerprint: as the runtime tells them. request: shape of each input, by name."""
+
+    device: Mapping[str, str]
+    fingerprint: str
+    request: Mapping[str, tuple[int, ...]]
+    timed: list[Timed] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The profile in ``path``. A last line that was not written whole is left out.
+
+        Raises BadInput with the line that is no profile's.
+        """
+        try:
+            lines = path.read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"no device profile at {path}: {error}") from error
+        entries = []
+        for number, line in enumerate(lines, 1):
+            try:
+                entries.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number == len(lines) and number > 1:
+                    break
+                raise BadInput(f"{path}, line {number}: not JSON: {error}") from error
+        if not entries or not isinstance(entries[0], dict) or "fingerprint" not in entries[0]:
+            raise BadInput(f"{path} is no device profile; `flyweight profile` makes one")
+        head = entries[0]
+        if head.get("version") != VERSION:
+            raise BadInput(
+                f"{path} is a device profile of version {head.get('version')!r}, but {VERSION} is "
+                "needed; make it again with `flyweight profile`"
+            )
+        found = cls(head["device"], head["fingerprint"],
+                    {k: tuple(v) for k, v in head["request"].items()})  # fmt: skip
+        for number, entry in enumerate(entries[1:], 2):
+            try:
+                found.timed.append(_timed(entry))
+            except (KeyError, TypeError, ValueError) as error:
+                raise BadInput(f"{path}, line {number}: no timed network: {error!r}") from error
+        return found
+
+    def create(self, path: Path) -> None:
+        """Writes the profile anew. Raises OSError."""
+        head = {
+            "version": VERSION, "fingerprint": self.fingerprint, "device": dict(self.device),
+            "request": {k: list(v) for k, v in self.request.items()},
+        }  # fmt: skip
+        lines = [json.dumps(head), *(json.dumps(_plain(t)) for t in self.timed)]
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in lines))
+        os.replace(partial, path)
+
+    def append(self, path: Path, timed: Timed) -> None:
+        """Adds a network here and at the end of ``path``. Raises OSError."""
+        self.timed.append(timed)
+        with path.open("a") as file:
+            file.write(json.dumps(_plain(timed)) + "\n")
+
+    def unavailable(self) -> frozenset[Signature]:
+        """Work that the runtime dies of: in networks that it died of, and in no other."""
+        died = [set(t.counts) for t in self.timed if t.ms is None]
+        lived = {s for t in self.timed if t.ms is not None for s in t.counts}
+        return frozenset(s for counts in died for s in counts - lived)
+
+
+def _plain(timed: Timed) -> dict[str, Any]:
+    work = [
+        [s.kind, s.form, s.place, list(s.sizes), s.nominal_ms, n] for s, n in timed.counts.items()
+    ]
+    return {
+        "ms": timed.ms, "teacher_ms": timed.teacher_ms, "session": timed.session,
+        "policy": timed.policy, "work": work,
+    }  # fmt: skip
+
+
+def _timed(entry: Mapping[str, Any]) -> Timed:
+    ms, teacher_ms = entry["ms"], entry["teacher_ms"]
+    for value in (teacher_ms,) if ms is None else (ms, teacher_ms):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"ms > 0 must hold, but got {value!r}")
+    counts = {
+        Signature(str(kind), str(form), str(place), tuple(sizes), float(nominal)): int(n)
+        for kind, form, place, sizes, nominal, n in entry["work"]
+    }
+    return Timed(counts, ms, teacher_ms, int(entry["session"]), str(entry.get("policy", "")))

@@ -1,0 +1,113 @@
+"""Kernel signatures: what a blueprint's latency is the sum of, without building the model.
+
+A signature says all that the time of one piece of work may depend on: the work of a kernel (kind,
+precision, window, fused activation, channels, positions), and the handing over of a value from the
+kernel that makes it to those that read it, where a runtime quantizes, dequantizes and reorders.
+Two pieces with the same signature take the same time.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ..spaces.blueprint import Blueprint, Kernel
+
+# A nominal device, one core of it: where nothing is measured yet, times are in proportion to what
+# they would be there (the roofline of Williams et al. 2009, summed instead of the larger of both).
+NOMINAL_MACS = {"fp32": 60e6, "int8": 150e6}  # multiply-accumulates in a millisecond
+NOMINAL_BYTES = 20e6  # in a millisecond
+NOMINAL_CALL_MS = 0.0007  # of one kernel, however small
+NOMINAL_SESSION_MS = 0.005
+_BYTES = {"fp32": 4, "int8": 1}
+_PRODUCTS = ("matmul", "bmm", "baddbmm", "scaled_dot_product_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """One piece of work.
+
+    kind: what is compared first ("conv int8", "handover"). form: what must be equal for two to be
+    close ("3x3/2 relu"). place: what stands around it. sizes: channels read, channels made and
+    positions (output elements of a channel) or, where there are no channels, elements. nominal_ms:
+    its time on the nominal device.
+    """
+
+    kind: str
+    form: str
+    place: str
+    sizes: tuple[int, ...]
+    nominal_ms: float
+
+
+SESSION = Signature("session", "", "", (), NOMINAL_SESSION_MS)
+
+
+def signature(plan: Blueprint) -> Counter[Signature]:
+    """Every piece of work of one request, with how often it occurs."""
+    readers: dict[str, list[Kernel]] = {}
+    makers = {kernel.output: kernel for kernel in plan.kernels}
+    for kernel in plan.kernels:
+        for value in kernel.inputs:
+            readers.setdefault(value, []).append(kernel)
+    found = Counter([SESSION])
+    for kernel in plan.kernels:
+        read_by = readers.get(kernel.output, [])
+        quantized = kernel.output in plan.quantized
+        after = _names(read_by) + (" q" if quantized else "")
+        before = _names(makers[v] for v in kernel.inputs if v in makers)
+        found[_work(kernel, f"{before} > {after}")] += 1
+        found[_handover(kernel, after)] += 1
+    return found
+
+
+def nominal_ms(counts: Mapping[Signature, int]) -> float:
+    """What all of it takes on the nominal device."""
+    return sum(n * s.nominal_ms for s, n in counts.items())
+
+
+def _names(kernels: Iterable[Kernel]) -> str:
+    """Who makes or reads a value, as far as its layout depends on them."""
+    return " ".join(sorted(f"{_plain(k)}:{k.precision}" for k in kernels))
+
+
+def _plain(kernel: Kernel) -> str:
+    if kernel.kind == "conv" and kernel.groups > 1:
+        return "depthwise" if kernel.groups == kernel.out_shape[1] else "grouped"
+    return kernel.detail if kernel.kind == "other" else kernel.kind
+
+
+def _work(kernel: Kernel, place: str) -> Signature:
+    made = math.prod(kernel.out_shape[1:])
+    elements = made + sum(math.prod(shape[1:]) for shape in kernel.in_shapes)
+    macs = kernel.macs
+    sizes: tuple[int, ...] = (made,)
+    if kernel.weights:
+        sizes = (*kernel.channels, made // kernel.channels[1])
+    elif kernel.detail in _PRODUCTS and len(kernel.in_shapes) > 1:
+        inner = kernel.in_shapes[0][-1]
+        macs, sizes = made * inner, (inner, made)
+    window = "x".join(map(str, kernel.kernel))
+    stride = "x".join(map(str, kernel.stride))
+    grouped = f"g{kernel.groups}" if _plain(kernel) == "grouped" else ""
+    return Signature(
+        kind=f"{_plain(kernel)} {kernel.precision}",
+        form=" ".join(part for part in (window, stride, kernel.act, grouped) if part),
+        place=place,
+        sizes=sizes,
+        nominal_ms=NOMINAL_CALL_MS
+        + macs / NOMINAL_MACS[kernel.precision]
+        + _BYTES[kernel.precision] * (elements + kernel.weights) / NOMINAL_BYTES,
+    )
+
+
+def _handover(maker: Kernel, after: str) -> Signature:
+    """What happens to a value between its maker and its readers: quantized, reordered, nothing."""
+    made = math.prod(maker.out_shape[1:])
+    return Signature(
+        kind="handover",
+        form=f"{_plain(maker)}:{maker.precision} > {after}",
+        place="",
+        sizes=(made,),
+        nominal_ms=NOMINAL_CALL_MS + 4 * made / NOMINAL_BYTES / 2,
+    )

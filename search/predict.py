@@ -1,0 +1,83 @@
+"""Device profiles and predictions by hand: ``flyweight profile`` and ``flyweight predict``."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compressors import Prepared, untrained
+from ..kernels import DeviceProfile, LatencyPredictor, predictor_for
+from ..spaces import BadInput, Policy
+from .meter import Meter
+from .profiling import NETWORKS, make_profile, plan_of
+from .ready import prepare_task, ready, request_of
+from .spec import Spec, load_spec
+from .store import read_policy
+
+
+def profile(
+    spec_path: Path,
+    out: Path,
+    *,
+    runtime: str | None = None,
+    threads: int | None = None,
+    networks: int | None = None,
+    minutes: float = 15.0,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> DeviceProfile:
+    """Makes the device profile ``out`` for the space of a spec, or goes on with it."""
+    spec = load_spec(spec_path)
+    asked = {"runtime": runtime, "threads": threads}
+    changes = {key: value for key, value in asked.items() if value is not None}
+    spec = spec.model_copy(update={"target": spec.target.model_copy(update=changes)})
+    torch.set_num_threads(1)  # what builds the networks must not spin while they are timed
+    found = ready(spec)
+    try:
+        return make_profile(
+            found, out, networks=networks or NETWORKS, seconds=60 * minutes, seed=seed, say=say
+        )
+    except KeyboardInterrupt:
+        say(f"interrupted: {out} holds what was timed; the same command goes on")
+        raise
+
+
+def predict(
+    paths: Sequence[Path], profile_path: Path, spec_path: Path, *, allow_foreign: bool = False
+) -> list[dict[str, Any]]:
+    """The predicted latency of each policy, in order. Raises BadInput, Impossible."""
+    policies = [read_policy(path) for path in paths]
+    spec = load_spec(spec_path)
+    found = DeviceProfile.load(profile_path)
+    prepared = prepare_task(spec)
+    predictor = predictor_of(spec, prepared, found, allow_foreign=allow_foreign)
+    plans = [plan_of(prepared, policy) for policy in policies]
+    return [
+        {"digest": policy.digest, "predicted_latency_ms": ends}
+        for policy, ends in zip(policies, predictor.predict(plans).tolist(), strict=True)
+    ]
+
+
+def predictor_of(
+    spec: Spec,
+    prepared: Prepared,
+    found: DeviceProfile,
+    *,
+    teacher_ms: float | None = None,
+    allow_foreign: bool = False,
+) -> LatencyPredictor:
+    """The predictor for the target of ``spec``. teacher_ms: what the teacher takes there now; it
+    is timed here where that is not given and this is the device."""
+    fingerprint = prepared.runtime.fingerprint
+    shapes = {name: value.shape for name, value in request_of(spec, prepared).items()}
+    if dict(found.request) != shapes:
+        raise BadInput(
+            f"the profile is of requests of {dict(found.request)}, but this target's are {shapes}; "
+            "make one with `flyweight profile`"
+        )
+    if teacher_ms is None and found.fingerprint == fingerprint:
+        model = untrained(prepared, Policy())
+        request = request_of(spec, prepared)
+        teacher_ms = Meter(spec.target.runtime, spec.target.threads, model, request).alone()
+    return predictor_for(found, fingerprint, teacher_ms, allow_foreign)
