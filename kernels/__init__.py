@@ -9,13 +9,14 @@ from .device import saturates
 from .executed import float_layers, int8_layers, optimized_kernels
 from .onnxruntime import OnnxRuntime
 from .probe import measured_weight_bits
-from .runtime import RUNTIMES, Array, Inputs, Runtime, Session, make_runtime
+from .runtime import RUNTIMES, Array, Executed, Inputs, Runtime, Session, make_runtime
 from .timing import Timing, disturbed, time_sessions
 from .twin import SimulatedClock, SimulatedRuntime, SimulatedSession
 
 __all__ = [
     "RUNTIMES",
     "Array",
+    "Executed",
     "Inputs",
     "OnnxRuntime",
     "Runtime",
