@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 import onnx
 
-LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
 _KEEPS_CONSTANT = {"DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity"}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import openvino as ov
+import openvino as ov  # type: ignore[import-untyped]
 
 from ..spaces.capabilities import Capabilities
 from ..spaces.errors import Impossible
@@ -210,7 +210,7 @@ def _layers(node: Any, facts: dict[str, str], products: set[str]) -> tuple[str, 
         int8 = sum(i and c for i, c in zip(integers, constant, strict=True))
         count = len(products.intersection(facts["originalLayersNames"].split(",")))
         return ("int8",) * int8 + ("fp32",) * (count - int8)
-    if kind not in ("Convolution", "Deconvolution", "FullyConnected", "MatMul") or not constant[1]:
+    if kind not in ("Convolution", "FullyConnected", "MatMul") or not constant[1]:
         return ()
     return ("int8",) if all(integers[:2]) else ("fp32",)
 

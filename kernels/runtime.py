@@ -64,7 +64,8 @@ class Runtime(Protocol):
         """The ONNX file, or its content. Raises Impossible with the reason if it does not load."""
 
     def executed(self, model: bytes, /) -> list[Executed]:
-        """The kernels that run for ``model`` at batch 1, in order. Raises Impossible as ``load``."""
+        """The kernels that run for ``model`` at batch 1, in order. Raises Impossible if it does not
+        load."""
 
 
 def _onnxruntime(provider: str) -> Callable[[int], Runtime]:

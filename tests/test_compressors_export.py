@@ -131,9 +131,11 @@ def test_int8_in_the_runtime_equals_the_student(
     assert found.agreement >= 0.995
     assert found.mean_steps < 0.2
     if name != "grouped":
-        uses = networks.traced(name).uses.values()
-        assert int8_layers(artifact, runtime) == sum(len(own) for own in uses)
-        assert float_layers(artifact, runtime) == 0
+        count = sum(len(own) for own in networks.traced(name).uses.values())
+        # one layer used thrice, each time with a norm: OpenVINO makes a float convolution of both
+        lost = 3 if (runtime.name, name) == ("openvino", "recurrent") else 0
+        assert int8_layers(artifact, runtime) == count - lost
+        assert float_layers(artifact, runtime) == lost
 
 
 @pytest.mark.parametrize("name", ["plain", "mlp", "separable", "concat", "preactivation"])
@@ -277,7 +279,7 @@ def test_a_module_that_no_exporter_takes_is_impossible() -> None:
 
 @pytest.mark.parametrize(
     ("layer", "value", "int8"),
-    [("c2", "relu_1", True), ("l1", "relu_2", True), ("c2", "c2", False)],
+    [("c1", "relu", True), ("l1", "relu_2", True), ("c2", "c2", False)],
 )
 def test_an_artifact_that_departs_is_refused_and_the_place_named(
     networks: ModuleType, runtime: Runtime, layer: str, value: str, int8: bool

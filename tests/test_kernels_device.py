@@ -102,8 +102,7 @@ def test_probe_and_flags_agree_on_this_machine(name):
 @pytest.mark.skipif(platform.machine() not in X86_64, reason="these kernels are of x86")
 def test_openvino_bears_seven_bits_without_vnni():
     code = (
-        "from flyweight.kernels import *; "
-        "print(measured_weight_bits(make_runtime('openvino', 1)))"
+        "from flyweight.kernels import *; print(measured_weight_bits(make_runtime('openvino', 1)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},

@@ -189,7 +189,7 @@ class TestOpenVino(RuntimeContract):
     def test_errors_reach_the_caller_and_not_the_terminal(self, capfd):
         with pytest.raises(Impossible, match="read the model"):
             self.make().load(b"not a model")
-        with pytest.raises(Impossible, match="reshape|shape"):
+        with pytest.raises(Impossible, match="shape"):
             self.make().load(linear()).run({"input": np.ones((1, 4), np.float32)})
         assert capfd.readouterr() == ("", "")
 
