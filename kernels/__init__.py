@@ -14,7 +14,7 @@ from .onnxruntime import OnnxRuntime
 from .predictor import LatencyPredictor, predictor_for
 from .probe import measured_weight_bits
 from .profile import DeviceProfile, Timed
-from .runtime import RUNTIMES, Array, Inputs, Runtime, Session, make_runtime
+from .runtime import RUNTIMES, Array, Executed, Inputs, Runtime, Session, make_runtime
 from .signature import Signature, signature
 from .timing import Timing, disturbed, time_sessions
 from .twin import SimulatedClock, SimulatedRuntime, SimulatedSession
@@ -23,6 +23,7 @@ __all__ = [
     "RUNTIMES",
     "Array",
     "DeviceProfile",
+    "Executed",
     "Inputs",
     "LatencyPredictor",
     "MeasuringProcess",

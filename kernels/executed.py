@@ -1,4 +1,4 @@
-"""Which kernels ONNX Runtime really runs: read from the graph that it made, never from the file."""
+"""Which kernels a runtime really runs: read from what it made of the model, never from the file."""
 
 import tempfile
 from collections import Counter
@@ -8,7 +8,9 @@ import onnx
 import onnxruntime as ort  # type: ignore[import-untyped]
 
 from ..spaces.errors import Impossible
-from .onnxruntime import CPU, session_options
+from .layers import layers
+from .onnxruntime import CPU, OnnxRuntime, session_options
+from .runtime import Executed, Runtime
 
 INT8_KERNELS = {
     "QLinearConv",
@@ -20,7 +22,30 @@ INT8_KERNELS = {
     "DynamicQuantizeMatMul",
 }
 FLOAT_KERNELS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
-_KEEPS_CONSTANT = {"DequantizeLinear", "Transpose", "Reshape", "Cast", "Identity"}
+
+
+def optimized_kernels(model: bytes, runtime: Runtime | None = None) -> Counter[str]:
+    """How often each kernel runs, by the name that ``runtime`` (ONNX Runtime if None) gives it."""
+    return Counter(kernel.name for kernel in _executed(model, runtime))
+
+
+def int8_layers(model: bytes, runtime: Runtime | None = None) -> int:
+    """Convolutions and linears of ``model`` that run as int8 kernels in ``runtime`` (None: ONNX
+    Runtime)."""
+    return sum(kernel.layers.count("int8") for kernel in _executed(model, runtime))
+
+
+def float_layers(model: bytes, runtime: Runtime | None = None) -> int:
+    """Convolutions and linears of ``model`` that run in float in ``runtime`` (None: ONNX
+    Runtime)."""
+    return sum(kernel.layers.count("fp32") for kernel in _executed(model, runtime))
+
+
+def _executed(model: bytes, runtime: Runtime | None) -> list[Executed]:
+    return (runtime or OnnxRuntime(threads=1)).executed(model)
+
+
+# -- ONNX Runtime --------------------------------------------------------------------------------
 
 
 def optimized_graph(model: bytes, threads: int = 1) -> onnx.GraphProto:
@@ -36,28 +61,17 @@ def optimized_graph(model: bytes, threads: int = 1) -> onnx.GraphProto:
         return onnx.load(path).graph
 
 
-def optimized_kernels(model: bytes, threads: int = 1) -> Counter[str]:
-    """How often each kernel runs, by operation; the domain (blocked layout or not) is ignored."""
-    return Counter(node.op_type for node in optimized_graph(model, threads).node)
+def onnxruntime_kernels(model: bytes, threads: int = 1) -> list[Executed]:
+    """The kernels of the CPU provider by operation; the domain (blocked layout or not) is ignored.
 
-
-def int8_layers(model: bytes, threads: int = 1) -> int:
-    """Convolutions and linears of ``model`` that run as int8 kernels."""
-    kernels = optimized_kernels(model, threads)
-    return sum(kernels[op] for op in INT8_KERNELS)
-
-
-def float_layers(model: bytes, threads: int = 1) -> int:
-    """Convolutions and linears of ``model`` that run in float.
-
-    Their second input is a weight: an initializer, dequantized or rearranged or not. A MatMul of
-    two activations, as in attention, is no layer.
+    Raises Impossible if the model does not load.
     """
     graph = optimized_graph(model, threads)
-    constants = {weight.name for weight in graph.initializer}
-    for node in graph.node:  # in order of execution: producers first
-        constant = node.op_type == "Constant"
-        if constant or (node.op_type in _KEEPS_CONSTANT and node.input[0] in constants):
-            constants.update(node.output)
-    layers = (n for n in graph.node if n.op_type in FLOAT_KERNELS)
-    return sum(len(n.input) > 1 and n.input[1] in constants for n in layers)
+    float_names = {node.output[0] for node in layers(graph, FLOAT_KERNELS)}
+
+    def precision(node: onnx.NodeProto) -> tuple[str, ...]:
+        if node.op_type in INT8_KERNELS:
+            return ("int8",)
+        return ("fp32",) if node.output[0] in float_names else ()
+
+    return [Executed(node.op_type, precision(node)) for node in graph.node]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,18 @@ from ..spaces.errors import BadInput, nearest
 
 Array = NDArray[Any]
 Inputs = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Executed:
+    """One kernel that a runtime runs.
+
+    name: the runtime's own. layers: the precision of each convolution or linear layer that it
+        computes; a runtime may put several into one kernel, and most kernels hold none.
+    """
+
+    name: str
+    layers: tuple[str, ...] = ()
 
 
 class Session(Protocol):
@@ -50,6 +63,10 @@ class Runtime(Protocol):
     def load(self, model: bytes | Path, /) -> Session:
         """The ONNX file, or its content. Raises Impossible with the reason if it does not load."""
 
+    def executed(self, model: bytes, /) -> list[Executed]:
+        """The kernels that run for ``model`` at batch 1, in order. Raises Impossible if it does not
+        load."""
+
 
 def _onnxruntime(provider: str) -> Callable[[int], Runtime]:
     def make(threads: int) -> Runtime:
@@ -60,10 +77,22 @@ def _onnxruntime(provider: str) -> Callable[[int], Runtime]:
     return make
 
 
+def _openvino(threads: int) -> Runtime:
+    try:
+        from .openvino import OpenVinoRuntime
+    except ImportError as error:
+        raise BadInput(
+            "target.runtime: 'openvino' needs a package that is not here; pip install "
+            f"'flyweight[openvino]' ({error})"
+        ) from error
+    return OpenVinoRuntime(threads)
+
+
 RUNTIMES: dict[str, Callable[[int], Runtime]] = {
     "onnxruntime": _onnxruntime("CPUExecutionProvider"),
     "onnxruntime-cuda": _onnxruntime("CUDAExecutionProvider"),
     "onnxruntime-tensorrt": _onnxruntime("TensorrtExecutionProvider"),
+    "openvino": _openvino,
 }
 
 

@@ -175,7 +175,7 @@ class _Search:
             **facts_of(spec, runtime.fingerprint),
             "objective": spec.objective.model_dump(),
             "teacher": teacher,
-            "versions": versions(),
+            "versions": versions(spec.target.runtime),
             "data_digest": data_digest(self.ready.prepared),
             "groups": {name: group.width for name, group in network.groups.items()},
             "layers": len(network.layers),

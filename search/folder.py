@@ -1,16 +1,17 @@
 """An artifact as a folder for a device that has a runtime and nothing of flyweight."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from ..kernels.onnxruntime import CHAINS, NAMES
+from ..kernels.onnxruntime import CHAINS, CPU, NAMES
 from ..spaces import FlyweightError
 from .choose import Artifact
 from .store import write_json, write_whole
 
-EXAMPLE = '''"""Runs model.onnx with bare onnxruntime: python example.py [BATCH]"""
+ONNXRUNTIME = '''"""Runs model.onnx with bare onnxruntime: python example.py [BATCH]"""
 
 import json
 import sys
@@ -36,10 +37,46 @@ inputs = {
 print(output.shape, output.dtype, output[0])
 '''
 
+OPENVINO = '''"""Runs model.onnx with bare OpenVINO: python example.py [BATCH]"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+
+here = Path(__file__).parent
+io = json.loads((here / "io.json").read_text())
+batch = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+
+# Zeros in place of real inputs; an axis that is null in io.json is the batch.
+inputs = {
+    i["name"]: np.zeros([batch if size is None else size for size in i["shape"]], i["dtype"])
+    for i in io["inputs"]
+}
+core = ov.Core()
+model = core.read_model(here / "model.onnx")
+model.reshape({name: array.shape for name, array in inputs.items()})  # a fixed batch is faster
+compiled = core.compile_model(model, "CPU", io["settings"])
+output = compiled(inputs)["output"]
+print(output.shape, output.dtype, output[0])
+'''
+
 
 def providers(runtime: str) -> list[str]:
-    """ONNX Runtime's execution providers for the runtime called ``runtime``."""
-    return next(list(CHAINS[p]) for p, name in NAMES.items() if name == runtime)
+    """ONNX Runtime's execution providers for the runtime called ``runtime``; the CPU's for one that
+    is not ONNX Runtime's."""
+    return next((list(CHAINS[p]) for p, name in NAMES.items() if name == runtime), [CPU])
+
+
+def _settings(target: Mapping[str, Any]) -> dict[str, Any]:
+    """What example.py sets so that the model runs as it was measured."""
+    if target["runtime"] == "openvino":
+        from ..kernels.openvino import settings  # an optional package
+
+        return {"threads": target["threads"], "settings": settings(target["threads"])}
+    return {"threads": target["threads"], "providers": providers(target["runtime"])}
 
 
 def describe(model: bytes) -> dict[str, list[dict[str, Any]]]:
@@ -65,8 +102,7 @@ def write_folder(folder: Path, artifact: Artifact) -> None:
     io = {
         **describe(artifact.model),
         "runtime": artifact.target["runtime"],
-        "threads": artifact.target["threads"],
-        "providers": providers(artifact.target["runtime"]),
+        **_settings(artifact.target),
         "digest": artifact.digest,
         "sha256": artifact.metrics["sha256"],
     }
@@ -74,6 +110,7 @@ def write_folder(folder: Path, artifact: Artifact) -> None:
         write_whole(folder / "model.onnx", artifact.model)
         write_whole(folder / "policy.json", artifact.policy.read_bytes())
         write_json(folder / "io.json", io)
-        write_whole(folder / "example.py", EXAMPLE.encode())
+        example = OPENVINO if artifact.target["runtime"] == "openvino" else ONNXRUNTIME
+        write_whole(folder / "example.py", example.encode())
     except OSError as error:
         raise FlyweightError(f"{folder} cannot be written: {error}") from error

@@ -44,6 +44,7 @@ def log_model(client: MlflowClient, run: RunInfo, artifact: Artifact) -> str:
         input_example=example,
         # Inferring them would load the model in a further process that imports all of MLflow.
         pip_requirements=[f"onnx=={onnx.__version__}", "onnxruntime"],
+        # MLflow loads ONNX files by ONNX Runtime alone, also those made for OpenVINO.
         onnx_execution_providers=providers(artifact.target["runtime"]),
         onnx_session_options={
             "intra_op_num_threads": artifact.target["threads"],

@@ -130,9 +130,11 @@ def data_digest(prepared: Prepared) -> str:
     return digest.hexdigest()
 
 
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    names = ("flyweight", "torch", "onnx", "onnxruntime", "ray", "optuna", "torch-pruning")
+def versions(runtime: str) -> dict[str, str]:
+    """Versions of what a result depends on; ``runtime``: the target's."""
+    names = ["flyweight", "torch", "onnx", "onnxruntime", "ray", "optuna", "torch-pruning"]
+    if runtime == "openvino":  # an optional package
+        names.append("openvino")
     return {name: version(name) for name in names}
 
 

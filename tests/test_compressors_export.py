@@ -33,9 +33,9 @@ from flyweight.spaces import Impossible, Policy, Quantize, blueprint
 from flyweight.spaces.tracing import trace, trace_graph
 
 
-@pytest.fixture(scope="module")
-def runtime() -> Runtime:
-    return make_runtime("onnxruntime", 1)
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino"])
+def runtime(request: Any) -> Runtime:
+    return make_runtime(request.param, 1)
 
 
 def items_of(example: Any, count: int) -> Items:
@@ -131,9 +131,11 @@ def test_int8_in_the_runtime_equals_the_student(
     assert found.agreement >= 0.995
     assert found.mean_steps < 0.2
     if name != "grouped":
-        uses = networks.traced(name).uses.values()
-        assert int8_layers(artifact) == sum(len(own) for own in uses)
-        assert float_layers(artifact) == 0
+        count = sum(len(own) for own in networks.traced(name).uses.values())
+        # one layer used thrice, each time with a norm: OpenVINO makes a float convolution of both
+        lost = 3 if (runtime.name, name) == ("openvino", "recurrent") else 0
+        assert int8_layers(artifact, runtime) == count - lost
+        assert float_layers(artifact, runtime) == lost
 
 
 @pytest.mark.parametrize("name", ["plain", "mlp", "separable", "concat", "preactivation"])
@@ -147,7 +149,7 @@ def test_mixed_precision_runs_as_the_policy_says(
         int8 = [layer for layer in layers if rng.random() < 0.5]
         graph, frozen = student(shaken(copy.deepcopy(model)), example, int8, runtime)
         artifact = to_onnx(frozen, example)
-        assert (int8_layers(artifact), float_layers(artifact)) == (
+        assert (int8_layers(artifact, runtime), float_layers(artifact, runtime)) == (
             len(int8), len(layers) - len(int8),
         ), int8  # fmt: skip
         items = items_of(example, 300)
@@ -175,9 +177,9 @@ def test_the_resnet_runs_in_int8_as_a_whole(resnet: ModuleType, runtime: Runtime
     layers = list(trace(model, example).layers)
     graph, frozen = student(model, example, layers, runtime)
     artifact = to_onnx(frozen, example)
-    kernels = optimized_kernels(artifact)
-    assert (int8_layers(artifact), float_layers(artifact)) == (16, 0)
-    assert kernels["QLinearAdd"] >= 5
+    assert (int8_layers(artifact, runtime), float_layers(artifact, runtime)) == (16, 0)
+    if runtime.name == "onnxruntime":
+        assert optimized_kernels(artifact)["QLinearAdd"] >= 5
     items = items_of(example, 200)
     check_parity(
         frozen, artifact, run_session(runtime.load(artifact), items), items, "int8", runtime
@@ -277,7 +279,7 @@ def test_a_module_that_no_exporter_takes_is_impossible() -> None:
 
 @pytest.mark.parametrize(
     ("layer", "value", "int8"),
-    [("c2", "relu_1", True), ("l1", "relu_2", True), ("c2", "c2", False)],
+    [("c1", "relu", True), ("l1", "relu_2", True), ("c2", "c2", False)],
 )
 def test_an_artifact_that_departs_is_refused_and_the_place_named(
     networks: ModuleType, runtime: Runtime, layer: str, value: str, int8: bool

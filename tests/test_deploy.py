@@ -385,9 +385,16 @@ def test_another_device_is_told(run: Run, caplog: pytest.LogCaptureFixture) -> N
     assert "flyweight measure" in caplog.text
 
 
-def test_the_folder_runs_with_nothing_but_a_runtime(run: Run, tmp_path: Path) -> None:
-    folder = tmp_path / "edge"
-    assert run.deploy(name="folder", folder=folder).folder == folder
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_the_folder_runs_with_nothing_but_a_runtime(
+    run: Run, tmp_path: Path, runtime: str
+) -> None:
+    folder, target = tmp_path / "edge", read_result(run.path)["target"]
+    target |= {"runtime": runtime, "fingerprint": make_runtime(runtime, 1).fingerprint}
+    run.change("result.json", target=target)
+    deployed = run.deploy(name=f"folder-{runtime}", folder=folder)
+    assert deployed.folder == folder
+    assert deployed.same_device  # so the clean process ran it there
     files = {"model.onnx", "policy.json", "io.json", "example.py"}
     assert {place.name for place in folder.iterdir()} == files
     io = json.loads((folder / "io.json").read_text())
@@ -404,7 +411,9 @@ def test_the_folder_runs_with_nothing_but_a_runtime(run: Run, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("(5, 3) float32")
     assert done.stdout.splitlines()[-1] == "set()"
-    assert len((folder / "example.py").read_text().splitlines()) <= 26
+    example = (folder / "example.py").read_text()
+    assert f"import {runtime} as" in example
+    assert len(example.splitlines()) <= 26
 
 
 def test_inputs_that_are_initializers_are_not_asked_for() -> None:

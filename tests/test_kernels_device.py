@@ -1,6 +1,9 @@
 """The device: CPU flags, fingerprint, and the weight bits that its kernels bear."""
 
+import os
 import platform
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -9,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flyweight.kernels import (
-    OnnxRuntime,
     SimulatedRuntime,
     float_layers,
     int8_layers,
+    make_runtime,
     measured_weight_bits,
     saturates,
 )
@@ -21,6 +24,8 @@ from flyweight.kernels.device import weight_bits_by_flags as by_flags
 from flyweight.kernels.probe import probe_model
 from flyweight.spaces.errors import Impossible
 
+REAL = ["onnxruntime", "openvino"]
+X86_64 = {"x86_64", "AMD64"}
 X86 = """processor\t: 0
 model name\t: AMD EPYC
 flags\t\t: fpu sse avx2 fma
@@ -71,25 +76,39 @@ def test_the_fingerprint_depends_on_facts_and_not_on_their_order():
     assert fingerprint_of({"a": "b"}) == "db4a7ecb114bc66c"
 
 
+@pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 @pytest.mark.parametrize("weight", [127, -127, 64, -64, 63])
-def test_the_probe_runs_in_int8_and_its_exact_output_is_right(kind, weight):
+def test_the_probe_runs_in_int8_and_its_exact_output_is_right(name, kind, weight):
     model, exact = probe_model(kind, weight)
     onnx.checker.check_model(model)
-    content = model.SerializeToString()
-    assert (int8_layers(content), float_layers(content)) == (1, 0)
+    content, runtime = model.SerializeToString(), make_runtime(name, 1)
+    assert (int8_layers(content, runtime), float_layers(content, runtime)) == (1, 0)
     shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
     inputs = {"input": np.full(shape, 255, np.float32)}
     reference = SimulatedRuntime().load(content).run(inputs)
     np.testing.assert_allclose(reference, exact, rtol=1e-6)
     if abs(weight) <= 64:
-        np.testing.assert_allclose(OnnxRuntime(1).load(content).run(inputs), exact, rtol=1e-6)
+        np.testing.assert_allclose(runtime.load(content).run(inputs), exact, rtol=1e-6)
 
 
-def test_probe_and_flags_agree_on_this_machine():
-    runtime = OnnxRuntime(1)
+@pytest.mark.parametrize("name", REAL)
+def test_probe_and_flags_agree_on_this_machine(name):
+    runtime = make_runtime(name, 1)
     assert measured_weight_bits(runtime) == by_flags(cpu()[1], platform.machine())
     assert runtime.capabilities.weight_bits == measured_weight_bits(runtime)
+
+
+@pytest.mark.skipif(platform.machine() not in X86_64, reason="these kernels are of x86")
+def test_openvino_bears_seven_bits_without_vnni():
+    code = (
+        "from flyweight.kernels import *; print(measured_weight_bits(make_runtime('openvino', 1)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "7"
 
 
 def test_exact_kernels_bear_eight_bits():

@@ -1,10 +1,10 @@
-"""Counting kernels in the graph that ONNX Runtime makes, on graphs whose fusions are known."""
+"""Counting kernels in the graph that a runtime makes, on graphs whose fusions are known."""
 
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from flyweight.kernels import float_layers, int8_layers, optimized_kernels
+from flyweight.kernels import float_layers, int8_layers, make_runtime, optimized_kernels
 from flyweight.spaces.errors import Impossible
 
 node = helper.make_node
@@ -49,8 +49,8 @@ def layer(op, weight, shape, quantized_output, bias=None, **attributes):
     return build(nodes, shape, arrays)
 
 
-def counts(model):
-    return int8_layers(model), float_layers(model)
+def counts(model, runtime=None):
+    return int8_layers(model, runtime), float_layers(model, runtime)
 
 
 def test_a_convolution_is_int8_only_with_a_quantized_output():
@@ -104,3 +104,63 @@ def test_a_dequantized_activation_is_no_weight():
 def test_a_broken_model_is_impossible():
     with pytest.raises(Impossible, match="load"):
         optimized_kernels(b"not a model")
+
+
+# -- OpenVINO ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def openvino():
+    return make_runtime("openvino", 1)
+
+
+@pytest.mark.parametrize("quantized_output", [True, False])
+@pytest.mark.parametrize("op", ["Conv", "Gemm", "MatMul"])
+def test_openvino_runs_a_layer_in_int8_whatever_its_output_is(openvino, op, quantized_output):
+    weight, shape = (CONV, (1, 8, 9, 9)) if op == "Conv" else (LINEAR, (1, 8))
+    assert counts(layer(op, weight, shape, quantized_output), openvino) == (1, 0)
+    if op != "MatMul":
+        bias = np.ones(8, np.float32)
+        assert counts(layer(op, weight, shape, quantized_output, bias), openvino) == (1, 0)
+
+
+def test_openvino_runs_float_layers_in_float(openvino):
+    weights = {"w": CONV.astype(np.float32), "b": np.ones(8, np.float32)}
+    nodes = [
+        *quantized("input", "x"),
+        node("Conv", ["x", "w", "b"], ["a"]),
+        node("Relu", ["a"], ["output"]),
+    ]
+    model = build(nodes, (1, 8, 9, 9), weights)
+    assert counts(model, openvino) == (0, 1)
+    kernels = optimized_kernels(model, openvino)
+    assert not any(name.startswith("Relu") for name in kernels)  # fused away
+
+
+@pytest.mark.parametrize("wide", [1, 16])  # to a single feature a weight looks like a bias
+@pytest.mark.parametrize("bias", [True, False])
+def test_openvino_generates_one_kernel_for_several_linear_layers(openvino, wide, bias):
+    weights = {
+        "w": np.full((8, 32), 0.1, np.float32), "v": np.full((32, wide), 0.1, np.float32),
+        "b": np.ones(32, np.float32), "c": np.ones(wide, np.float32),
+    }  # fmt: skip
+    nodes = [
+        node("Gemm", ["input", "w", *["b"] * bias], ["a"], name="a:Gemm"),
+        node("Relu", ["a"], ["r"]),
+        node("Gemm", ["r", "v", *["c"] * bias], ["output"], name="output:Gemm"),
+    ]
+    model = build(nodes, (1, 8), weights)
+    assert counts(model, openvino) == (0, 2)
+    assert sum(optimized_kernels(model, openvino).values()) < 3
+
+
+def test_openvino_tells_products_of_activations_from_layers(openvino):
+    nodes = [
+        node("Transpose", ["input"], ["t"], perm=[0, 2, 1]),
+        node("MatMul", ["input", "t"], ["m"]),
+        node("MatMul", ["m", "w"], ["output"]),
+    ]
+    model = build(nodes, (1, 5, 8), {"w": np.ones((5, 4), np.float32)})
+    assert counts(model, openvino) == (0, 1)
+    nodes = [*quantized("input", "x"), node("MatMul", ["input", "x"], ["output"])]
+    assert counts(build(nodes, (1, 8, 8), {}), openvino) == (0, 0)

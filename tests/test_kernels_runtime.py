@@ -1,4 +1,4 @@
-"""The contract of a runtime, held by the real one and by its twin."""
+"""The contract of a runtime, held by the real ones and by their twin."""
 
 import os
 import subprocess
@@ -31,6 +31,27 @@ def linear(outputs=("output",)):
     return model.SerializeToString()
 
 
+def looked_up():
+    """output = table[word] - input, a request being a vector and a word; batch dynamic."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["table", "word"], ["row"]),
+            helper.make_node("Sub", ["row", "input"], ["output"]),
+        ],
+        "looked_up",
+        [
+            helper.make_tensor_value_info("input", TensorProto.FLOAT, ("batch", 2)),
+            helper.make_tensor_value_info("word", TensorProto.INT64, ("batch",)),
+        ],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ("batch", 2))],
+        [numpy_helper.from_array(WEIGHT, "table")],
+    )
+    opset = helper.make_opsetid("", 17)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=9)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
 class RuntimeContract:
     """What search relies on. A subclass says how to make the runtime."""
 
@@ -39,7 +60,7 @@ class RuntimeContract:
 
     def test_it_answers_for_any_batch(self):
         session = self.make().load(linear())
-        for batch in (1, 5):
+        for batch in (1, 5, 300, 1, 20):
             inputs = {"input": np.arange(3 * batch, dtype=np.float32).reshape(batch, 3)}
             output = session.run(inputs)
             np.testing.assert_allclose(output, inputs["input"] @ WEIGHT, rtol=1e-6)
@@ -60,6 +81,48 @@ class RuntimeContract:
         np.testing.assert_array_equal(session.run(inputs), first)
         np.testing.assert_array_equal(inputs["input"], np.ones((1, 3)))
 
+    def test_an_answer_belongs_to_the_caller(self):
+        session = self.make().load(linear())
+        first = session.run({"input": np.ones((1, 3), np.float32)})
+        session.run({"input": np.zeros((1, 3), np.float32)})
+        np.testing.assert_array_equal(first, WEIGHT.sum(0, keepdims=True))
+
+    def test_inputs_come_by_name_in_any_order(self):
+        session = self.make().load(looked_up())
+        for batch in (1, 3):
+            rows, words = np.full((batch, 2), 0.5, np.float32), np.arange(batch)
+            for inputs in ({"input": rows, "word": words}, {"word": words, "input": rows}):
+                np.testing.assert_allclose(session.run(inputs), WEIGHT[words] - 0.5)
+
+    def test_inputs_by_other_names_are_impossible(self):
+        inputs = {"input": np.ones((1, 2), np.float32), "word": np.array([1])}
+        session = self.make().load(looked_up())
+        session.run(inputs)
+        for wrong in ({"input": inputs["input"]}, {"input": inputs["input"], "words": np.ones(1)}):
+            with pytest.raises(Impossible, match="run"):
+                session.run(wrong)
+        np.testing.assert_allclose(session.run(inputs), WEIGHT[[1]] - 1)  # it goes on
+
+    def test_float_is_computed_in_float32(self):
+        generator = np.random.default_rng(0)
+        weight = generator.standard_normal((256, 32)).astype(np.float32)
+        model = onnx.load_from_string(linear())
+        model.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "weight"))
+        model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 256
+        model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 32
+        session = self.make().load(model.SerializeToString())
+        for batch in (1, 64):
+            rows = generator.standard_normal((batch, 256)).astype(np.float32)
+            exact = rows.astype(np.float64) @ weight
+            # of bfloat16 the error is a hundred times as large
+            np.testing.assert_allclose(session.run({"input": rows}), exact, atol=1e-4)
+
+    def test_what_it_executes_is_told(self):
+        executed = self.make().executed(linear())
+        assert [kernel.layers for kernel in executed if kernel.layers] == [("fp32",)]
+        with pytest.raises(Impossible, match="load"):
+            self.make().executed(b"not a model")
+
     @pytest.mark.parametrize("content", [b"", b"not a model", linear(("a", "b"))])
     def test_a_model_that_does_not_load_is_impossible(self, content):
         with pytest.raises(Impossible):
@@ -69,10 +132,11 @@ class RuntimeContract:
         with pytest.raises(Impossible, match="load"):
             self.make().load(tmp_path / "absent.onnx")
 
-    def test_inputs_that_do_not_fit_are_impossible(self):
+    @pytest.mark.parametrize("shape", [(1, 4), (300, 4), (1, 3, 3, 4)])
+    def test_inputs_that_do_not_fit_are_impossible(self, shape):
         session = self.make().load(linear())
         with pytest.raises(Impossible, match="run"):
-            session.run({"input": np.ones((1, 4), np.float32)})
+            session.run({"input": np.ones(shape, np.float32)})
 
     def test_the_fingerprint_is_stable_and_knows_the_threads(self):
         assert self.make().fingerprint == self.make().fingerprint
@@ -116,6 +180,41 @@ class TestOnnxRuntime(RuntimeContract):
         assert capabilities.width_multiple == 8
         assert capabilities.output_quantized == {"conv"}
         assert capabilities.int8_ops == {"add"}
+
+
+class TestOpenVino(RuntimeContract):
+    def make(self, threads=1):
+        return make_runtime("openvino", threads)
+
+    def test_errors_reach_the_caller_and_not_the_terminal(self, capfd):
+        with pytest.raises(Impossible, match="read the model"):
+            self.make().load(b"not a model")
+        with pytest.raises(Impossible, match="shape"):
+            self.make().load(linear()).run({"input": np.ones((1, 4), np.float32)})
+        assert capfd.readouterr() == ("", "")
+
+    def test_capabilities(self):
+        capabilities = self.make().capabilities
+        assert capabilities.precisions == {"conv": ("fp32", "int8"), "linear": ("fp32", "int8")}
+        assert capabilities.width_multiple == 8
+        assert capabilities.output_quantized == capabilities.act_output_quantized == set()
+        assert capabilities.int8_ops == set()
+
+    def test_its_settings_are_kept(self):
+        from flyweight.kernels.openvino import ov, settings
+
+        core, asked = ov.Core(), settings(1)
+        compiled = core.compile_model(core.read_model(linear()), "CPU", asked)
+        del asked["ENABLE_HYPER_THREADING"]  # False again on a CPU that has none
+        for name, wanted in asked.items():
+            found = compiled.get_property(name)
+            assert found == (ov.Type.f32 if name == "INFERENCE_PRECISION_HINT" else wanted), name
+
+    def test_without_the_package_it_is_refused(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "openvino", None)
+        monkeypatch.delitem(sys.modules, "flyweight.kernels.openvino", raising=False)
+        with pytest.raises(BadInput, match=r"pip install 'flyweight\[openvino\]'"):
+            make_runtime("openvino", 1)
 
 
 class TestSimulatedRuntime(RuntimeContract):
@@ -167,6 +266,7 @@ def test_public_names_exist():
     assert all(hasattr(kernels, name) for name in kernels.__all__)
 
 
-def test_a_measuring_process_stays_free_of_torch():
-    code = "import sys, flyweight.kernels; sys.exit('torch' in sys.modules)"
+def test_a_measuring_process_stays_free_of_torch_and_of_what_it_does_not_measure():
+    wanted = "sys.exit(not {'torch', 'openvino'}.isdisjoint(sys.modules))"
+    code = f"import sys, flyweight.kernels; {wanted}"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
