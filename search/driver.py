@@ -1,6 +1,7 @@
 """A whole search: prepare, run trials, measure the finalists, write what came of it."""
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -40,7 +41,7 @@ from .record import FileRecord
 from .report import write_report
 from .results import finalists, measured_front, result
 from .spec import Spec, load_spec
-from .store import read_artifact, write_json, write_whole
+from .store import compressed_bytes, read_artifact, write_json, write_whole
 from .tracking import MemoryTracker, Status, Tracker
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
@@ -163,6 +164,7 @@ class _Search:
             "metric_test": self.ready.metric_test,
             "latency_ms": latency_ms,
             "size_bytes": len(self.ready.teacher),
+            "compressed_bytes": compressed_bytes(self.ready.teacher),
         }
         header = {
             "kind": "search",
@@ -189,13 +191,19 @@ class _Search:
         return header
 
     def _check_limits(self, meter: Any, limits: Limits) -> None:
-        if limits.latency_ms is None:
-            return
-        latencies = {}
-        for policy in self.ready.smallest():
-            model = untrained(self.ready.prepared, policy)
-            latencies[policy.digest] = ray.get(meter.provisional.remote(model))[1]
-        check_reachable(self.ready, limits, latencies)
+        cases: list[dict[str, float]] = []
+        for policy in self.ready.smallest() if limits.costs() else ():
+            price = self._price(meter, policy)
+            cases.append(vars(price) | {"latency_ms": price.latency_ms[1]})
+        check_reachable(self.spec, limits, cases)
+
+    def _price(self, meter: Any, policy: Policy) -> Price:
+        model = untrained(self.ready.prepared, policy)
+        try:
+            latency_ms = ray.get(meter.provisional.remote(model))
+        except ray.exceptions.RayError as error:
+            raise OSError(f"the measuring actor died: {error}") from error
+        return Price(latency_ms, len(model), compressed_bytes(model))
 
     def _tracker(self, header: dict[str, Any]) -> Tracker:
         tracking = self.spec.tracking
@@ -224,14 +232,7 @@ class _Search:
         first = self.ready.recipes()
         proposals = Proposals(self.ready.space, search.sampler, search.seed, first)
         budget = Budget(search.trials, search.time_budget)
-
-        def price(policy: Policy) -> Price:
-            model = untrained(self.ready.prepared, policy)
-            try:
-                return Price(ray.get(meter.provisional.remote(model)), len(model))
-            except ray.exceptions.RayError as error:
-                raise OSError(f"the measuring actor died: {error}") from error
-
+        price = functools.partial(self._price, meter)
         return Controller(
             proposals, price, limits, self.record, budget, listen=[listen], look_ahead=True
         )
@@ -258,7 +259,7 @@ class _Search:
 
     def _measure(self, controller: Controller, header: dict[str, Any]) -> dict[str, Any]:
         """Finalists, alone, in a process of its own; the front and result.json's content."""
-        entries = finalists(controller.results(RUNGS[-1]))
+        entries = finalists(controller.results(RUNGS[-1]), controller.limits)
         models = {}
         for entry in entries:
             try:

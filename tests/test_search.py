@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ KEYS = {
 }  # fmt: skip
 ROW = {
     "digest", "metric", "metric_test", "latency_ms", "latency_spread", "predicted_latency_ms",
-    "size_bytes", "artifact",
+    "size_bytes", "compressed_bytes", "artifact",
 }  # fmt: skip
 RUN = "from flyweight.search.cli import main; main()"
 
@@ -176,6 +177,34 @@ def test_ctrl_c_ends_with_the_best_so_far(starter: Path, tmp_path: Path) -> None
     assert result.keys() == KEYS
     assert len(entries(run, "end")) == len(entries(run, "begin"))
     assert (run / "report.html").exists()
+
+
+def test_a_limit_of_the_compressed_size_is_kept_by_zeros(starter: Path, tmp_path: Path) -> None:
+    objective = {"compressed_bytes": 150_000}  # the model has 227 kB, 210 of them when compressed
+    space = {
+        "prune": {"min_keep": 1, "sparsity": [0.0, 0.75]},
+        "quantize": {"precisions": ["fp32"]},
+    }
+    path = small(starter, "packed.yaml", objective=objective, space=space)
+    run = tmp_path / "run"
+    done = flyweight("search", path, "--out", run, cwd=starter)
+    assert done.returncode == 0, done.stderr
+    assert "times when compressed" in done.stdout
+    result = json.loads((run / "result.json").read_text())
+    teacher, best = (
+        result["teacher"],
+        next(r for r in result["front"] if r["digest"] == result["best"]),
+    )
+    assert best["compressed_bytes"] <= 150_000 < best["size_bytes"]
+    assert best["size_bytes"] == pytest.approx(teacher["size_bytes"], rel=0.01)
+    model = run / best["artifact"]
+    assert best["compressed_bytes"] == len(zlib.compress(model.read_bytes()))
+    assert json.loads(model.with_name("policy.json").read_text())["prune"]["sparsity"] == 0.75
+    begun = {e["digest"]: e["compressed_bytes"] for e in entries(run, "begin")}  # before training
+    assert best["compressed_bytes"] == pytest.approx(begun[best["digest"]], rel=0.05)
+    plain = [e for e in entries(run, "rejected") if "sparsity" not in e["policy"].get("prune", {})]
+    assert plain
+    assert all(e["compressed_bytes"] > 150_000 for e in plain)
 
 
 def test_a_limit_out_of_reach_costs_nothing(starter: Path, tmp_path: Path) -> None:
