@@ -175,6 +175,7 @@ class _Search:
             "versions": versions(),
             "data_digest": data_digest(self.ready.prepared),
             "groups": {name: group.width for name, group in network.groups.items()},
+            "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
             "layers": len(network.layers),
             "search_id": earlier[0]["search_id"] if earlier else secrets.token_hex(8),
             "time": time.time(),

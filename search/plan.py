@@ -34,6 +34,7 @@ def make_plan(spec_path: Path) -> dict[str, Any]:
                     "kind": name,
                     "digest": policy.digest,
                     "kept": _kept(found.space, policy),
+                    "dropped": list(policy.prune.drop),
                     "int8_layers": len(policy.quantize.precision),
                     "latency_ms": latency,
                     "speedup": teacher_ms / latency,
@@ -75,9 +76,10 @@ def make_plan(spec_path: Path) -> dict[str, Any]:
 
 
 def _kept(space: Space, policy: Policy) -> float:
-    groups = space.networks[policy.student].groups
-    full = sum(g.width for g in groups.values())
-    return sum(policy.prune.width.get(n, g.width) for n, g in groups.items()) / max(1, full)
+    network = space.networks[policy.student]
+    full = sum(group.width for group in network.groups.values())
+    left = network.without(policy.prune.drop).groups
+    return sum(policy.prune.width.get(n, g.width) for n, g in left.items()) / max(1, full)
 
 
 def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:

@@ -115,7 +115,9 @@ def check_reachable(spec: Spec, bounds: Limits, cases: Sequence[Mapping[str, flo
                 f"fastest policy of this space takes {least:.4f} ms"
             )
         else:
-            missed.append(f"{name} is {most}, but the smallest policy of this space has {least:.0f}")
+            missed.append(
+                f"{name} is {most}, but the smallest policy of this space has {least:.0f}"
+            )
     if missed:
         raise BadInput(
             f"objective: {'; '.join(missed)}; ask for less, or let space.prune.min_keep be smaller"

@@ -187,12 +187,14 @@ class Traits:
 
 
 def traits(policy: Policy | None, search: Mapping[str, Any]) -> Traits:
-    """``search``: the record's search entry; its ``groups`` (widths at first, by name) and
-    ``layers`` (how many) make shares of the numbers."""
+    """``search``: the record's search entry; its ``groups`` (widths at first, by name), ``blocks``
+    (what groups go with each) and ``layers`` (how many) make shares of the numbers."""
     if policy is None:
         return Traits("?", "", "", "?", "?", "?", "?")
     prune, quantize = policy.get("prune") or {}, policy.get("quantize") or {}
     width, full = prune.get("width") or {}, search.get("groups") or {}
+    drop, blocks = prune.get("drop") or (), search.get("blocks") or {}
+    width = {**width, **{group: 0 for name in drop for group in blocks.get(name, ())}}
     kept = "all"
     if width and full and set(width) <= set(full):
         kept = f"{sum(width.get(g, n) / n for g, n in full.items()) / len(full):.0%}"
@@ -203,9 +205,9 @@ def traits(policy: Policy | None, search: Mapping[str, Any]) -> Traits:
     return Traits(
         kept,
         f"{prune['sparsity']:.0%}" if prune.get("sparsity") else "",
-        ", ".join(prune.get("drop") or ()),
+        ", ".join(drop),
         f"{int8}{layers}",
-        prune.get("criterion", "") if width else "",
+        prune.get("criterion", ""),
         quantize.get("calibration", "") if int8 else "",
         ("yes" if quantize.get("qat") else "no") if int8 else "",
     )

@@ -304,15 +304,18 @@ def test_no_limits_no_test_data_no_widths_known(tmp_path: Path) -> None:
 
 def test_what_zeros_and_dropped_blocks_bring_is_told(tmp_path: Path) -> None:
     limit = {"compressed_bytes": 600_000}
-    record = entries(objective=limit)
+    record = entries(objective=limit, blocks={"body.2": ["body.2.c1"], "body.4": ["body.4.c1"]})
     for entry in record:
         if entry["kind"] == "result" and entry["digest"] == digest(1):
-            entry["policy"]["prune"] |= {"sparsity": 0.75, "drop": ["body.2", "body.4"]}
+            entry["policy"]["prune"] |= {
+                "sparsity": 0.75, "drop": ["body.2", "body.4"],
+                "width": {"stem.0": 24, "body.0.c1": 16},
+            }  # fmt: skip
     page = Page(write_report(run_directory(tmp_path, record, result(objective=limit))))
     assert "Limits: at most 600 kB compressed;" in page.text
     row = page.row(0, digest(1)[:10])
     assert row[9] == "610 kB 560 kB compressed"
-    assert row[10].endswith("75% zeros without body.2, body.4")
+    assert row[10] == "31% 75% zeros without body.2, body.4"  # (24/32 + 16/32 + 0 + 0) / 4
     assert "zeros" not in page.row(0, digest(2)[:10])[10]
     rows = list(csv.DictReader((tmp_path / "front.csv").open()))
     found = {r["digest"]: (r["compressed_bytes"], r["sparsity"], r["dropped_blocks"]) for r in rows}
