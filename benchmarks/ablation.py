@@ -123,12 +123,11 @@ def seconds_a_sample(prepared: Prepared, prune: Prune) -> dict[str, float]:
     return {name: min(tries[1:]) for name, tries in found.items()}  # the first warms up
 
 
-def sparsity(space: Space, pairs: list[tuple[float, float]]) -> Choices:
-    """Policies of about equal compressed size, int8: by widths alone, by masks alone, by both.
-    pairs: share of channels kept, share of zeros."""
+def sparsity(space: Space, pairs: list[tuple[float, float]], precision: str = "int8") -> Choices:
+    """Widths and masks; pairs: share of channels kept, share of zeros."""
     out = {}
     for keep, share in pairs:
-        quantize = dataclasses.replace(space.uniform(keep, "int8").quantize, calibration="mse")
+        quantize = dataclasses.replace(space.uniform(keep, precision).quantize, calibration="mse")
         prune = pruned(space, keep, criterion="l1", reconstruct=True, sparsity=share)
         out[f"{keep:.0%} of the channels, {share:.0%} zeros"] = Choice(
             Policy(prune, dataclasses.replace(quantize, qat=True), Distill(learning_rate=RATE)),
@@ -148,6 +147,9 @@ FAMILIES: dict[str, Callable[[Prepared, Space], Choices]] = {
     "losses at 25%": lambda p, s: losses(p, s, 0.25),
     "qat at 50%": lambda _, s: qat(s, 0.5),
     "qat at 25%": lambda _, s: qat(s, 0.25),
+    "masks, fp32": lambda _, s: sparsity(s, [(1.0, 0.0), (1.0, 0.5), (1.0, 0.75)], "fp32"),
+    "masks, int8": lambda _, s: sparsity(s, [(1.0, 0.0), (1.0, 0.5), (1.0, 0.75)]),
+    # About equal compressed size: by widths alone, by masks alone, by both.
     "sparsity, 150 kB": lambda _, s: sparsity(s, [(0.5, 0.0), (0.75, 0.75), (1.0, 0.88)]),
     "sparsity, 43 kB": lambda _, s: sparsity(s, [(0.25, 0.0), (0.375, 0.79), (0.5, 0.89)]),
 }

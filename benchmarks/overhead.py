@@ -64,6 +64,7 @@ def no_op() -> Any:
                 "loss": loss,
                 "metric": 94.0 - 4 * loss,
                 "size_bytes": 900_000,
+                "compressed_bytes": 800_000,
                 "seconds": 0.001,
                 "rung_seconds": 0.001,
                 "samples": 0,
@@ -142,7 +143,7 @@ def flyweight(trials: int, without: str, profile: Path | None) -> dict[str, Any]
             """Costs nothing and is within the limit, but differs: were all latencies the same,
             every trial would be a front of its own and sorting them would be what is measured."""
             latency_ms = 0.1 + 0.2 * int(policy.digest[:8], 16) / 2**32
-            return Price((0.95 * latency_ms, latency_ms, 1.05 * latency_ms), 900_000)
+            return Price((0.95 * latency_ms, latency_ms, 1.05 * latency_ms), 900_000, 800_000)
 
         proposals = Proposals(_space(), sampler, seed=secrets.randbits(16))
         limits = Limits(92.5, latency_ms=0.4, max_drop=0.5)

@@ -91,7 +91,8 @@ def compress(
     if rung == "full" and plan.quantized and policy.quantize.qat and policy.distill:
         samples += _train(prepared, policy, quantized, "qat", seed)
     frozen = freeze(quantized)
-    del quantized  # a model's worth of memory while the artifact is written and run
+    _let_go(quantized)
+    del quantized
     model = to_onnx(frozen, prepared.example)
     session = prepared.runtime.load(model)
     splits, task = prepared.splits, prepared.task
@@ -107,6 +108,12 @@ def compress(
     lay_out(student, torch.contiguous_format)
     seconds += time.perf_counter() - began
     return Candidate(policy, rung, plan, student, model, loss, metric, samples, seconds, parity)
+
+
+def _let_go(graph: fx.GraphModule) -> None:
+    """A module and its graph hold each other: without this a model's worth of memory would stay
+    until Python's collector comes. The module cannot be changed any more."""
+    graph.graph.owning_module = None
 
 
 def _answers(session: Session, items: Items) -> Tensor:
@@ -154,6 +161,8 @@ def quantize(
     if how == "fitted":
         folded = equalize(folded, plan.network, plan, some)
     quantized = insert_quantizers(folded, plan, how)
+    _let_go(folded)
+    del folded
     calibrate(quantized, items, how)
     if how == "fitted":
         correct_(quantized, some)

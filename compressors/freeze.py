@@ -55,9 +55,8 @@ class FrozenLayer(nn.Module):
     def __init__(self, quantized: QuantizedLayer) -> None:
         super().__init__()
         layer = quantized.layer
-        self.shell = copy.deepcopy(layer)  # strides and padding; its own weights go
-        for name in ("weight", "bias"):
-            setattr(self.shell, name, None)
+        # Strides and padding, without the weights.
+        self.shell = copy.deepcopy(layer, {id(layer.weight): None, id(layer.bias): None})
         scale = quantized.scale.detach().clone()
         column = scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
         integers = torch.round(layer.weight.detach() / column)
@@ -90,10 +89,10 @@ class FrozenLayer(nn.Module):
 
 def freeze(student: fx.GraphModule) -> fx.GraphModule:
     """The frozen twin of a student with quantizers; ``student`` stays as it is."""
-    frozen = copy.deepcopy(student).eval().requires_grad_(False)
-    for name, module in list(frozen.named_modules()):
+    instead: dict[int, Any] = {}  # of copies
+    for module in student.modules():
         if isinstance(module, QuantizedLayer):
-            frozen.set_submodule(name, FrozenLayer(module))
+            instead[id(module)] = FrozenLayer(module)
         elif isinstance(module, ActivationQuantizer):
-            frozen.set_submodule(name, FrozenQuantizer(module))
-    return frozen
+            instead[id(module)] = FrozenQuantizer(module)
+    return copy.deepcopy(student, instead).eval().requires_grad_(False)

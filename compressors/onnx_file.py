@@ -1,6 +1,6 @@
 """An ONNX file in the making: runs a traced module on one request and notes what it runs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -197,11 +197,9 @@ class Writer(fx.Interpreter):
         tensor = torch.tensor(value, dtype=dtype)
         return self.constant(f"{value}:{plain(tensor.dtype)}", tensor)
 
-    def constants(self) -> list[onnx.TensorProto]:
-        return [
-            numpy_helper.from_array(t.contiguous().numpy(), name)
-            for name, t in self.tensors.items()
-        ]
+    def constants(self) -> Iterator[onnx.TensorProto]:
+        for name, tensor in self.tensors.items():
+            yield numpy_helper.from_array(tensor.contiguous().numpy(), name)
 
 
 def plain(dtype: torch.dtype) -> str:

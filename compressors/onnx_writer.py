@@ -36,12 +36,12 @@ def write(graph: fx.GraphModule, example: Any, inputs: list[str]) -> bytes | Non
             writer.run(*request)
     except NotCovered:
         return None
-    made = helper.make_graph(
-        writer.nodes, "flyweight", writer.inputs, writer.outputs, writer.constants()
-    )
+    made = helper.make_graph(writer.nodes, "flyweight", writer.inputs, writer.outputs, [])
     opset = helper.make_opsetid("", OPSET)
     version = helper.find_min_ir_version_for([opset])
     model = helper.make_model(
         made, opset_imports=[opset], ir_version=version, producer_name="flyweight"
     )
+    # Last, and one by one: onnx copies what it is given, and the helpers copy again.
+    model.graph.initializer.extend(writer.constants())
     return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]

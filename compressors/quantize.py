@@ -112,15 +112,14 @@ def fold_norms(graph: fx.GraphModule, network: Network) -> fx.GraphModule:
 
     The nodes stay, as identities, so that every value keeps its name.
     """
-    graph = copy.deepcopy(graph).eval()
+    instead: dict[int, Any] = {}  # of being copied first: that would be a model's worth of memory
     for name, norm_name in network.folded.items():
         layer: Any = graph.get_submodule(name)
         norm: Any = graph.get_submodule(norm_name)
         fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        graph.set_submodule(name, fuse(layer, norm))
-    for norm_name in set(network.folded.values()):
-        graph.set_submodule(norm_name, nn.Identity())
-    return graph
+        instead[id(layer)] = fuse(layer, norm)
+        instead[id(norm)] = nn.Identity()
+    return copy.deepcopy(graph, instead).eval()
 
 
 def insert_quantizers(graph: fx.GraphModule, plan: Blueprint, calibration: str) -> fx.GraphModule:

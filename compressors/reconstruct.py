@@ -91,10 +91,11 @@ def reconstruct_(
         groups, m = len(moments[name].mean), moments[name]
         full = theirs.weight[outputs].flatten(1).unflatten(0, (groups, -1))  # [G, out, F]
         c = m.covariance[:, k]  # [G, k, F]
-        square = c[:, :, k]
-        ridge = RIDGE * square.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-        square = square + ridge[:, None, None] * torch.eye(len(k))
-        solved = torch.linalg.solve(square, c @ full.mT).mT  # [G, out, k]
+        square, target = c[:, :, k], c @ full.mT
+        del c  # of them all the largest, and not needed while solving takes memory
+        diagonal = square.diagonal(dim1=1, dim2=2)
+        diagonal += RIDGE * diagonal.mean(1, keepdim=True).clamp_min(1e-12)
+        solved = torch.linalg.solve(square, target).mT  # [G, out, k]
         ours.weight.copy_(solved.reshape(ours.weight.shape))
         if ours.bias is not None:
             shift = full @ m.mean[:, :, None] - solved @ m.mean[:, k, None]

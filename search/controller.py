@@ -34,6 +34,7 @@ class Price:
 
     latency_ms: tuple[float, float, float]
     size_bytes: int
+    compressed_bytes: int
 
 
 @dataclass
@@ -157,7 +158,7 @@ class Controller:
 
     def _cost(self, price: Price) -> float:
         # By the upper end: what is measured alone in the end must still be within the limit.
-        return self.limits.cost(price.latency_ms[2], price.size_bytes)
+        return self.limits.cost(price.latency_ms[2], price.size_bytes, price.compressed_bytes)
 
     def _reject(self, policy: Policy, reason: str, price: Price | None = None) -> None:
         entry = {"kind": "rejected", "digest": policy.digest, "reason": reason}
@@ -211,7 +212,7 @@ class Controller:
         if not self._append(entry):
             return False
         self._learn(trial, entry)
-        if self.limits.cost(entry["latency_ms"][1], entry["size_bytes"]) > 0:
+        if self.limits.cost(*_costs(entry)) > 0:
             self._end(trial, "over_limit")
         elif rung == RUNGS[-1]:
             self._end(trial, "finished")
@@ -255,22 +256,19 @@ class Controller:
         return sorted(found, key=lambda e: float(e["time"]))
 
     def _entry(self, trial: Trial, outcome: Entry) -> Entry:
-        latency = trial.price.latency_ms
-        size = outcome["size_bytes"]
-        full = outcome["rung"] == RUNGS[-1]
-        excess = (
-            self.limits.excess(outcome["metric"], latency[1], size)
-            if full
-            else self.limits.cost(latency[1], size)
-        )
-        return {
+        entry = {
             "kind": "result",
             **self._name(trial),
             "policy": trial.policy.to_dict(),
             **outcome,
-            "latency_ms": list(latency),
-            "constraint": excess,
+            "latency_ms": list(trial.price.latency_ms),
         }
+        excess = (
+            self.limits.excess(entry["metric"], *_costs(entry))
+            if entry["rung"] == RUNGS[-1]
+            else self.limits.cost(*_costs(entry))
+        )
+        return {**entry, "constraint": excess}
 
     def _name(self, trial: Trial) -> Entry:
         return {"trial": trial.number, "digest": trial.policy.digest, "time": self._clock()}
@@ -338,7 +336,8 @@ class Controller:
             last = entry["time"]
             if entry["kind"] == "begin":
                 policy = Policy.from_dict(entry["policy"])
-                price = Price(tuple(entry["latency_ms"]), entry["size_bytes"])
+                sizes = entry["size_bytes"], entry["compressed_bytes"]
+                price = Price(tuple(entry["latency_ms"]), *sizes)
                 self.trials[entry["trial"]] = Trial(entry["trial"], policy, price)
                 self.proposals.claim(policy)
             elif entry["kind"] == "rejected":
@@ -361,6 +360,10 @@ def _not_a_number(outcome: Entry) -> str | None:
         if not math.isfinite(outcome[name]):
             return f"{outcome['rung']}: the {name} is {outcome[name]}"
     return None
+
+
+def _costs(entry: Entry) -> tuple[float, int, int]:
+    return entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
 
 
 def _point(entry: Entry) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,14 +18,15 @@ import ray
 import torch
 from ray import tune
 
-from ..compressors import RUNGS, untrained
+from ..compressors import RUNGS
 from ..compressors.data import Items
 from ..compressors.parity import run_session
 from ..kernels import DeviceProfile, Timed, Timing, signature
-from ..spaces import BadInput, FlyweightError, Policy
-from .controller import Budget, Controller, Price, failures
+from ..spaces import BadInput, FlyweightError
+from .controller import Budget, Controller, failures
 from .limits import Limits
 from .predict import predictor_of
+from .pricing import Pricing, predicted, timed
 from .profiling import plan_of
 from .progress import Progress
 from .proposals import Proposals
@@ -42,7 +43,7 @@ from .record import FileRecord
 from .report import write_report
 from .results import finalists, measured_front, result
 from .spec import Spec, load_spec
-from .store import read_artifact, write_json, write_whole
+from .store import compressed_bytes, read_artifact, write_json, write_whole
 from .tracking import MemoryTracker, Status, Tracker
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
@@ -139,7 +140,7 @@ class _Search:
         meter = start_meter(self.ready)
         header = self._header(ray.get(meter.alone.remote()))
         limits = self.ready.limits(header["teacher"]["latency_ms"])
-        price = self._price(meter, header["teacher"]["latency_ms"])
+        price = self._pricing(meter, header["teacher"]["latency_ms"], limits)
         if not self.resumed:
             self._check_limits(price, limits)
         torch.set_num_threads(os.cpu_count() or 1)
@@ -168,6 +169,7 @@ class _Search:
             "metric_test": self.ready.metric_test,
             "latency_ms": latency_ms,
             "size_bytes": len(self.ready.teacher),
+            "compressed_bytes": compressed_bytes(self.ready.teacher),
         }
         header = {
             "kind": "search",
@@ -178,6 +180,7 @@ class _Search:
             "versions": versions(spec.target.runtime),
             "data_digest": data_digest(self.ready.prepared),
             "groups": {name: group.width for name, group in network.groups.items()},
+            "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
             "layers": len(network.layers),
             "search_id": earlier[0]["search_id"] if earlier else secrets.token_hex(8),
             "time": time.time(),
@@ -193,37 +196,19 @@ class _Search:
                 header["teacher"] = earlier[0]["teacher"]
         return header
 
-    def _price(self, meter: Any, teacher_ms: float) -> Callable[[Policy], Price]:
-        """What says what a policy costs: a device profile where the spec names one, else the
-        measuring actor, which times the policy untrained."""
+    def _pricing(self, meter: Any, teacher_ms: float, limits: Limits) -> Pricing:
         prepared = self.ready.prepared
         if self.profile is None:
-
-            def timed(policy: Policy) -> Price:
-                model = untrained(prepared, policy)
-                try:
-                    return Price(ray.get(meter.provisional.remote(model)), len(model))
-                except ray.exceptions.RayError as error:
-                    raise OSError(f"the measuring actor died: {error}") from error
-
-            return timed
+            return timed(prepared, meter)
         predictor = predictor_of(self.spec, prepared, self.profile, teacher_ms=teacher_ms)
-        sized = self.spec.objective.size_bytes is not None
+        return predicted(prepared, predictor, limits)
 
-        def predicted(policy: Policy) -> Price:
-            plan = plan_of(prepared, policy)
-            low, middle, high = predictor.predict([plan])[0].tolist()
-            size = len(untrained(prepared, policy)) if sized else plan.weight_bytes
-            return Price((low, middle, high), size)
-
-        return predicted
-
-    def _check_limits(self, price: Callable[[Policy], Price], limits: Limits) -> None:
-        if limits.latency_ms is None:
-            return
-        smallest = self.ready.smallest()
-        latencies = {policy.digest: price(policy).latency_ms[1] for policy in smallest}
-        check_reachable(self.ready, limits, latencies)
+    def _check_limits(self, price: Pricing, limits: Limits) -> None:
+        cases: list[dict[str, float]] = []
+        for policy in self.ready.smallest() if limits.costs() else ():
+            found = price(policy)
+            cases.append(vars(found) | {"latency_ms": found.latency_ms[1]})
+        check_reachable(self.spec, limits, cases)
 
     def _tracker(self, header: dict[str, Any]) -> Tracker:
         tracking = self.spec.tracking
@@ -238,7 +223,7 @@ class _Search:
         limits: Limits,
         tracker: Tracker,
         header: dict[str, Any],
-        price: Callable[[Policy], Price],
+        price: Pricing,
     ) -> Controller:
         search = self.spec.search
         self.progress = Progress(
@@ -256,7 +241,6 @@ class _Search:
         first = self.ready.recipes()
         proposals = Proposals(self.ready.space, search.sampler, search.seed, first)
         budget = Budget(search.trials, search.time_budget)
-
         return Controller(
             proposals, price, limits, self.record, budget, listen=[listen], look_ahead=True
         )
@@ -283,7 +267,7 @@ class _Search:
 
     def _measure(self, controller: Controller, header: dict[str, Any]) -> dict[str, Any]:
         """Finalists, alone, in a process of its own; the front and result.json's content."""
-        entries = finalists(controller.results(RUNGS[-1]))
+        entries = finalists(controller.results(RUNGS[-1]), controller.limits)
         models = {}
         for entry in entries:
             try:

@@ -1,8 +1,10 @@
 """The limits of a search, and what it means to keep them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+COSTS = ("latency_ms", "size_bytes", "compressed_bytes")  # what is known before any training
 
 
 @dataclass(frozen=True)
@@ -13,24 +15,33 @@ class Limits:
     latency_ms: float | None = None
     max_drop: float | None = None
     size_bytes: int | None = None
+    compressed_bytes: int | None = None
 
-    def cost(self, latency_ms: float, size_bytes: float) -> float:
-        """How far latency and size are over their limits, as a share; <= 0 is within."""
-        shares = [-1.0]
-        if self.latency_ms is not None:
-            shares.append(latency_ms / self.latency_ms - 1)
-        if self.size_bytes is not None:
-            shares.append(size_bytes / self.size_bytes - 1)
-        return max(shares)
+    def cost(self, latency_ms: float, size_bytes: float, compressed_bytes: float) -> float:
+        """How far latency and sizes are over their limits, as a share; <= 0 is within."""
+        found = dict(zip(COSTS, (latency_ms, size_bytes, compressed_bytes), strict=True))
+        return max((found[n] / most - 1 for n, most in self.costs().items()), default=-1.0)
+
+    def out_of_reach(self, cases: Iterable[Mapping[str, float]]) -> dict[str, float]:
+        """The limits of ``COSTS`` that none of ``cases`` keeps, with the least that any has."""
+        known = list(cases)
+        least = {name: min(case[name] for case in known) for name in self.costs()}
+        return {name: least[name] for name, most in self.costs().items() if least[name] > most}
+
+    def costs(self) -> dict[str, float]:
+        """The limits of ``COSTS`` that there are."""
+        return {n: most for n in COSTS if (most := getattr(self, n)) is not None}
 
     def drop(self, metric: float) -> float:
         """Points of the metric lost against the teacher."""
         return self.teacher_metric - metric
 
-    def excess(self, metric: float, latency_ms: float, size_bytes: float) -> float:
+    def excess(
+        self, metric: float, latency_ms: float, size_bytes: float, compressed_bytes: float
+    ) -> float:
         """The largest breach of any limit; <= 0 is feasible. A point of the metric over its limit
         weighs as much as 100% of latency: people give up speed before they give up quality."""
-        cost = self.cost(latency_ms, size_bytes)
+        cost = self.cost(latency_ms, size_bytes, compressed_bytes)
         if self.max_drop is None:
             return cost
         # Figures are rounded to what a metric can tell apart: 0.5 lost is not over a limit of 0.5.
@@ -44,4 +55,5 @@ def limits(
     latency = objective.get("latency_ms")
     if objective.get("speedup") is not None:
         latency = teacher_latency_ms / objective["speedup"]
-    return Limits(teacher_metric, latency, objective.get("max_drop"), objective.get("size_bytes"))
+    rest = (objective.get(name) for name in ("max_drop", "size_bytes", "compressed_bytes"))
+    return Limits(teacher_metric, latency, *rest)

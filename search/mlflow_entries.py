@@ -64,7 +64,8 @@ def _result(entry: dict[str, Any]) -> Update:
     rung = RUNGS.index(entry["rung"])
     low, middle, high = entry.get("latency_ms") or (None, None, None)
     latencies = {"latency_low_ms": low, "latency_ms": middle, "latency_high_ms": high}
-    others = {name: entry.get(name) for name in ("loss", "metric", "size_bytes", "seconds")}
+    names = ("loss", "metric", "size_bytes", "compressed_bytes", "seconds")
+    others = {name: entry.get(name) for name in names}
     metrics, odd = _finite(others | latencies, f"@{entry['rung']}")
     return Update(
         int(entry["trial"]),

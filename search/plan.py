@@ -9,10 +9,12 @@ from rich.table import Table
 
 from ..compressors import RUNGS, compress
 from ..spaces import Policy, Space
+from .limits import COSTS
 from .meter import Meter
+from .progress import size
 from .ready import facts_of, make_space, prepare_task, ready
 from .spec import load_spec
-from .store import read_policy, write_artifact
+from .store import compressed_bytes, read_policy, write_artifact
 
 
 def make_plan(spec_path: Path) -> dict[str, Any]:
@@ -32,14 +34,16 @@ def make_plan(spec_path: Path) -> dict[str, Any]:
                     "kind": name,
                     "digest": policy.digest,
                     "kept": _kept(found.space, policy),
+                    "dropped": list(policy.prune.drop),
                     "int8_layers": len(policy.quantize.precision),
                     "latency_ms": latency,
                     "speedup": teacher_ms / latency,
                     "metric_untrained": candidate.metric,
                     "size_bytes": len(candidate.model),
+                    "compressed_bytes": compressed_bytes(candidate.model),
                 }
             )
-    fastest = min(case["latency_ms"] for case in cases)
+    out_of_reach = limits.out_of_reach(cases)
     return {
         "task": spec.task,
         "space": {
@@ -53,16 +57,14 @@ def make_plan(spec_path: Path) -> dict[str, Any]:
             "metric_test": found.metric_test,
             "latency_ms": teacher_ms,
             "size_bytes": len(found.teacher),
+            "compressed_bytes": compressed_bytes(found.teacher),
             "parameters": found.prepared.network.parameters,
         },
-        "limits": {
-            "latency_ms": limits.latency_ms,
-            "max_drop": limits.max_drop,
-            "size_bytes": limits.size_bytes,
-        },
+        "limits": {name: getattr(limits, name) for name in ("max_drop", *COSTS)},
         "cases": cases,
-        "fastest_ms": fastest,
-        "reachable": limits.latency_ms is None or fastest <= limits.latency_ms,
+        "fastest_ms": min(case["latency_ms"] for case in cases),
+        "out_of_reach": list(out_of_reach),
+        "reachable": not out_of_reach,
         "cost": {
             "trials": spec.search.trials,
             "time_budget_s": spec.search.time_budget,
@@ -74,9 +76,10 @@ def make_plan(spec_path: Path) -> dict[str, Any]:
 
 
 def _kept(space: Space, policy: Policy) -> float:
-    groups = space.networks[policy.student].groups
-    full = sum(g.width for g in groups.values())
-    return sum(policy.prune.width.get(n, g.width) for n, g in groups.items()) / max(1, full)
+    network = space.networks[policy.student]
+    full = sum(group.width for group in network.groups.values())
+    left = network.without(policy.prune.drop).groups
+    return sum(policy.prune.width.get(n, g.width) for n, g in left.items()) / max(1, full)
 
 
 def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
@@ -102,25 +105,39 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
             f"{case['metric_untrained']:.2f}",
         )  # fmt: skip
     console.print(table)
-    limit, cost = plan["limits"]["latency_ms"], plan["cost"]
-    if limit is not None:
-        verdict = "within reach" if plan["reachable"] else "OUT OF REACH of this space"
-        most = teacher["latency_ms"] / plan["fastest_ms"]
+    for name in COSTS:
+        _print_limit(plan, name, console)
+    if not plan["reachable"]:
         console.print(
-            f"Limit: {limit:.4f} ms, {verdict} (fastest {plan['fastest_ms']:.4f} ms, {most:.2f} "
-            "times the teacher)"
+            "Ask for less, let space.prune.min_keep be smaller, or allow int8; the search "
+            "would refuse."
         )
-        if not plan["reachable"]:
-            console.print(
-                "Ask for less, let space.prune.min_keep be smaller, or allow int8; the search "
-                "would refuse."
-            )
+    cost = plan["cost"]
     minutes = (cost["time_budget_s"] or 0) / 60
     budget = f", about {minutes:g} min of them and then the finalists" if minutes else ""
     console.print(
         f"Cost: up to {cost['trials']} trials{budget}; one that climbs to the top trains on "
         f"{cost['samples_of_a_full_trial']:,} samples"
     )
+
+
+def _print_limit(plan: dict[str, Any], name: str, console: Console) -> None:
+    limit = plan["limits"][name]
+    if limit is None:
+        return
+    least = min(case[name] for case in plan["cases"])
+    verdict = "OUT OF REACH of this space" if name in plan["out_of_reach"] else "within reach"
+    console.print(
+        f"Limit: {_amount(name, limit)}, {verdict} (least {_amount(name, least)}, "
+        f"{plan['teacher'][name] / least:.2f} times less than the teacher)",
+        soft_wrap=True,
+    )
+
+
+def _amount(name: str, value: float) -> str:
+    if name == "latency_ms":
+        return f"{value:.4f} ms"
+    return size(value) + (" compressed" if name == "compressed_bytes" else "")
 
 
 def space_of(spec_path: Path) -> Space:

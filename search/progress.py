@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .limits import limits
+from .limits import COSTS, limits
 from .mlflow_entries import RUNGS
 from .record import Entry
 
@@ -35,6 +35,7 @@ class Figures:
     metric: float
     latency_ms: float
     size_bytes: float
+    compressed_bytes: float
     teacher_latency_ms: float
     measured: bool = False
 
@@ -93,13 +94,14 @@ class Summary:
             math.nan if metric is None else float(metric),
             math.nan if latency is None else float(latency[1]),
             float(entry.get("size_bytes") or math.nan),
+            float(entry.get("compressed_bytes") or math.nan),
             float(self.teacher.get("latency_ms", math.nan)),
         )
 
     def excess(self, figures: Figures) -> float:
         """The largest breach of any limit, see ``Limits.excess``; <= 0 is feasible."""
         bounds = limits(self.objective, self.teacher["metric"], figures.teacher_latency_ms)
-        return bounds.excess(figures.metric, figures.latency_ms, figures.size_bytes)
+        return bounds.excess(figures.metric, *(getattr(figures, name) for name in COSTS))
 
     def drop(self, figures: Figures) -> float:
         """Points of the metric lost against the teacher."""
@@ -130,6 +132,9 @@ class Summary:
             out.append(f"{lost(drop)}, the limit is {limit['max_drop']:g}")
         if limit.get("size_bytes") is not None and figures.size_bytes > limit["size_bytes"]:
             out.append(f"{size(figures.size_bytes)}, the limit is {size(limit['size_bytes'])}")
+        most = limit.get("compressed_bytes")
+        if most is not None and figures.compressed_bytes > most:
+            out.append(f"{size(figures.compressed_bytes)} compressed, the limit is {size(most)}")
         return out
 
     def rungs(self) -> str:
@@ -280,15 +285,18 @@ class Progress:
 
 
 def closing_table(result: Mapping[str, Any]) -> Table:
-    """The teacher and the front of a ``result.json``."""
+    """The teacher and the front of a ``result.json``. Compressed sizes where those are limited."""
     teacher = result["teacher"]
+    packed = (result.get("objective") or {}).get("compressed_bytes") is not None
+    bytes_ = "compressed_bytes" if packed else "size_bytes"
     table = Table(title="Teacher and front", title_justify="left", title_style="bold")
     table.add_column("model")
-    for name in ("speed-up", "lost", "on test", "ms", "predicted", "size"):
+    sizes = "compressed" if packed else "size"
+    for name in ("speed-up", "lost", "on test", "ms", "predicted", sizes):
         table.add_column(name, justify="right")
     table.add_column("")
     table.add_row(
-        "teacher", "1.00", "", "", f"{teacher['latency_ms']:.3f}", "", size(teacher["size_bytes"])
+        "teacher", "1.00", "", "", f"{teacher['latency_ms']:.3f}", "", size(teacher[bytes_])
     )
     for model in result["front"]:
         best = model["digest"] == result.get("best")
@@ -300,7 +308,7 @@ def closing_table(result: Mapping[str, Any]) -> Table:
             _difference(teacher.get("metric_test"), model.get("metric_test")),
             f"{model['latency_ms']:.3f}",
             f"{model['predicted_latency_ms'][1]:.3f}",
-            size(model["size_bytes"]),
+            size(model[bytes_]),
             "best" if best else "nearest miss" if nearest else "",
             style="bold" if best else None,
         )
@@ -322,6 +330,9 @@ def closing_sentence(result: Mapping[str, Any]) -> str:
     text += f" ({lost(float(test))} on test)" if test else ""
     ratio = teacher["size_bytes"] / figures.size_bytes
     text += f", {ratio:.1f} times smaller" if ratio >= 1 else f", {1 / ratio:.1f} times larger"
+    if summary.objective.get("compressed_bytes") is not None:
+        ratio = teacher["compressed_bytes"] / figures.compressed_bytes
+        text += f" ({ratio:.1f} times when compressed)"
     if result.get("best"):
         return f"Best: {figures.digest[:10]}, {text}."
     why = "; ".join(summary.misses(figures)) or "its figures cannot be judged"
@@ -338,7 +349,8 @@ def front_figures(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> Figur
     """The figures of a model of the front of ``result.json``."""
     return Figures(
         model["digest"], RUNGS[-1], float(model["metric"]), float(model["latency_ms"]),
-        float(model["size_bytes"]), float(teacher["latency_ms"]), measured=True,
+        float(model["size_bytes"]), float(model.get("compressed_bytes") or math.nan),
+        float(teacher["latency_ms"]), measured=True,
     )  # fmt: skip
 
 

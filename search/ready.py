@@ -1,6 +1,7 @@
 """From a spec to a prepared task, its space and its teacher's figures; nothing is trained."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -68,10 +69,10 @@ class Ready:
         return request_of(self.spec, self.prepared)
 
     def smallest(self) -> list[Policy]:
-        """The policies that can be expected to be fastest: least width in each precision."""
+        """The policies that can be expected to be fastest and smallest, in each precision."""
         precisions = self.spec.space.quantize.precisions
         students = self.space.settings.students
-        found = [self.space.uniform(0.0, p, student) for student in students for p in precisions]
+        found = [self.space.smallest(p, student) for student in students for p in precisions]
         return list(dict.fromkeys(found))
 
 
@@ -107,17 +108,24 @@ def teacher_answers(prepared: Prepared) -> dict[int, Any]:
     return {v: prepared.epoch(v).answers.numpy() for v in range(prepared.variants)}
 
 
-def check_reachable(ready_: Ready, limit: Limits, latencies: dict[str, float]) -> None:
-    """Raises BadInput if even the smallest policies miss the limit. latencies: by digest."""
-    if limit.latency_ms is None or not latencies:
-        return
-    best = min(latencies.values())
-    if best > limit.latency_ms:
-        asked = ready_.spec.objective
-        what = f"speedup {asked.speedup:g}" if asked.speedup else f"latency_ms {asked.latency_ms:g}"
+def check_reachable(spec: Spec, bounds: Limits, cases: Sequence[Mapping[str, float]]) -> None:
+    """Raises BadInput if even the smallest policies, ``cases``, miss a limit of ``COSTS``."""
+    missed = []
+    for name, least in bounds.out_of_reach(cases).items():
+        most = getattr(bounds, name)
+        if name == "latency_ms":
+            asked = "speedup" if spec.objective.speedup else name
+            missed.append(
+                f"{asked} {getattr(spec.objective, asked):g} means at most {most:.4f} ms, but the "
+                f"fastest policy of this space takes {least:.4f} ms"
+            )
+        else:
+            missed.append(
+                f"{name} is {most}, but the smallest policy of this space has {least:.0f}"
+            )
+    if missed:
         raise BadInput(
-            f"objective: {what} means at most {limit.latency_ms:.4f} ms, but the fastest policy of "
-            f"this space takes {best:.4f} ms; ask for less, or let space.prune.min_keep be smaller"
+            f"objective: {'; '.join(missed)}; ask for less, or let space.prune.min_keep be smaller"
         )
 
 

@@ -32,7 +32,8 @@ _REASONS = 40  # of failure that are listed
 _COLUMNS = (
     "digest", "mark", "speedup", "latency_ms", "measured", "latency_spread", "predicted_low_ms",
     "predicted_ms", "predicted_high_ms", "metric", "metric_test", "drop", "drop_test",
-    "size_bytes", "mean_kept_width", "int8_layers", "criterion", "calibration", "qat",
+    "size_bytes", "compressed_bytes", "mean_kept_width", "sparsity", "dropped_blocks",
+    "int8_layers", "criterion", "calibration", "qat",
 )  # fmt: skip
 
 Policy = Mapping[str, Any]
@@ -173,9 +174,12 @@ def _failures(entries: Sequence[record.Entry]) -> list[tuple[str, list[int]]]:
 
 @dataclass(frozen=True)
 class Traits:
-    """A policy in a few words. kept: mean width, a share where the widths at first are known."""
+    """A policy in a few words. kept: mean width, a share where the widths at first are known.
+    zeros: share of single weights. dropped: names of blocks."""
 
     kept: str = ""
+    zeros: str = ""
+    dropped: str = ""
     int8: str = ""
     criterion: str = ""
     calibration: str = ""
@@ -183,12 +187,14 @@ class Traits:
 
 
 def traits(policy: Policy | None, search: Mapping[str, Any]) -> Traits:
-    """``search``: the record's search entry; its ``groups`` (widths at first, by name) and
-    ``layers`` (how many) make shares of the numbers."""
+    """``search``: the record's search entry; its ``groups`` (widths at first, by name), ``blocks``
+    (what groups go with each) and ``layers`` (how many) make shares of the numbers."""
     if policy is None:
-        return Traits("?", "?", "?", "?", "?")
+        return Traits("?", "", "", "?", "?", "?", "?")
     prune, quantize = policy.get("prune") or {}, policy.get("quantize") or {}
     width, full = prune.get("width") or {}, search.get("groups") or {}
+    drop, blocks = prune.get("drop") or (), search.get("blocks") or {}
+    width = {**width, **{group: 0 for name in drop for group in blocks.get(name, ())}}
     kept = "all"
     if width and full and set(width) <= set(full):
         kept = f"{sum(width.get(g, n) / n for g, n in full.items()) / len(full):.0%}"
@@ -198,8 +204,10 @@ def traits(policy: Policy | None, search: Mapping[str, Any]) -> Traits:
     layers = f" of {search['layers']}" if search.get("layers") else ""
     return Traits(
         kept,
+        f"{prune['sparsity']:.0%}" if prune.get("sparsity") else "",
+        ", ".join(drop),
         f"{int8}{layers}",
-        prune.get("criterion", "") if width else "",
+        prune.get("criterion", ""),
         quantize.get("calibration", "") if int8 else "",
         ("yes" if quantize.get("qat") else "no") if int8 else "",
     )
@@ -209,36 +217,14 @@ def front_csv(run: Run) -> str:
     """The front, a row an artifact, numbers unrounded."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        [
-            "digest",
-            "mark",
-            "speedup",
-            "latency_ms",
-            "measured",
-            "latency_spread",
-            "predicted_low_ms",
-            "predicted_ms",
-            "predicted_high_ms",
-            "metric",
-            "metric_test",
-            "drop",
-            "drop_test",
-            "size_bytes",
-            "mean_kept_width",
-            "int8_layers",
-            "criterion",
-            "calibration",
-            "qat",
-        ]
-    )
+    writer.writerow(_COLUMNS)
     for row in run.front:
         f, t = row.figures, traits(row.policy, run.search)
         low, mean, high = row.predicted_ms or (None, None, None)
         writer.writerow([
             f.digest, row.mark, f.speedup, f.latency_ms, f.measured, row.spread, low, mean, high,
-            f.metric, row.metric_test, row.drop, row.drop_test, f.size_bytes, t.kept, t.int8,
-            t.criterion, t.calibration, t.qat,
+            f.metric, row.metric_test, row.drop, row.drop_test, f.size_bytes, f.compressed_bytes,
+            t.kept, t.zeros, t.dropped, t.int8, t.criterion, t.calibration, t.qat,
         ])  # fmt: skip
     return out.getvalue()
 

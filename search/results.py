@@ -5,17 +5,20 @@ from typing import Any
 
 from ..compressors import RUNGS
 from ..kernels import Timing
-from .limits import Limits, limits
+from .limits import COSTS, Limits, limits
 from .pareto import front, spread_order
 from .record import Entry
 
 FINALISTS = 12
 
 
-def finalists(results: Sequence[Entry]) -> list[Entry]:
+def finalists(results: Sequence[Entry], bounds: Limits) -> list[Entry]:
     """The full-rung results worth measuring: non-dominated in metric and expected latency, at
-    most 12; those within every limit first, then spread along latency."""
+    most 12; those within every limit first, then spread along latency. What is too large does not
+    compete with what is not: its size is known, and neither metric nor latency makes up for it."""
     unique = list({e["digest"]: e for e in results if e["rung"] == RUNGS[-1]}.values())
+    fits = [e for e in unique if bounds.cost(0.0, e["size_bytes"], e["compressed_bytes"]) <= 0]
+    unique = fits or unique
     points = [(-e["metric"], e["latency_ms"][1]) for e in unique]
     chosen = front(points)
     if len(chosen) > FINALISTS:
@@ -39,6 +42,7 @@ def measured_front(
             "latency_spread": timings[e["digest"]].spread,
             "predicted_latency_ms": list(e["latency_ms"]),
             "size_bytes": e["size_bytes"],
+            "compressed_bytes": e["compressed_bytes"],
             "artifact": e["artifact"],
         }
         for e in entries
@@ -51,7 +55,7 @@ def choose(rows: Sequence[Mapping[str, Any]], bounds: Limits) -> tuple[str | Non
     with the highest metric. When nothing is feasible, the one that breaks a limit least."""
 
     def excess(row: Mapping[str, Any]) -> float:
-        return bounds.excess(row["metric"], row["latency_ms"], row["size_bytes"])
+        return bounds.excess(row["metric"], *(row[name] for name in COSTS))
 
     feasible = [row for row in rows if excess(row) <= 0]
     if feasible:

@@ -66,19 +66,22 @@ class Target(Section):
 
 
 class Objective(Section):
-    """The limits. speedup: times faster than the teacher. max_drop: points of the metric."""
+    """The limits. speedup: times faster than the teacher. max_drop: points of the metric.
+    size_bytes: of the artifact as it is deployed. compressed_bytes: of it when packed, see
+    ``compressed_bytes`` in store.py: what zeros bring."""
 
     speedup: float | None = Field(None, gt=0)
     latency_ms: float | None = Field(None, gt=0)
     max_drop: float | None = Field(None, ge=0)
     size_bytes: int | None = Field(None, gt=0)
+    compressed_bytes: int | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _some(self) -> Self:
         if self.speedup is not None and self.latency_ms is not None:
             raise ValueError("give speedup or latency_ms, not both")
         if not self.model_dump(exclude_none=True):
-            raise ValueError("give at least one of speedup, latency_ms, max_drop, size_bytes")
+            raise ValueError(f"give at least one of {', '.join(type(self).model_fields)}")
         return self
 
 

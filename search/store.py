@@ -33,6 +33,11 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
+def compressed_bytes(model: bytes) -> int:
+    """Bytes of ``model`` when packed by DEFLATE at the level that gzip and zip have by default."""
+    return len(zlib.compress(model, 6))
+
+
 def artifact_path(digest: str) -> str:
     """Where an artifact's model lies, relative to the run directory."""
     return f"artifacts/{digest}/model.onnx"
@@ -51,7 +56,7 @@ def write_artifact(run_dir: Path, candidate: Candidate, facts: dict[str, Any]) -
         "metric": candidate.metric,
         "loss": candidate.loss,
         "size_bytes": len(candidate.model),
-        "compressed_bytes": len(zlib.compress(candidate.model, 9)),  # what zeros bring
+        "compressed_bytes": compressed_bytes(candidate.model),
         "samples": candidate.samples,
         "parity": None if candidate.parity is None else vars(candidate.parity),
         **facts,

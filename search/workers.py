@@ -16,7 +16,7 @@ from ..spaces import Impossible, Policy
 from .meter import Meter
 from .ready import Ready, prepare_task
 from .spec import Spec
-from .store import write_artifact
+from .store import compressed_bytes, write_artifact
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class CompressionTrial(tune.Trainable):
             "loss": candidate.loss,
             "metric": candidate.metric,
             "size_bytes": len(candidate.model),
+            "compressed_bytes": compressed_bytes(candidate.model),
             "seconds": candidate.seconds,
             "samples": candidate.samples,
             "macs": candidate.plan.macs,

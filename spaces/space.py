@@ -376,6 +376,14 @@ class Space:
             values[f"precision/{name}"] = precision if precision in known else known[0]
         return self.policy(values)
 
+    def smallest(self, precision: str, student: str) -> Policy:
+        """What a student can come to at most: least widths, most zeros, every block dropped."""
+        values = self.values(self.uniform(0.0, precision, student))
+        gone = {
+            f"drop/{name}": True for name, (owner, _) in self.blocks.items() if owner == student
+        }
+        return self.policy(values | gone | {"sparsity": max(self.settings.sparsity)})
+
     def shrunk(self, policy: Policy, share: float) -> Policy:
         """``policy`` with every width at ``share`` of what it is, rounded to a legal one.
 

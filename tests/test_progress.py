@@ -16,7 +16,13 @@ from flyweight.search.progress import (
     size,
 )
 
-TEACHER = {"metric": 93.0, "metric_test": 92.8, "latency_ms": 1.0, "size_bytes": 2_800_000}
+TEACHER = {
+    "metric": 93.0,
+    "metric_test": 92.8,
+    "latency_ms": 1.0,
+    "size_bytes": 2_800_000,
+    "compressed_bytes": 2_600_000,
+}
 OBJECTIVE = {"speedup": 2.0, "latency_ms": None, "max_drop": 0.5, "size_bytes": None}
 SEARCH = {"kind": "search", "teacher": TEACHER, "objective": OBJECTIVE}
 
@@ -29,6 +35,7 @@ def result(trial: int, rung: str, ms: float, metric: float | None, size_bytes=60
     return {
         "kind": "result", "trial": trial, "digest": f"{trial:064x}", "rung": rung,
         "metric": metric, "latency_ms": [0.9 * ms, ms, 1.1 * ms], "size_bytes": size_bytes,
+        "compressed_bytes": size_bytes - 100_000,
     }  # fmt: skip
 
 
@@ -123,7 +130,7 @@ def test_limits_hold_to_the_digit() -> None:
 
 @pytest.mark.parametrize("objective", [
     {"speedup": 2.0}, {"latency_ms": 0.5}, {"max_drop": 0.5}, {"size_bytes": 500_000},
-    {"latency_ms": 0.5, "max_drop": 0.5, "size_bytes": 500_000}, {},
+    {"latency_ms": 0.5, "max_drop": 0.5, "size_bytes": 500_000}, {"compressed_bytes": 400_000}, {},
 ])  # fmt: skip
 @pytest.mark.parametrize("ms", [0.4, 0.5, 0.6])
 @pytest.mark.parametrize("metric", [93.1, 92.5, 92.4])
@@ -267,7 +274,7 @@ def model(trial: int, metric: float, ms: float) -> dict:
     return {
         "digest": f"{trial:x}" * 64, "metric": metric, "metric_test": metric - 0.3,
         "latency_ms": ms, "latency_spread": 0.01, "size_bytes": 700_000,
-        "predicted_latency_ms": [0.9 * ms, 1.02 * ms, 1.1 * ms],
+        "predicted_latency_ms": [0.9 * ms, 1.02 * ms, 1.1 * ms], "compressed_bytes": 325_000,
     }  # fmt: skip
 
 
@@ -298,6 +305,17 @@ def test_closing_sentence_of_the_best() -> None:
         "Best: aaaaaaaaaa, 2.50 times faster than the teacher, 0.30 points lost "
         "(0.40 points lost on test), 4.0 times smaller."
     )
+
+
+def test_closing_where_the_compressed_size_is_limited() -> None:
+    result = ended(objective={"compressed_bytes": 400_000})
+    assert closing_sentence(result).endswith("4.0 times smaller (8.0 times when compressed).")
+    table = closing(result)
+    assert "compressed" in table
+    assert "325 kB" in table
+    assert "700 kB" not in table
+    missed = ended(objective={"compressed_bytes": 300_000}, best=None, nearest_miss="b" * 64)
+    assert closing_sentence(missed).endswith("Missed: 325 kB compressed, the limit is 300 kB.")
 
 
 def test_closing_sentence_of_the_nearest_miss() -> None:

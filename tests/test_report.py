@@ -12,7 +12,13 @@ import pytest
 from flyweight.search.report import write_report
 from flyweight.spaces import BadInput
 
-TEACHER = {"metric": 93.1, "metric_test": 93.0, "latency_ms": 0.800, "size_bytes": 2_800_000}
+TEACHER = {
+    "metric": 93.1,
+    "metric_test": 93.0,
+    "latency_ms": 0.800,
+    "size_bytes": 2_800_000,
+    "compressed_bytes": 2_600_000,
+}
 TARGET = {"runtime": "onnxruntime", "threads": 1, "batch_size": 1, "fingerprint": "avx2 7f"}
 OBJECTIVE = {"speedup": 2.5, "latency_ms": None, "max_drop": 0.5, "size_bytes": None}
 GROUPS = {"stem.0": 32, "body.0.c1": 32, "body.2.c1": 64, "body.4.c1": 128}
@@ -88,7 +94,7 @@ def front_model(trial: int) -> dict:
     predicted, metric, test, measured, size = FULL[trial]
     return {
         "digest": digest(trial), "metric": metric, "metric_test": test, "latency_ms": measured,
-        "latency_spread": 0.012, "size_bytes": size,
+        "latency_spread": 0.012, "size_bytes": size, "compressed_bytes": size - 50_000,
         "predicted_latency_ms": [0.97 * predicted, predicted, 1.04 * predicted],
         "artifact": f"artifacts/{digest(trial)}/model.onnx",
     }  # fmt: skip
@@ -171,7 +177,7 @@ def test_headline(page: Page) -> None:
 def test_front_table(page: Page) -> None:
     assert page.row(0, digest(1)[:10]) == [
         f"{digest(1)[:10]} best", "2.56", "0.312", "1.2%", "0.318 0.308 to 0.331", "92.84", "0.26",
-        "92.70", "0.30", "610 kB", "56%", "4 of 12", "taylor", "mse", "yes",
+        "92.70", "0.30", "610 kB 560 kB compressed", "56%", "4 of 12", "taylor", "mse", "yes",
     ]  # fmt: skip
     assert page.row(0, "teacher")[:6] == ["teacher", "1.00", "0.800", NONE, NONE, "93.10"]
     assert page.row(0, digest(2)[:10])[-1] == "no"
@@ -294,6 +300,27 @@ def test_no_limits_no_test_data_no_widths_known(tmp_path: Path) -> None:
     assert row[7:9] == [NONE, NONE]
     assert row[10:12] == ["34 channels in 4 groups", "4"]
     assert "Limits: at most 700 kB;" in page.text
+
+
+def test_what_zeros_and_dropped_blocks_bring_is_told(tmp_path: Path) -> None:
+    limit = {"compressed_bytes": 600_000}
+    record = entries(objective=limit, blocks={"body.2": ["body.2.c1"], "body.4": ["body.4.c1"]})
+    for entry in record:
+        if entry["kind"] == "result" and entry["digest"] == digest(1):
+            entry["policy"]["prune"] |= {
+                "sparsity": 0.75, "drop": ["body.2", "body.4"],
+                "width": {"stem.0": 24, "body.0.c1": 16},
+            }  # fmt: skip
+    page = Page(write_report(run_directory(tmp_path, record, result(objective=limit))))
+    assert "Limits: at most 600 kB compressed;" in page.text
+    row = page.row(0, digest(1)[:10])
+    assert row[9] == "610 kB 560 kB compressed"
+    assert row[10] == "31% 75% zeros without body.2, body.4"  # (24/32 + 16/32 + 0 + 0) / 4
+    assert "zeros" not in page.row(0, digest(2)[:10])[10]
+    rows = list(csv.DictReader((tmp_path / "front.csv").open()))
+    found = {r["digest"]: (r["compressed_bytes"], r["sparsity"], r["dropped_blocks"]) for r in rows}
+    assert found[digest(1)] == ("560000.0", "75%", "body.2, body.4")
+    assert found[digest(2)] == ("370000.0", "", "")
 
 
 def test_what_a_user_supplies_is_escaped(tmp_path: Path) -> None:

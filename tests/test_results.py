@@ -13,6 +13,7 @@ ROW = st.fixed_dictionaries(
         "metric": st.integers(80, 95).map(float),
         "latency_ms": st.integers(1, 9).map(float),
         "size_bytes": st.integers(1, 9),
+        "compressed_bytes": st.integers(1, 9),
     }
 )
 ROWS = st.lists(ROW, max_size=10).map(
@@ -24,13 +25,19 @@ LIMITS = st.builds(
     st.none() | st.integers(1, 9).map(float),
     st.none() | st.integers(0, 6).map(float),
     st.none() | st.integers(1, 9),
+    st.none() | st.integers(1, 9),
 )
+
+
+def fits(row: dict[str, Any], bound: Limits) -> bool:
+    names = ("size_bytes", "compressed_bytes")
+    return all((most := getattr(bound, n)) is None or row[n] <= most for n in names)
 
 
 def keeps(row: dict[str, Any], bound: Limits) -> bool:
     return (
         (bound.latency_ms is None or row["latency_ms"] <= bound.latency_ms)
-        and (bound.size_bytes is None or row["size_bytes"] <= bound.size_bytes)
+        and fits(row, bound)
         and (bound.max_drop is None or bound.teacher_metric - row["metric"] <= bound.max_drop)
     )
 
@@ -56,34 +63,46 @@ def test_best_and_nearest_miss(rows: list[dict[str, Any]], bound: Limits) -> Non
 
 @given(ROW, LIMITS)
 def test_excess_is_positive_only_over_a_limit(row: dict[str, Any], bound: Limits) -> None:
-    over = bound.excess(row["metric"], row["latency_ms"], row["size_bytes"]) > 0
-    assert over != keeps(row, bound)
+    assert (bound.excess(**row) > 0) != keeps(row, bound)
+
+
+@given(st.lists(ROW, min_size=1, max_size=4), LIMITS)
+def test_out_of_reach_is_what_no_case_keeps(rows: list[dict[str, Any]], bound: Limits) -> None:
+    found = bound.out_of_reach(rows)
+    for name in ("latency_ms", "size_bytes", "compressed_bytes"):
+        most = getattr(bound, name)
+        assert (name in found) == (most is not None and all(r[name] > most for r in rows))
+        assert found.get(name) in (None, min(r[name] for r in rows))
 
 
 def test_a_drop_that_is_the_limit_is_within_it() -> None:
-    assert Limits(92.3, max_drop=0.1).excess(92.2, 1.0, 1) <= 0  # 92.3 - 92.2 > 0.1 in floats
+    assert Limits(92.3, max_drop=0.1).excess(92.2, 1.0, 1, 1) <= 0  # 92.3 - 92.2 > 0.1 in floats
 
 
 def test_limits_of_an_objective() -> None:
     assert limits({"speedup": 2.5}, 90.0, 5.0).latency_ms == 2.0
     assert limits({"latency_ms": 3.0}, 90.0, 5.0).latency_ms == 3.0
     assert limits({"max_drop": 1.0, "size_bytes": 5}, 90.0, 5.0) == Limits(90.0, None, 1.0, 5)
+    assert limits({"compressed_bytes": 5}, 90.0, 5.0) == Limits(90.0, compressed_bytes=5)
 
 
-@given(st.lists(ROW, max_size=40))
-def test_finalists_are_the_front_and_at_most_twelve(rows: list[dict[str, Any]]) -> None:
+@given(st.lists(ROW, max_size=40), LIMITS)
+def test_finalists_are_the_front_and_at_most_twelve(
+    rows: list[dict[str, Any]], bound: Limits
+) -> None:
     entries = [
-        {"rung": "full", "digest": str(i), "metric": r["metric"],
-         "latency_ms": [0.0, r["latency_ms"], 99.0], "constraint": r["size_bytes"] - 5}
+        {**r, "rung": "full", "digest": str(i), "latency_ms": [0.0, r["latency_ms"], 99.0],
+         "constraint": bound.excess(**r)}
         for i, r in enumerate(rows)
     ]  # fmt: skip
+    rivals = [e for e in entries if fits(e, bound)] or list(entries)
     entries += [dict(e, rung="short", digest="s" + e["digest"], metric=99.0) for e in entries]
-    found = finalists(entries)
+    found = finalists(entries, bound)
     assert len(found) <= FINALISTS
-    assert all(e["rung"] == "full" for e in found)
+    assert all(e["rung"] == "full" and e in rivals for e in found)
     for e in found:
         assert not any(
             o["metric"] >= e["metric"] and o["latency_ms"][1] <= e["latency_ms"][1]
             and (o["metric"], o["latency_ms"]) != (e["metric"], e["latency_ms"])
-            for o in entries[: len(rows)]
+            for o in rivals
         )  # fmt: skip

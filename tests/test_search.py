@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import yaml
 
@@ -23,7 +25,7 @@ KEYS = {
 }  # fmt: skip
 ROW = {
     "digest", "metric", "metric_test", "latency_ms", "latency_spread", "predicted_latency_ms",
-    "size_bytes", "artifact",
+    "size_bytes", "compressed_bytes", "artifact",
 }  # fmt: skip
 RUN = "from flyweight.search.cli import main; main()"
 
@@ -176,6 +178,83 @@ def test_ctrl_c_ends_with_the_best_so_far(starter: Path, tmp_path: Path) -> None
     assert result.keys() == KEYS
     assert len(entries(run, "end")) == len(entries(run, "begin"))
     assert (run / "report.html").exists()
+
+
+RESIDUAL = """
+from task import Digits, WEIGHTS, nn, torch, train, load_file, save_file
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.c1, self.n1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.c2, self.n2 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return torch.relu(x + self.n2(self.c2(torch.relu(self.n1(self.c1(x))))))
+
+class Residual(Digits):
+    def model(self):
+        model = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), *map(Block, [32] * 3),
+            nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10),
+        )
+        weights = WEIGHTS.with_name("residual.safetensors")
+        if not weights.exists():
+            train(model, self.train)
+            save_file(model.state_dict(), weights)
+        model.load_state_dict(load_file(weights))
+        return model
+"""
+
+
+def test_blocks_are_dropped_trained_and_measured(starter: Path, tmp_path: Path) -> None:
+    (starter / "residual.py").write_text(RESIDUAL)
+    space = {"prune": {"min_keep": 1, "depth": True}, "quantize": {"precisions": ["fp32"]}}
+    # Only without a block is it so fast; of the seven ways to drop some, four are tried.
+    changes = {"objective": {"speedup": 1.2}, "task": "residual.py:Residual", "space": space}
+    path, run = small(starter, "depth.yaml", **changes), tmp_path / "run"
+    done = flyweight("search", path, "--out", run, cwd=starter)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "result.json").read_text())
+    assert result["front"]
+    for row in result["front"]:
+        model = run / row["artifact"]
+        drop = json.loads(model.with_name("policy.json").read_text())["prune"]["drop"]
+        assert drop
+        left = {tensor.name.partition(".")[0] for tensor in onnx.load(model).graph.initializer}
+        assert {f"{block}.c1" for block in {"3", "4", "5"} - left} == set(drop)
+        assert f"without {', '.join(drop)}</small>" in (run / "report.html").read_text()
+    trained = [e for e in entries(run, "result") if e["rung"] == "full"]
+    assert all(e["samples"] > 0 for e in trained)
+    assert len(entries(run, "measured")) >= len(result["front"])
+
+
+def test_a_limit_of_the_compressed_size_is_kept_by_zeros(starter: Path, tmp_path: Path) -> None:
+    objective = {"compressed_bytes": 150_000}  # the model has 227 kB, 210 of them when compressed
+    space = {
+        "prune": {"min_keep": 1, "sparsity": [0.0, 0.75]},
+        "quantize": {"precisions": ["fp32"]},
+    }
+    path = small(starter, "packed.yaml", objective=objective, space=space)
+    run = tmp_path / "run"
+    done = flyweight("search", path, "--out", run, cwd=starter)
+    assert done.returncode == 0, done.stderr
+    assert "times when compressed" in done.stdout
+    result = json.loads((run / "result.json").read_text())
+    teacher, best = (
+        result["teacher"],
+        next(r for r in result["front"] if r["digest"] == result["best"]),
+    )
+    assert best["compressed_bytes"] <= 150_000 < best["size_bytes"]
+    assert best["size_bytes"] == pytest.approx(teacher["size_bytes"], rel=0.01)
+    model = run / best["artifact"]
+    assert best["compressed_bytes"] == len(zlib.compress(model.read_bytes()))
+    assert json.loads(model.with_name("policy.json").read_text())["prune"]["sparsity"] == 0.75
+    begun = {e["digest"]: e["compressed_bytes"] for e in entries(run, "begin")}  # before training
+    assert best["compressed_bytes"] == pytest.approx(begun[best["digest"]], rel=0.05)
+    plain = [e for e in entries(run, "rejected") if "sparsity" not in e["policy"].get("prune", {})]
+    assert plain
+    assert all(e["compressed_bytes"] > 150_000 for e in plain)
 
 
 def test_a_limit_out_of_reach_costs_nothing(starter: Path, tmp_path: Path) -> None:

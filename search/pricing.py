@@ -1,0 +1,45 @@
+"""What a policy costs on the target before it is trained: timed, or predicted from a profile."""
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from ..compressors import Prepared, untrained
+from ..kernels import LatencyPredictor
+from ..spaces import Policy
+from .controller import Price
+from .limits import Limits
+from .profiling import plan_of
+from .store import compressed_bytes
+
+Pricing = Callable[[Policy], Price]
+
+
+def timed(prepared: Prepared, meter: Any) -> Pricing:
+    """By the measuring actor, which times the policy untrained. Raises OSError if that died."""
+
+    def price(policy: Policy) -> Price:
+        model = untrained(prepared, policy)
+        try:
+            latency_ms = ray.get(meter.provisional.remote(model))
+        except ray.exceptions.RayError as error:
+            raise OSError(f"the measuring actor died: {error}") from error
+        return Price(latency_ms, len(model), compressed_bytes(model))
+
+    return price
+
+
+def predicted(prepared: Prepared, predictor: LatencyPredictor, limits: Limits) -> Pricing:
+    """By the predictor, without building anything unless sizes are limited: then they are those of
+    the policy untrained, else those of its weights."""
+
+    def price(policy: Policy) -> Price:
+        plan = plan_of(prepared, policy)
+        low, middle, high = predictor.predict([plan])[0].tolist()
+        if limits.size_bytes is None and limits.compressed_bytes is None:
+            return Price((low, middle, high), plan.weight_bytes, plan.weight_bytes)
+        model = untrained(prepared, policy)
+        return Price((low, middle, high), len(model), compressed_bytes(model))
+
+    return price
