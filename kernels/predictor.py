@@ -48,9 +48,11 @@ class LatencyPredictor:
             session: median(t.teacher_ms for t in self._timed if t.session == session)
             for session in sorted({t.session for t in self._timed})
         }
-        self.teacher_ms = teacher_ms or median(self._sessions.values())
-        # Latencies as they would be if the teacher always took ``teacher_ms``.
-        ms = [t.ms * self.teacher_ms / self._sessions[t.session] for t in self._timed if t.ms]
+        usual = median(self._sessions.values())
+        self.teacher_ms = teacher_ms or usual
+        self._pace = self.teacher_ms / usual
+        # Latencies as they would be if the teacher always took its usual time.
+        ms = [t.ms * usual / self._sessions[t.session] for t in self._timed if t.ms]
         self._process = AdditiveProcess([t.counts for t in self._timed], ms)
 
     @cached_property
@@ -75,7 +77,7 @@ class LatencyPredictor:
             return np.zeros((0, 3))
         mean, deviation = self._process.predict(sums)
         half = self._deviations * deviation
-        out = np.stack([np.maximum(mean - half, 0), mean, mean + half], 1)
+        out = self._pace * np.stack([np.maximum(mean - half, 0), mean, mean + half], 1)
         if self._unavailable:
             out[[not self._unavailable.isdisjoint(counts) for counts in sums]] = np.inf
         return out
@@ -85,7 +87,7 @@ class LatencyPredictor:
         is the latency predicted."""
         counts = signature(plan)
         mean, _ = self._process.predict([{s: n} for s, n in counts.items()])
-        return dict(zip(counts, mean.tolist(), strict=True))
+        return dict(zip(counts, (self._pace * mean).tolist(), strict=True))
 
 
 def predictor_for(

@@ -1,0 +1,110 @@
+"""The additive process against a slow, plain one, and against a device whose truth is known."""
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flyweight.kernels.additive import BLOCK, PARTS, AdditiveProcess, Part
+from flyweight.kernels.signature import SESSION, Signature
+
+
+@pytest.fixture(scope="module")
+def device(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("tests/pieces.py")
+
+
+def correlation(part: Part, a: Signature, b: Signature) -> float:
+    """Of two pieces under ``part``, from its definition."""
+    if part.octaves is None:
+        return float(part.key(a) == part.key(b))
+    if (a.kind, a.form) != (b.kind, b.form):
+        return 0.0
+    square = sum(
+        (np.log2(x / y) / part.octaves) ** 2 for x, y in zip(a.sizes, b.sizes, strict=True)
+    )
+    for x, y in list(zip(a.sizes, b.sizes, strict=True))[:2]:
+        square += ((x % BLOCK - y % BLOCK) / BLOCK / (part.octaves / 2)) ** 2
+    return float(np.exp(-square / 2))
+
+
+def plain(process: AdditiveProcess, sums: list[Any], ms: list[float], new: list[Any]) -> Any:
+    """Mean and deviation of ``new``, piece by piece and without closed forms."""
+    everything = list(dict.fromkeys(s for counts in [*sums, *new] for s in counts))
+    factor = np.zeros((len(everything),) * 2)
+    for i, a in enumerate(everything):
+        for j, b in enumerate(everything):
+            factor[i, j] = sum(
+                d**2 * correlation(part, a, b)
+                for d, part in zip(process.deviations, PARTS, strict=True)
+            )
+    nominal = np.array([s.nominal_ms for s in everything])
+    rows = np.array([[counts.get(s, 0) for s in everything] for counts in [*sums, *new]]) * nominal
+    joint = rows @ factor @ rows.T
+    n, y = len(sums), np.array(ms)
+    known = joint[:n, :n] + np.diag((process.noise * y) ** 2)
+    mean = joint[n:, :n] @ np.linalg.solve(known, y)
+    variance = np.diag(joint[n:, n:] - joint[n:, :n] @ np.linalg.solve(known, joint[:n, n:]))
+    return mean, np.sqrt(np.maximum(variance, 0) + (process.noise * mean) ** 2)
+
+
+def test_predictions_are_those_of_a_plain_gaussian_process(device: ModuleType) -> None:
+    sums, new = device.networks(1, 40), device.networks(2, 10)
+    rng = np.random.default_rng(0)
+    ms = [device.total(c) * (1 + 0.01 * rng.standard_normal()) for c in sums]
+    process = AdditiveProcess(sums, ms)
+    mean, deviation = process.predict(new)
+    slow_mean, slow_deviation = plain(process, sums, ms, new)
+    np.testing.assert_allclose(mean, slow_mean, rtol=1e-6)
+    np.testing.assert_allclose(deviation, slow_deviation, rtol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [list(range(30)), [i // 7 for i in range(30)]])
+def test_what_is_left_out_is_predicted_as_if_it_had_never_been_seen(
+    groups: list[int], device: ModuleType
+) -> None:
+    sums = device.networks(3, 30)
+    rng = np.random.default_rng(1)
+    ms = np.array([device.total(c) * (1 + 0.01 * rng.standard_normal()) for c in sums])
+    process = AdditiveProcess(sums, list(ms))
+    mean, deviation = process.left_out(groups)
+    for group in set(groups):
+        held = [i for i in range(30) if groups[i] == group]
+        rest = [i for i in range(30) if groups[i] != group]
+        slow_mean, slow = plain(
+            process, [sums[i] for i in rest], list(ms[rest]), [sums[i] for i in held]
+        )
+        np.testing.assert_allclose(mean[held], slow_mean, rtol=1e-5)
+        # its noise is relative to what was measured, a prediction's to what is predicted
+        noise = process.noise**2 * (ms[held] ** 2 - slow_mean**2)
+        np.testing.assert_allclose(deviation[held] ** 2, slow**2 + noise, rtol=1e-3)
+
+
+def test_it_learns_a_device_from_sums_alone(device: ModuleType) -> None:
+    sums, new = device.networks(4, 300), device.networks(5, 200)
+    rng = np.random.default_rng(2)
+    ms = [device.total(c) * (1 + 0.01 * rng.standard_normal()) for c in sums]
+    mean, deviation = AdditiveProcess(sums, ms).predict(new)
+    error = mean / np.array([device.total(c) for c in new]) - 1
+    assert np.mean(abs(error) < 0.03) > 0.95
+    held = abs(mean - np.array([device.total(c) for c in new])) < 2 * deviation
+    assert held.mean() > 0.9
+
+
+def test_it_is_less_sure_of_what_it_has_never_seen(device: ModuleType) -> None:
+    sums = device.networks(6, 100)
+    process = AdditiveProcess(sums, [device.total(c) for c in sums])
+    known = Counter([SESSION, *device.pieces(random.Random(7), 10)])
+    strange = Counter({SESSION: 1, Signature("softmax fp32", "", "", (4096,), 0.02): 10})
+    mean, deviation = process.predict([known, strange])
+    assert deviation[1] / mean[1] > 5 * deviation[0] / mean[0]
+
+
+@pytest.mark.parametrize("ms", [[1.0], [1.0, float("nan")], [1.0, 0.0]])
+def test_times_that_are_none_are_refused(ms: list[float], device: ModuleType) -> None:
+    with pytest.raises(ValueError, match="time"):
+        AdditiveProcess(device.networks(8, 2), ms)

@@ -1,0 +1,139 @@
+"""Device profiles: nothing lost, nothing foreign; and what is predicted from them."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from flyweight.kernels import DeviceProfile, LatencyPredictor, Signature, Timed, predictor_for
+from flyweight.kernels.predictor import LEAST
+from flyweight.kernels.signature import SESSION
+from flyweight.spaces import BadInput
+
+DEVICE = {"cpu": "a CPU", "runtime": "onnxruntime", "threads": "1"}
+
+
+@pytest.fixture(scope="module")
+def device(load: Callable[[str], ModuleType]) -> ModuleType:
+    return load("tests/pieces.py")
+
+
+def measured(device: ModuleType, seed: int, n: int, speed: float = 1.0) -> list[Timed]:
+    """Networks on the device of tests/pieces.py, in four sessions whose speed differs."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for i, counts in enumerate(device.networks(seed, n)):
+        pace = speed * (1 + 0.02 * (i * 4 // n))
+        ms = device.total(counts) * pace * (1 + 0.01 * rng.standard_normal())
+        out.append(Timed(counts, ms, 0.5 * pace, i * 4 // n, f"policy {i}"))
+    return out
+
+
+def profile(timed: list[Timed]) -> DeviceProfile:
+    return DeviceProfile(DEVICE, "0123456789abcdef", {"input": (1, 3, 8, 8)}, timed)
+
+
+def test_a_profile_comes_back_from_its_file(device: ModuleType, tmp_path: Path) -> None:
+    made, path = profile(measured(device, 1, 10)), tmp_path / "p.jsonl"
+    made.create(path)
+    (another,) = measured(device, 2, 1)
+    made.append(path, another)
+    made.append(path, Timed(another.counts, None, 0.5, 4, "dies"))
+    assert DeviceProfile.load(path) == made
+    assert len(made.timed) == 12
+
+
+def test_a_last_line_that_was_cut_off_is_left_out(device: ModuleType, tmp_path: Path) -> None:
+    made, path = profile(measured(device, 1, 10)), tmp_path / "p.jsonl"
+    made.create(path)
+    path.write_text(path.read_text()[:-30])
+    assert DeviceProfile.load(path).timed == made.timed[:9]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["no device profile", "flyweight profile"]),
+        ("{}", ["no device profile"]),
+        ("not json\n{}", ["line 1", "not JSON"]),
+        ('{"fingerprint": "0", "version": 9}', ["version 9", "1 is"]),
+        ('{"fingerprint": "0", "version": 1, "device": {}, "request": {}}\n{"ms": 1}', ["line 2"]),
+    ],
+)
+def test_what_is_no_profile_is_refused_with_the_line(
+    content: str, words: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    with pytest.raises(BadInput) as caught:
+        DeviceProfile.load(path)
+    for word in [str(path), *words]:
+        assert word in str(caught.value)
+    with pytest.raises(BadInput, match="no device profile at"):
+        DeviceProfile.load(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("ms", [0, -1, float("nan")])
+def test_a_time_that_is_none_is_refused(ms: float, device: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    profile(measured(device, 1, 2)).create(path)
+    lines = path.read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {"ms": ms})
+    path.write_text("\n".join(lines))
+    with pytest.raises(BadInput, match="line 2"):
+        DeviceProfile.load(path)
+
+
+def test_intervals_hold_nine_tenths_of_networks_never_seen(device: ModuleType) -> None:
+    predictor = LatencyPredictor(profile(measured(device, 3, 240)))
+    unseen = device.networks(4, 400)
+    ends = predictor.predict_work(unseen)
+    # on a machine as fast as the teacher says it is
+    took = np.array([device.total(c) for c in unseen]) * predictor.teacher_ms / 0.5
+    noisy = took * (1 + 0.01 * np.random.default_rng(5).standard_normal(400))
+    assert (np.diff(ends) > 0).all()
+    inside = ((noisy >= ends[:, 0]) & (noisy <= ends[:, 2])).mean()
+    assert 0.84 <= inside <= 0.97  # 400 draws of 0.9: within four standard deviations
+    assert np.median((ends[:, 2] - ends[:, 0]) / ends[:, 1]) < 0.1
+
+
+def test_a_machine_that_is_slower_now_is_slower_in_everything(device: ModuleType) -> None:
+    made = profile(measured(device, 3, 120))
+    usual, slow = LatencyPredictor(made), LatencyPredictor(made, teacher_ms=1.0)
+    unseen = device.networks(4, 20)
+    ratio = slow.predict_work(unseen) / usual.predict_work(unseen)
+    np.testing.assert_allclose(ratio, 1.0 / usual.teacher_ms, rtol=1e-6)
+
+
+def test_work_that_kills_the_runtime_is_never_predicted_to_end(device: ModuleType) -> None:
+    timed, deadly = measured(device, 3, 60), Signature("conv int8", "7x7", "", (8, 8, 4), 0.01)
+    good = device.networks(4, 1)[0]
+    bad = Counter({**timed[0].counts, deadly: 1})
+    made = profile([*timed, Timed(bad, None, 0.5, 0)])
+    assert made.unavailable() == {deadly}
+    ends = LatencyPredictor(made).predict_work([good, Counter({SESSION: 1, deadly: 1})])
+    assert np.isfinite(ends).all(axis=1).tolist() == [True, False]
+
+
+def test_too_few_networks_say_nothing(device: ModuleType) -> None:
+    with pytest.raises(BadInput, match=f"at least {LEAST} timed networks"):
+        LatencyPredictor(profile(measured(device, 3, LEAST - 1)))
+
+
+def test_a_profile_of_another_device_is_refused_or_used_with_wider_intervals(
+    device: ModuleType,
+) -> None:
+    made = profile(measured(device, 3, 60))
+    with pytest.raises(BadInput) as caught:
+        predictor_for(made, "fedcba9876543210")
+    for word in ("0123456789abcdef", "fedcba9876543210", "a CPU", "--allow-foreign"):
+        assert word in str(caught.value)
+    unseen = device.networks(9, 10)
+    own = predictor_for(made, made.fingerprint).predict_work(unseen)
+    foreign = predictor_for(made, "fedcba9876543210", allow_foreign=True).predict_work(unseen)
+    np.testing.assert_allclose(own[:, 1], foreign[:, 1])
+    np.testing.assert_allclose(foreign[:, 2] - foreign[:, 1], 3 * (own[:, 2] - own[:, 1]))
