@@ -25,7 +25,7 @@ from .ready import Ready
 
 GROUP = 8  # networks timed side by side
 SESSION = 12  # groups timed in one process; the next has other memory
-NARROW = 0.06  # the median width of an interval at which a profile is good enough
+NARROW = 0.06  # the median width of an interval, relative, at which a profile is good enough
 NETWORKS = 960  # at most
 SESSIONS = 3  # at least: intervals are calibrated on what differs from one to the next
 UNSEEN = 99  # networks whose intervals are looked at
@@ -68,11 +68,13 @@ def make_profile(
     *,
     networks: int = NETWORKS,
     seconds: float = math.inf,
+    narrow: float = NARROW,
     seed: int = 0,
     say: Say = print,
 ) -> DeviceProfile:
-    """Times networks of the space of ``ready`` into ``path`` until intervals are narrow, or
-    ``networks`` are timed, or ``seconds`` are over. Goes on with what is in ``path`` already.
+    """Times networks of the space of ``ready`` into ``path`` until the median width of an interval
+    is ``narrow``, or ``networks`` are timed, or ``seconds`` are over. Goes on with what is in
+    ``path`` already.
 
     Nothing else may run on the device meanwhile. Raises BadInput if ``path`` is of another device
     or request, FlyweightError if the machine is too busy to be profiled.
@@ -88,7 +90,7 @@ def make_profile(
     policies = islice(mixed_policies(ready.space, seed), len(profile.timed), None)
     session = max((t.session for t in profile.timed), default=-1)
     quiet = _Quiet()
-    while len(profile.timed) < networks and not _narrow(ready, profile, seed, say):
+    while len(profile.timed) < networks and _wide(ready, profile, seed, narrow, say):
         session += 1
         target = ready.spec.target
         with MeasuringProcess(target.runtime, target.threads, ready.teacher, request) as process:
@@ -157,15 +159,16 @@ def _time(
         yield Timed(signature(plan), ms, teacher_ms, session, digest)
 
 
-def _narrow(ready: Ready, profile: DeviceProfile, seed: int, say: Say) -> bool:
-    """Whether the intervals of networks that are not in the profile are as narrow as is needed."""
-    if len({t.session for t in profile.timed}) < SESSIONS:
-        return False
+def _wide(ready: Ready, profile: DeviceProfile, seed: int, narrow: float, say: Say) -> bool:
+    """Whether intervals of networks that are not in the profile are wider than is wanted."""
+    if not narrow or len({t.session for t in profile.timed}) < SESSIONS:
+        return True
     unseen = islice(mixed_policies(ready.space, seed - 1), UNSEEN)
-    ends = LatencyPredictor(profile).predict([plan_of(ready.prepared, policy) for policy in unseen])
+    plans = [plan_of(ready.prepared, policy) for policy in unseen]
+    ends = LatencyPredictor(profile).predict(plans)
     width = float(np.median((ends[:, 2] - ends[:, 0]) / ends[:, 1]))
-    say(f"90% intervals are {100 * width:.1f}% wide (enough: {100 * NARROW:g}%)")
-    return width <= NARROW
+    say(f"90% intervals are {100 * width:.1f}% wide (enough: {100 * narrow:g}%)")
+    return width > narrow
 
 
 def _check(

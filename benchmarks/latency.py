@@ -1,0 +1,265 @@
+"""How well latency is predicted: networks that the profile has not seen, timed and predicted.
+
+    python benchmarks/latency.py [--network resnet] [--runtime onnxruntime] [--minutes 15]
+
+A device profile is made as `flyweight profile` makes it; then ``HELD`` policies of another seed are
+timed in sessions of their own, two thirds of random widths, a third near uniform recipes, as many
+in each precision as mixed; the first of them once more, which says how well measurements repeat.
+Others learn from the same profile: multiply-accumulates, a table of kernels, a random forest (with
+nn-Meter's features) and a multilayer perceptron (as LitePred's), both on all layers of a network at
+once. Latencies are in units of the teacher beside them. Resumable: what was timed lies under
+benchmarks/out.
+"""
+
+import argparse
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import OUT, write
+from scipy import stats
+from sklearn.ensemble import RandomForestRegressor
+from sklearn.linear_model import LinearRegression, Ridge
+from sklearn.neural_network import MLPRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from flyweight.compressors import ClassificationTask
+from flyweight.kernels import DeviceProfile, LatencyPredictor, signature
+from flyweight.search.profiling import NARROW, NETWORKS, make_profile, mixed_policies, plan_of
+from flyweight.search.ready import Ready, ready
+from flyweight.search.spec import Spec
+from flyweight.spaces import Blueprint
+
+HERE = Path(__file__).resolve()
+EXAMPLES = HERE.parents[1] / "examples"
+HELD, AGAIN, HELD_SEED = 450, 96, 1_000
+CELLS = [(near, precision) for near in (False, True) for precision in ("fp32", "int8", "mixed")]
+
+
+class _Untrained(ClassificationTask):
+    """A network with random weights on noise: its latency is that of a trained one."""
+
+    network: nn.Module
+
+    def __init__(self, inputs: torch.Tensor) -> None:
+        targets = torch.arange(len(inputs)) % 2
+        self.train = TensorDataset(inputs[:8], targets[:8])
+        self.val = TensorDataset(inputs[8:], targets[8:])
+
+    def model(self) -> nn.Module:
+        return self.network
+
+
+class MobileNetV2(_Untrained):
+    """At 224 x 224."""
+
+    def __init__(self) -> None:
+        sys.path.insert(0, str(EXAMPLES / "imagenet"))
+        from mobilenet_v2 import MobileNetV2 as Network
+
+        torch.manual_seed(0)
+        self.network = Network().eval()
+        super().__init__(torch.rand(16, 3, 224, 224))
+
+
+SPECS: dict[str, tuple[str, dict[str, Any], float]] = {  # task, its arguments, least share kept
+    "resnet": (f"{EXAMPLES / 'fashion_mnist' / 'task.py'}:FashionMnist", {}, 0.125),
+    "mobilenet": (f"{HERE}:MobileNetV2", {}, 0.25),
+    "minilm": (f"{EXAMPLES / 'rotten_tomatoes' / 'task.py'}:RottenTomatoes", {}, 0.25),
+}
+
+
+def spec_of(network: str, runtime: str) -> Spec:
+    task, arguments, least = SPECS[network]
+    return Spec.model_validate(
+        {
+            "task": task, "task_args": arguments, "target": {"runtime": runtime},
+            "objective": {"speedup": 1.0}, "space": {"prune": {"min_keep": least}},
+        }
+    )  # fmt: skip
+
+
+class Networks:
+    """What was timed, with its plans, in units of the teacher of its session."""
+
+    def __init__(self, found: Ready, profile: DeviceProfile, seed: int) -> None:
+        named = {
+            policy.digest: (i, policy)
+            for i, policy in enumerate(islice(mixed_policies(found.space, seed), 2 * NETWORKS))
+        }
+        timed = [t for t in profile.timed if t.ms and t.policy in named]
+        teacher = {
+            s: np.median([t.teacher_ms for t in timed if t.session == s])
+            for s in {t.session for t in timed}
+        }
+        self.ratio = np.array([t.ms / teacher[t.session] for t in timed if t.ms])
+        self.digests = [t.policy for t in timed]
+        places = [named[t.policy] for t in timed]
+        self.precision = np.array([("fp32", "int8", "mixed")[i % 3] for i, _ in places])
+        self.near = np.array([i // 3 % 3 == 2 for i, _ in places])
+        self.plans = [plan_of(found.prepared, policy) for _, policy in places]
+
+
+def figures(took: np.ndarray, ends: np.ndarray, at: np.ndarray) -> dict[str, float]:
+    """Of the networks ``at``: errors, ranks, and what the intervals (where there are any) hold."""
+    y, middle = took[at], ends[at, 1]
+    error = np.abs(middle / y - 1)
+    out = {
+        "networks": int(at.sum()),
+        "within_5": float((error < 0.05).mean()),
+        "within_10": float((error < 0.10).mean()),
+        "median_error": float(np.median(error)),
+        "spearman": float(stats.spearmanr(middle, y).statistic),
+        "tau_within_10": _tau(y, middle),
+    }
+    if ends[at, 2].max() > ends[at, 0].min() and (ends[:, 2] != ends[:, 0]).any():
+        held = (y >= ends[at, 0]) & (y <= ends[at, 2])
+        out["coverage"] = float(held.mean())
+        out["width"] = float(np.median((ends[at, 2] - ends[at, 0]) / middle))
+    return out
+
+
+def _tau(took: np.ndarray, predicted: np.ndarray) -> float:
+    """Kendall's tau over the pairs whose latencies are within 10% of each other."""
+    agree = pairs = 0.0
+    for i in range(len(took) - 1):
+        close = np.abs(np.log(took[i + 1 :] / took[i])) < np.log(1.1)
+        signs = np.sign(took[i + 1 :] - took[i]) * np.sign(predicted[i + 1 :] - predicted[i])
+        agree += signs[close].sum()
+        pairs += close.sum()
+    return float(agree / max(pairs, 1))
+
+
+def layers(plan: Blueprint) -> list[list[float]]:
+    """Per layer: positions, channels, window, stride, MACs, weights (nn-Meter), and precision."""
+    return [
+        [
+            np.prod(k.out_shape[2:]), *k.channels, np.prod(k.kernel), np.prod(k.stride), k.macs,
+            k.weights, k.precision == "int8",
+        ]
+        for k in plan.kernels if k.weights
+    ]  # fmt: skip
+
+
+def baselines(known: Networks, held: Networks) -> dict[str, np.ndarray]:
+    """What others' predictors, learned from ``known``, say of ``held``."""
+
+    def macs(plan: Blueprint) -> list[float]:
+        total = {"fp32": 0.0, "int8": 0.0}
+        for kernel in plan.kernels:
+            total[kernel.precision] += kernel.macs
+        return list(total.values())
+
+    out = {}
+    weights = 1 / known.ratio  # relative errors count
+    x, z = (np.array([macs(p) for p in n.plans]) for n in (known, held))
+    out["MACs"] = LinearRegression().fit(x, known.ratio, weights**2).predict(z)
+    keys: dict[Any, int] = {}
+    rows = [[(s.kind, s.form, s.sizes) for s in signature(p).elements()] for p in known.plans]
+    for row in rows:
+        for key in row:
+            keys.setdefault(key, len(keys))
+
+    def table(plans: list[list[Any]]) -> np.ndarray:
+        found = np.zeros((len(plans), len(keys)))
+        for i, row in enumerate(plans):
+            for key in row:
+                if key in keys:  # what is not in the table counts nothing
+                    found[i, keys[key]] += 1
+        return found
+
+    theirs = [[(s.kind, s.form, s.sizes) for s in signature(p).elements()] for p in held.plans]
+    ridge = Ridge(alpha=1.0).fit(table(rows), known.ratio, weights**2)
+    out["table of kernels"] = ridge.predict(table(theirs))
+    x, z = (np.array([np.ravel(layers(p)) for p in n.plans]) for n in (known, held))
+    forest = RandomForestRegressor(300, min_samples_leaf=2, random_state=0)
+    out["random forest"] = np.exp(forest.fit(x, np.log(known.ratio)).predict(z))
+    perceptron = make_pipeline(
+        StandardScaler(),
+        MLPRegressor((128, 128), max_iter=2000, early_stopping=True, random_state=0),
+    )
+    out["perceptron"] = np.exp(perceptron.fit(x, np.log(known.ratio)).predict(z))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--network", choices=SPECS, default="resnet")
+    parser.add_argument("--runtime", default="onnxruntime")
+    parser.add_argument("--networks", type=int, default=NETWORKS)
+    parser.add_argument("--held", type=int, default=HELD)
+    parser.add_argument("--minutes", type=float, default=15.0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    found = ready(spec_of(given.network, given.runtime))
+    OUT.mkdir(exist_ok=True)
+    name = f"latency-{given.network}-{given.runtime}"
+
+    def timed(part: str, count: int, seed: int, seconds: float = float("inf")) -> DeviceProfile:
+        path = OUT / f"{name}-{part}.jsonl"
+        narrow = NARROW if part == "profile" else 0.0  # the others are timed to their end
+        return make_profile(
+            found, path, networks=count, seconds=seconds, seed=seed, narrow=narrow,
+            say=lambda line: print(part, line, flush=True),
+        )  # fmt: skip
+
+    began = time.monotonic()
+    profile = timed("profile", given.networks, 0, 60 * given.minutes)
+    seconds = time.monotonic() - began
+    held = Networks(found, timed("held", given.held, HELD_SEED), HELD_SEED)
+    again = Networks(found, timed("again", min(AGAIN, given.held), HELD_SEED), HELD_SEED)
+
+    predictor = LatencyPredictor(profile)
+    began = time.perf_counter()
+    sums = [signature(plan) for plan in held.plans]
+    signed = time.perf_counter()
+    ends = predictor.predict_work(sums) / predictor.teacher_ms
+    done = time.perf_counter()
+    cells = {"all": figures(held.ratio, ends, np.ones(len(held.ratio), bool))}
+    for near, precision in CELLS:
+        at = (held.near == near) & (held.precision == precision)
+        cells[f"{precision}, {'near recipes' if near else 'random'}"] = figures(
+            held.ratio, ends, at
+        )
+    known = Networks(found, profile, 0)
+    for label, middle in baselines(known, held).items():
+        cells[label] = figures(held.ratio, np.stack([middle] * 3, 1), np.ones(len(middle), bool))
+    twice = {digest: ratio for digest, ratio in zip(again.digests, again.ratio, strict=True)}
+    both = [(r, twice[d]) for d, r in zip(held.digests, held.ratio, strict=True) if d in twice]
+    first, second = np.array(both).T
+    cells["measured again"] = figures(first, np.stack([second] * 3, 1), np.ones(len(first), bool))
+
+    columns = (
+        "networks",
+        "within_5",
+        "within_10",
+        "median_error",
+        "spearman",
+        "tau_within_10",
+        "coverage",
+        "width",
+    )
+    print(f"{'':24s}" + "".join(f"{c:>14s}" for c in columns))
+    for label, values in cells.items():
+        shown = [f"{values[c]:14.4g}" if c in values else f"{'':14s}" for c in columns]
+        print(f"{label:24s}" + "".join(shown))
+    each = 1e6 / len(held.plans)
+    cost = {
+        "profile_s": seconds, "profile_networks": len(known.ratio),
+        "signature_us": (signed - began) * each, "predict_us": (done - signed) * each,
+    }  # fmt: skip
+    print({k: round(v, 1) for k, v in cost.items()})
+    write(name, {"network": given.network, "runtime": given.runtime, "cells": cells, **cost})
+
+
+if __name__ == "__main__":
+    main()
