@@ -183,7 +183,9 @@ def baselines(known: Networks, held: Networks) -> dict[str, np.ndarray]:
     out["random forest"] = np.exp(forest.fit(x, np.log(known.ratio)).predict(z))
     perceptron = make_pipeline(
         StandardScaler(),
-        MLPRegressor(hidden_layer_sizes=(128, 128), max_iter=2000, early_stopping=True, random_state=0),
+        MLPRegressor(
+            hidden_layer_sizes=(128, 128), max_iter=2000, early_stopping=True, random_state=0
+        ),
     )
     out["perceptron"] = np.exp(perceptron.fit(x, np.log(known.ratio)).predict(z))
     return out

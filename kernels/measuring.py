@@ -33,6 +33,11 @@ class MeasuringProcess:
         self._process.join(5)
         self._process.kill()
 
+    @property
+    def pid(self) -> int:
+        """Of the process that measures now."""
+        return self._process.pid or 0
+
     def time(self, models: Mapping[str, bytes]) -> dict[str, Timing | None]:
         """Timings of ``models`` and of the sentinel (``TEACHER``), interleaved; None for a model
         that the runtime cannot run or dies of. Raises FlyweightError if it dies of the sentinel."""
@@ -60,7 +65,10 @@ class MeasuringProcess:
 
 def _serve(pipe: Connection, runtime: str, threads: int, sentinel: bytes, inputs: Any) -> None:
     target = make_runtime(runtime, threads)
-    teacher = target.load(sentinel)
+    try:
+        teacher = target.load(sentinel)
+    except Impossible:
+        return  # who asks finds nobody, and says so
     while True:
         try:
             models = pipe.recv()

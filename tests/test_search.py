@@ -257,6 +257,55 @@ def test_a_limit_of_the_compressed_size_is_kept_by_zeros(starter: Path, tmp_path
     assert all(e["compressed_bytes"] > 150_000 for e in plain)
 
 
+def test_a_device_profile_predicts_and_prices_a_search(starter: Path, tmp_path: Path) -> None:
+    """Made, gone on with, asked, used by a search, and grown by what the search measured."""
+    path = tmp_path / "profile.jsonl"
+    spec = small(starter, "profiled.yaml", target={"profile": str(path)})
+    for networks in (24, 40):
+        done = flyweight(
+            "profile", "--spec", spec, "-o", path, "--networks", networks, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        lines = path.read_text().splitlines()
+        assert len(lines) == 1 + networks
+        if networks == 24:
+            first = lines
+    assert lines[:25] == first
+
+    assert flyweight("sample", "--spec", spec, "-n", 3, "-o", "some", cwd=tmp_path).returncode == 0
+    policies = sorted((tmp_path / "some").iterdir())
+    words = ("predict", *policies, "--profile", path, "--spec", spec)
+    done = flyweight(*words, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads(done.stdout)
+    assert len(cases) == 3
+    for case in cases:
+        low, middle, high = case["predicted_latency_ms"]
+        assert 0 <= low < middle < high
+
+    done = flyweight("search", spec, "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    front = json.loads((tmp_path / "run" / "result.json").read_text())["front"]
+    assert front
+    for row in front:
+        low, middle, high = row["predicted_latency_ms"]
+        assert low < middle < high
+    grown = [json.loads(line)["policy"] for line in path.read_text().splitlines()[41:]]
+    assert set(grown) >= {row["digest"] for row in front}
+
+    head = json.loads(lines[0]) | {"fingerprint": "0" * 16}  # of another device
+    path.write_text("\n".join([json.dumps(head), *lines[1:]]) + "\n")
+    for command in (words, ("search", spec, "--out", "foreign")):
+        done = flyweight(*command, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "0" * 16 in done.stderr + done.stdout
+    done = flyweight(*words, "--allow-foreign", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = flyweight("profile", "--spec", spec, "-o", path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "write to another file" in done.stderr
+
+
 def test_a_limit_out_of_reach_costs_nothing(starter: Path, tmp_path: Path) -> None:
     path = small(starter, "far.yaml", objective={"speedup": 10000})
     done = flyweight("search", path, "--out", tmp_path / "run", cwd=starter)
