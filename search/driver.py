@@ -20,8 +20,6 @@ import torch
 from ray import tune
 
 from ..compressors import RUNGS, untrained
-from ..compressors.data import Items
-from ..compressors.parity import run_session
 from ..kernels import Timing
 from ..spaces import BadInput, FlyweightError, Policy
 from .controller import Budget, Controller, Price, failures
@@ -34,6 +32,7 @@ from .ready import (
     data_digest,
     facts_of,
     ready,
+    score,
     teacher_answers,
     versions,
 )
@@ -275,7 +274,11 @@ class _Search:
         )
         ray.kill(meter)
         teacher = dict(header["teacher"]) | {"latency_ms": timings["teacher"].median_ms}
-        tests = {digest: self._test(model) for digest, model in models.items()}
+        prepared, test = self.ready.prepared, self.ready.prepared.splits.test
+        tests = {
+            digest: None if test is None else score(prepared, model, test)
+            for digest, model in models.items()
+        }
         for digest in models:
             self._append(
                 {
@@ -294,13 +297,6 @@ class _Search:
     def _append(self, entry: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # a full disk was told already; result.json will tell
             self.record.append(entry)
-
-    def _test(self, model: bytes) -> float | None:
-        items: Items | None = self.ready.prepared.splits.test
-        if items is None:
-            return None
-        answers = run_session(self.ready.prepared.runtime.load(model), items)
-        return float(self.ready.prepared.task.metric(answers, items.targets))
 
     def _finish(self, tracker: Tracker, controller: Controller) -> None:
         for entry in self.record.entries():

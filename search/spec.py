@@ -42,6 +42,11 @@ def _names(known: Any) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+_KINDS = {  # pydantic's word for what is wanted: ours
+    "int": "a whole number", "float": "a number", "finite": "a finite number",
+    "bool": "true or false", "string": "text", "tuple": "a list", "dict": "keys with values",
+    "model": "keys with values",
+}  # fmt: skip
 Duration = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
 Range = Annotated[tuple[float, float], BeforeValidator(_bounds)]
 Sparsity = Annotated[float, Field(ge=0, le=MAX_SPARSITY)]
@@ -195,6 +200,11 @@ class Spec(Section):
 
 def load_spec(path: Path) -> Spec:
     """The spec in ``path``, with paths made absolute. Raises BadInput."""
+    if path.suffix == ".py":
+        raise BadInput(
+            f"{path} is Python, but a search.yaml is expected, which names the task in it; "
+            "`flyweight init DIR` writes both"
+        )
     if not path.is_file():
         raise BadInput(f"no spec at {path}; `flyweight init DIR` writes a starter")
     try:
@@ -245,11 +255,28 @@ def _explain(error: Any) -> str:
             model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
         known = [name for name in model.model_fields if name != "folder"]
         return f"  {where}: unknown key; {nearest(str(error['loc'][-1]), known)}"
-    message = error["msg"].removeprefix("Value error, ")
     got = error["input"]
     shown = "" if isinstance(got, dict) or error["type"] == "missing" else f" (got {got!r})"
+    return f"  {where or 'spec'}: {_rule(error, where)}{shown}"
+
+
+def _rule(error: Any, where: str) -> str:
+    """What must hold, and what to do where that is not the same."""
     if where == "search.strategy":
-        message = "only 'joint' is built yet"
+        return "only 'joint' is built yet"
     if where == "target.profile":
-        message = "device profiles are not built yet; leave it out"
-    return f"  {where or 'spec'}: {message}{shown}"
+        return "device profiles are not built yet; leave it out"
+    kind, known = str(error["type"]), error.get("ctx", {})
+    name = next((str(part) for part in reversed(error["loc"]) if isinstance(part, str)), "spec")
+    for bound, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+        if bound in known:
+            return f"{name} {sign} {known[bound]:g} must hold"
+    if kind == "missing":
+        return "is missing, and has no default"
+    if kind == "literal_error":
+        return f"must be {known['expected']}"
+    if kind == "too_short":
+        return "must have at least one"
+    if word := _KINDS.get(kind.partition("_")[0]):
+        return f"must be {word}"
+    return str(error["msg"]).removeprefix("Value error, ")

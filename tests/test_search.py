@@ -267,6 +267,34 @@ def test_a_limit_out_of_reach_costs_nothing(starter: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run" / "artifacts").exists()
 
 
+def test_nothing_within_the_limits_is_the_last_word_and_code_3(
+    starter: Path, tmp_path: Path
+) -> None:
+    task = starter / "best.py"  # no student, which a worker scores, is as good as the teacher
+    task.write_text(
+        "import sys\nfrom task import Digits\n\n\nclass Best(Digits):\n"
+        "    def metric(self, output, target):\n"
+        "        return 100.0 if 'search' in sys.argv else 50.0\n"
+    )
+    objective = {"speedup": 1.1, "max_drop": 0}
+    path = small(starter, "strict.yaml", task="best.py:Best", objective=objective)
+    done = flyweight("search", path, "--out", tmp_path / "run", cwd=starter)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("Nothing keeps to the limits. Nearest: ")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["best"] is None
+    assert result["nearest_miss"]
+
+
+def test_a_plan_out_of_reach_is_code_1(starter: Path) -> None:
+    objective = {"speedup": 10000, "size_bytes": 100}
+    done = flyweight("plan", small(starter, "far.yaml", objective=objective), cwd=starter)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("OUT OF REACH of this space") == 2
+    assert "Left whole: 12 (its outputs are the answer)" in done.stdout
+    assert flyweight("plan", small(starter, "near.yaml"), cwd=starter).returncode == 0
+
+
 def test_an_absent_tracking_server_is_a_note(starter: Path, tmp_path: Path) -> None:
     tracking = {"uri": "http://127.0.0.1:9", "experiment": "digits"}
     search = {"trials": 1, "concurrency": 1}
