@@ -75,7 +75,7 @@ def search(
     record = FileRecord(run_dir / "record.jsonl")
     try:
         say = console.print if console else print
-        say(f"Checking {spec.task} and tracing its model")
+        say(f"Checking {spec.given_task} and tracing its model")
         prepared = ready(spec, run_dir)
         write_whole(run_dir / "spec.yaml", spec.to_yaml().encode())
         with _ray(spec, address):
@@ -169,6 +169,7 @@ class _Search:
             "kind": "search",
             "flyweight": version("flyweight"),
             **facts_of(spec, runtime.fingerprint),
+            "resolved_task": spec.task,
             "objective": spec.objective.model_dump(),
             "teacher": teacher,
             "versions": versions(),
@@ -180,7 +181,11 @@ class _Search:
             "time": time.time(),
         }
         if earlier:
-            for key in ("task", "data_digest"):
+            if "resolved_task" not in earlier[0]:
+                raise BadInput(
+                    "--resume: an earlier flyweight wrote this record; begin a new search"
+                )
+            for key in ("resolved_task", "data_digest"):
                 if earlier[0][key] != header[key]:
                     raise BadInput(
                         f"--resume: {key} is {header[key]}, but the search began with "
@@ -188,6 +193,7 @@ class _Search:
                     )
             if earlier[0]["target"] == header["target"]:
                 header["teacher"] = earlier[0]["teacher"]
+            header["task"] = earlier[0]["task"]  # RUN_DIR/spec.yaml says it by its path
         return header
 
     def _check_limits(self, meter: Any, limits: Limits) -> None:

@@ -53,7 +53,7 @@ def make_plan(spec_path: Path) -> dict[str, Any]:
             )
     out_of_reach = limits.out_of_reach(cases)
     return {
-        "task": spec.task,
+        "task": spec.given_task,
         "space": {
             "groups": {n: list(w) for n, w in found.space.widths.items()},
             "layers": {n: list(p) for n, p in found.space.precisions.items()},

@@ -139,4 +139,4 @@ def versions() -> dict[str, str]:
 def facts_of(spec: Spec, fingerprint: str) -> dict[str, Any]:
     """What every artifact of a search says about itself."""
     target = spec.target.model_dump(exclude={"profile"}) | {"fingerprint": fingerprint}
-    return {"task": spec.task, "seed": spec.search.seed, "target": target}
+    return {"task": spec.given_task, "seed": spec.search.seed, "target": target}

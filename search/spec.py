@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from ..compressors.distill import LOSSES
 from ..compressors.observe import ACTIVATION_RANGES
@@ -187,6 +195,12 @@ class Spec(Section):
     storage: str | None = None
     tracking: Tracking | None = Tracking()
     folder: Path = Field(default=Path(), exclude=True)
+    _given: str = PrivateAttr("")
+
+    @property
+    def given_task(self) -> str:
+        """The task as the file says it; ``task`` says where that is on this machine."""
+        return self._given or self.task
 
     def to_yaml(self) -> str:
         """The spec with every default written out and no secrets: what a run directory keeps."""
@@ -222,7 +236,9 @@ def load_spec(path: Path) -> Spec:
         raise BadInput(f"{path}:\n" + "\n".join(_explain(e) for e in error.errors())) from None
     except TypeError as error:
         raise BadInput(f"{path}: {error}") from error
-    return spec.model_copy(update=_absolute(spec, folder))
+    resolved = spec.model_copy(update=_absolute(spec, folder))
+    resolved._given = spec.task
+    return resolved
 
 
 def _absolute(spec: Spec, folder: Path) -> dict[str, Any]:

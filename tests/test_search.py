@@ -135,6 +135,7 @@ def test_a_search_from_init_to_an_artifact_that_runs_bare(starter: Path, tmp_pat
         assert metrics["sha256"] == hashlib.sha256(place.read_bytes()).hexdigest()
         assert metrics["rung"] == "full"
         assert {"seed", "task", "target"} <= metrics.keys()
+        assert metrics["task"] == result["task"] == "task.py:Digits"  # as the spec says it
         policy = json.loads(place.with_name("policy.json").read_text())
         canonical = json.dumps(policy, sort_keys=True, separators=(",", ":"))
         assert hashlib.sha256(canonical.encode()).hexdigest() == row["digest"]
@@ -154,7 +155,7 @@ def test_a_killed_search_is_resumed_without_repeating(starter: Path, tmp_path: P
     with started("search", path, "--out", run, cwd=starter) as process:
         wait_for(run, "end", 2, process)
     before = {e["trial"] for e in entries(run, "end")}
-    done = flyweight("search", path, "--out", run, "--resume", cwd=starter)
+    done = flyweight("search", run / "spec.yaml", "--out", run, "--resume", cwd=starter)
     assert done.returncode == 0, done.stderr
     ended = [e["trial"] for e in entries(run, "end")]
     assert sorted(ended) == [0, 1, 2, 3]

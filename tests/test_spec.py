@@ -1,5 +1,6 @@
 """search.yaml: what is accepted, and what every refusal names."""
 
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,9 @@ def test_the_example_of_the_design_is_accepted_as_it_stands(tmp_path: Path) -> N
     (tmp_path / "search.yaml").write_text(DESIGN)
     found = load_spec(tmp_path / "search.yaml")
     assert found.task == f"{tmp_path.resolve()}/task.py:FashionMnist"
+    assert (
+        found.given_task == pickle.loads(pickle.dumps(found)).given_task == "task.py:FashionMnist"
+    )
     assert found.search.time_budget == 240.0
     assert found.tracking is not None
     assert found.tracking.uri == f"sqlite:///{tmp_path.resolve()}/mlflow.db"
