@@ -66,6 +66,8 @@ def main() -> None:
       flyweight search my-search/search.yaml --out my-search/run
       flyweight report my-search/run
       flyweight deploy my-search/run
+
+    Exit codes: 0 done, 1 failure, 2 bad input (before any cost), 130 interrupted.
     """
     _quiet()
 
@@ -94,15 +96,16 @@ def init(folder: Path) -> None:
 @SPEC
 @JSON
 @answers
-def plan(spec: Path, as_json: bool) -> None:
+def plan(spec: Path, as_json: bool) -> int:
     """Check SPEC and its task; show the space, the teacher, the reachable speed and the cost.
 
-    Trains nothing.
+    Trains nothing. Exit code 1 if a limit is out of reach.
     """
     from .plan import make_plan, print_plan
 
     found = make_plan(spec)
     click.echo(json.dumps(found, indent=2)) if as_json else print_plan(found)
+    return 0 if found["reachable"] else 1
 
 
 @main.command()
@@ -113,11 +116,15 @@ def plan(spec: Path, as_json: bool) -> None:
 @JSON
 @answers
 def search(spec: Path, out: Path | None, resume: bool, address: str | None, as_json: bool) -> int:
-    """Run the search that SPEC describes; Ctrl-C ends it with the best so far."""
+    """Run the search that SPEC describes; Ctrl-C ends it with the best so far.
+
+    If nothing keeps to the limits, the last line says what the nearest miss lacks (result.json:
+    "best" is null); `deploy --digest` takes it nevertheless.
+    """
     from rich.console import Console
 
     from .driver import search as run
-    from .progress import print_closing
+    from .progress import closing_sentence, closing_table
 
     console = Console(stderr=as_json)
     outcome = run(spec, out, resume=resume, address=address, console=console)
@@ -126,9 +133,13 @@ def search(spec: Path, out: Path | None, resume: bool, address: str | None, as_j
     if as_json:
         click.echo(json.dumps(outcome.result, indent=2))
     else:
-        print_closing(console, outcome.result)
-    console.print(f"\nReport: {outcome.run_dir / 'report.html'}", markup=False, soft_wrap=True)
-    return 130 if outcome.interrupted else 1 if outcome.failed else 0
+        console.print(closing_table(outcome.result))
+    console.print(f"Report: {outcome.run_dir / 'report.html'}", markup=False, soft_wrap=True)
+    said = closing_sentence(outcome.result)  # last: it is what one came for
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
+    if outcome.interrupted:
+        return 130
+    return 1 if outcome.failed else 0
 
 
 @main.command()
@@ -272,6 +283,10 @@ def deploy(
         click.echo(json.dumps(vars(found), indent=2, default=str))
         return
     click.echo(f"{found.name} version {found.version} is {found.alias}: {found.digest[:12]}")
+    if found.misses:
+        click.echo(f"It misses limits of its search: {'; '.join(found.misses)}.")
+    if found.latency_ms is None:
+        click.echo("It is not on the front: its latency was not measured.")
     if not found.same_device:
         click.echo("It was measured on another device: its latency here is not known.")
 

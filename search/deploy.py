@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ..compressors.parity import feed
 from ..spaces import BadInput, FlyweightError
 from .choose import Artifact, choose, kebab, read_chosen, read_result
 from .folder import write_folder
+from .progress import Summary, front_figures
 from .spec import Spec, load_spec
 from .tracking import ENVIRONMENT
 
@@ -34,8 +36,9 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Deployed:
     """What stands in the registry. metric: on selection validation, as verified here. latency_ms:
-    as measured by the search, None for an artifact off the front. previous: the version that the
-    alias named before. reused: the version existed. same_device: whether latency_ms holds here."""
+    as measured by the search, None for an artifact off the front. misses: the limits of the search
+    that it breaks, in words, as far as its figures are known. previous: the version that the alias
+    named before. reused: the version existed. same_device: whether latency_ms holds here."""
 
     name: str
     version: str
@@ -43,6 +46,7 @@ class Deployed:
     digest: str
     metric: float
     latency_ms: float | None
+    misses: list[str]
     previous: str | None
     reused: bool
     same_device: bool
@@ -93,9 +97,17 @@ def deploy(
     registered = registry.register(artifact, result.get("mlflow_run_id"), experiment)
     return Deployed(
         name=registry.name, version=registered.version, alias=alias, digest=artifact.digest,
-        metric=metric, latency_ms=artifact.latency_ms, previous=registered.previous,
-        reused=registered.reused, same_device=same, folder=folder,
+        metric=metric, latency_ms=artifact.latency_ms, misses=_misses(artifact, result),
+        previous=registered.previous, reused=registered.reused, same_device=same, folder=folder,
     )  # fmt: skip
+
+
+def _misses(artifact: Artifact, result: dict[str, Any]) -> list[str]:
+    unknown = {"size_bytes": math.nan, "latency_ms": math.nan}  # which is over no limit
+    known = {} if artifact.latency_ms is None else {"latency_ms": artifact.latency_ms}
+    row = {**unknown, **artifact.metrics, **known, "digest": artifact.digest}
+    teacher, objective = result.get("teacher"), result.get("objective") or {}
+    return Summary(teacher, objective).misses(front_figures(row, teacher)) if teacher else []
 
 
 def rollback(

@@ -19,8 +19,6 @@ import torch
 from ray import tune
 
 from ..compressors import RUNGS
-from ..compressors.data import Items
-from ..compressors.parity import run_session
 from ..kernels import DeviceProfile, Timed, Timing, signature
 from ..spaces import BadInput, FlyweightError
 from .controller import Budget, Controller, failures
@@ -36,6 +34,7 @@ from .ready import (
     data_digest,
     facts_of,
     ready,
+    score,
     teacher_answers,
     versions,
 )
@@ -78,7 +77,7 @@ def search(
     record = FileRecord(run_dir / "record.jsonl")
     try:
         say = console.print if console else print
-        say(f"Checking {spec.task} and tracing its model")
+        say(f"Checking {spec.given_task} and tracing its model")
         prepared = ready(spec, run_dir)
         write_whole(run_dir / "spec.yaml", spec.to_yaml().encode())
         with _ray(spec, address):
@@ -175,6 +174,7 @@ class _Search:
             "kind": "search",
             "flyweight": version("flyweight"),
             **facts_of(spec, runtime.fingerprint),
+            "resolved_task": spec.task,
             "objective": spec.objective.model_dump(),
             "teacher": teacher,
             "versions": versions(spec.target.runtime),
@@ -186,7 +186,11 @@ class _Search:
             "time": time.time(),
         }
         if earlier:
-            for key in ("task", "data_digest"):
+            if "resolved_task" not in earlier[0]:
+                raise BadInput(
+                    "--resume: an earlier flyweight wrote this record; begin a new search"
+                )
+            for key in ("resolved_task", "data_digest"):
                 if earlier[0][key] != header[key]:
                     raise BadInput(
                         f"--resume: {key} is {header[key]}, but the search began with "
@@ -194,6 +198,7 @@ class _Search:
                     )
             if earlier[0]["target"] == header["target"]:
                 header["teacher"] = earlier[0]["teacher"]
+            header["task"] = earlier[0]["task"]  # RUN_DIR/spec.yaml says it by its path
         return header
 
     def _pricing(self, meter: Any, teacher_ms: float, limits: Limits) -> Pricing:
@@ -282,7 +287,11 @@ class _Search:
         )
         ray.kill(meter)
         teacher = dict(header["teacher"]) | {"latency_ms": timings["teacher"].median_ms}
-        tests = {digest: self._test(model) for digest, model in models.items()}
+        prepared, test = self.ready.prepared, self.ready.prepared.splits.test
+        tests = {
+            digest: None if test is None else score(prepared, model, test)
+            for digest, model in models.items()
+        }
         for digest in models:
             self._append(
                 {
@@ -318,13 +327,6 @@ class _Search:
     def _append(self, entry: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # a full disk was told already; result.json will tell
             self.record.append(entry)
-
-    def _test(self, model: bytes) -> float | None:
-        items: Items | None = self.ready.prepared.splits.test
-        if items is None:
-            return None
-        answers = run_session(self.ready.prepared.runtime.load(model), items)
-        return float(self.ready.prepared.task.metric(answers, items.targets))
 
     def _finish(self, tracker: Tracker, controller: Controller) -> None:
         for entry in self.record.entries():

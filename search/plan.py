@@ -12,13 +12,19 @@ from ..spaces import Policy, Space
 from .limits import COSTS
 from .meter import Meter
 from .progress import size
-from .ready import facts_of, make_space, prepare_task, ready
+from .ready import facts_of, make_space, prepare_task, ready, score
 from .spec import load_spec
 from .store import compressed_bytes, read_policy, write_artifact
+from .whole import left_whole
+
+LISTED = 4  # names of what stays whole for one reason
 
 
 def make_plan(spec_path: Path) -> dict[str, Any]:
-    """Space, teacher, best case and expected cost of a search. Trains nothing."""
+    """Space, teacher, best case and expected cost of a search. Trains nothing.
+
+    Metrics are on selection validation, the teacher's as well as the cases'.
+    """
     spec = load_spec(spec_path)
     found = ready(spec)
     meter = Meter(spec.target.runtime, spec.target.threads, found.teacher, found.request())
@@ -38,19 +44,25 @@ def make_plan(spec_path: Path) -> dict[str, Any]:
                     "int8_layers": len(policy.quantize.precision),
                     "latency_ms": latency,
                     "speedup": teacher_ms / latency,
-                    "metric_untrained": candidate.metric,
+                    "metric_untrained": score(
+                        found.prepared, candidate.model, found.prepared.splits.selection
+                    ),
                     "size_bytes": len(candidate.model),
                     "compressed_bytes": compressed_bytes(candidate.model),
                 }
             )
     out_of_reach = limits.out_of_reach(cases)
     return {
-        "task": spec.task,
+        "task": spec.given_task,
         "space": {
             "groups": {n: list(w) for n, w in found.space.widths.items()},
             "layers": {n: list(p) for n, p in found.space.precisions.items()},
             "parameters": len(found.space.parameters),
             "size_log10": math.log10(found.space.size),
+        },
+        "left_whole": {
+            student: left_whole(found.space, student, found.prepared.starts[student].model)
+            for student in found.space.networks
         },
         "teacher": {
             "metric": found.metric,
@@ -95,6 +107,8 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         f"Space: {len(space['groups'])} groups, {len(space['layers'])} layers, "
         f"about 10^{space['size_log10']:.0f} policies"
     )
+    for student, names in plan["left_whole"].items():
+        _print_whole(student, names, console)
     table = Table(title="Untrained, timed on this machine")
     for name in ("policy", "kept", "int8 layers", "latency ms", "speed-up", "metric untrained"):
         table.add_column(name, justify="left" if name == "policy" else "right")
@@ -119,6 +133,17 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         f"Cost: up to {cost['trials']} trials{budget}; one that climbs to the top trains on "
         f"{cost['samples_of_a_full_trial']:,} samples"
     )
+
+
+def _print_whole(student: str, names: dict[str, str], console: Console) -> None:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in names.items():
+        by_reason.setdefault(reason, []).append(name)
+    whose = "" if student == "pruned" else f" of student {student}"
+    for reason, known in by_reason.items():
+        rest = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
+        line = f"Left whole{whose}: {', '.join(known[:LISTED])}{rest} ({reason})"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_limit(plan: dict[str, Any], name: str, console: Console) -> None:

@@ -339,12 +339,6 @@ def closing_sentence(result: Mapping[str, Any]) -> str:
     return f"Nothing keeps to the limits. Nearest: {figures.digest[:10]}, {text}. Missed: {why}."
 
 
-def print_closing(console: Console, result: Mapping[str, Any]) -> None:
-    """Prints the closing table and what it comes to."""
-    console.print(closing_table(result))
-    console.print(closing_sentence(result), markup=False, highlight=False, soft_wrap=True)
-
-
 def front_figures(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> Figures:
     """The figures of a model of the front of ``result.json``."""
     return Figures(

@@ -85,22 +85,19 @@ def request_of(spec: Spec, prepared: Prepared) -> dict[str, np.ndarray[Any, Any]
 def ready(spec: Spec, run_dir: Path | None = None) -> Ready:
     """Loads and checks everything; writes the teacher's artifact. Raises BadInput."""
     prepared = prepare_task(spec)
-    task, runtime = prepared.task, prepared.runtime
     space = make_space(prepared, spec)
     untouched = compress(prepared, Policy(), "recalibrate")
     if run_dir is not None:
         write_whole(run_dir / "teacher" / "model.onnx", untouched.model)
-    session = runtime.load(untouched.model)
-    splits = prepared.splits
+    model, splits = untouched.model, prepared.splits
+    test = None if splits.test is None else score(prepared, model, splits.test)
+    return Ready(spec, prepared, space, model, score(prepared, model, splits.selection), test)
 
-    def score(items: Items | None) -> float | None:
-        if items is None:
-            return None
-        return float(task.metric(run_session(session, items), items.targets))
 
-    metric = score(splits.selection)
-    assert metric is not None
-    return Ready(spec, prepared, space, untouched.model, metric, score(splits.test))
+def score(prepared: Prepared, model: bytes, items: Items) -> float:
+    """The task's metric of an artifact on ``items``, in the target's runtime."""
+    answers = run_session(prepared.runtime.load(model), items)
+    return float(prepared.task.metric(answers, items.targets))
 
 
 def teacher_answers(prepared: Prepared) -> dict[int, Any]:
@@ -149,4 +146,4 @@ def versions(runtime: str) -> dict[str, str]:
 def facts_of(spec: Spec, fingerprint: str) -> dict[str, Any]:
     """What every artifact of a search says about itself."""
     target = spec.target.model_dump(exclude={"profile"}) | {"fingerprint": fingerprint}
-    return {"task": spec.task, "seed": spec.search.seed, "target": target}
+    return {"task": spec.given_task, "seed": spec.search.seed, "target": target}

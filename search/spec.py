@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from ..compressors.distill import LOSSES
 from ..compressors.observe import ACTIVATION_RANGES
@@ -42,6 +50,11 @@ def _names(known: Any) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+_KINDS = {  # pydantic's word for what is wanted: ours
+    "int": "a whole number", "float": "a number", "finite": "a finite number",
+    "bool": "true or false", "string": "text", "tuple": "a list", "dict": "keys with values",
+    "model": "keys with values",
+}  # fmt: skip
 Duration = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
 Range = Annotated[tuple[float, float], BeforeValidator(_bounds)]
 Sparsity = Annotated[float, Field(ge=0, le=MAX_SPARSITY)]
@@ -182,6 +195,12 @@ class Spec(Section):
     storage: str | None = None
     tracking: Tracking | None = Tracking()
     folder: Path = Field(default=Path(), exclude=True)
+    _given: str = PrivateAttr("")
+
+    @property
+    def given_task(self) -> str:
+        """The task as the file says it; ``task`` says where that is on this machine."""
+        return self._given or self.task
 
     def to_yaml(self) -> str:
         """The spec with every default written out and no secrets: what a run directory keeps."""
@@ -195,6 +214,11 @@ class Spec(Section):
 
 def load_spec(path: Path) -> Spec:
     """The spec in ``path``, with paths made absolute. Raises BadInput."""
+    if path.suffix == ".py":
+        raise BadInput(
+            f"{path} is Python, but a search.yaml is expected, which names the task in it; "
+            "`flyweight init DIR` writes both"
+        )
     if not path.is_file():
         raise BadInput(f"no spec at {path}; `flyweight init DIR` writes a starter")
     try:
@@ -212,7 +236,9 @@ def load_spec(path: Path) -> Spec:
         raise BadInput(f"{path}:\n" + "\n".join(_explain(e) for e in error.errors())) from None
     except TypeError as error:
         raise BadInput(f"{path}: {error}") from error
-    return spec.model_copy(update=_absolute(spec, folder))
+    resolved = spec.model_copy(update=_absolute(spec, folder))
+    resolved._given = spec.task
+    return resolved
 
 
 def _absolute(spec: Spec, folder: Path) -> dict[str, Any]:
@@ -248,9 +274,26 @@ def _explain(error: Any) -> str:
             model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
         known = [name for name in model.model_fields if name != "folder"]
         return f"  {where}: unknown key; {nearest(str(error['loc'][-1]), known)}"
-    message = error["msg"].removeprefix("Value error, ")
     got = error["input"]
     shown = "" if isinstance(got, dict) or error["type"] == "missing" else f" (got {got!r})"
+    return f"  {where or 'spec'}: {_rule(error, where)}{shown}"
+
+
+def _rule(error: Any, where: str) -> str:
+    """What must hold, and what to do where that is not the same."""
     if where == "search.strategy":
-        message = "only 'joint' is built yet"
-    return f"  {where or 'spec'}: {message}{shown}"
+        return "only 'joint' is built yet"
+    kind, known = str(error["type"]), error.get("ctx", {})
+    name = next((str(part) for part in reversed(error["loc"]) if isinstance(part, str)), "spec")
+    for bound, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+        if bound in known:
+            return f"{name} {sign} {known[bound]:g} must hold"
+    if kind == "missing":
+        return "is missing, and has no default"
+    if kind == "literal_error":
+        return f"must be {known['expected']}"
+    if kind == "too_short":
+        return "must have at least one"
+    if word := _KINDS.get(kind.partition("_")[0]):
+        return f"must be {word}"
+    return str(error["msg"]).removeprefix("Value error, ")

@@ -14,10 +14,12 @@ import numpy as np
 import onnx
 import pytest
 import yaml
+from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from flyweight.kernels import make_runtime
 from flyweight.search.choose import choose, kebab, read_result, task_name
+from flyweight.search.cli import main
 from flyweight.search.deploy import Deployed, deploy, rollback
 from flyweight.search.folder import describe
 from flyweight.spaces import BadInput, FlyweightError, Policy, Prune
@@ -175,6 +177,24 @@ def test_nothing_feasible_names_the_nearest_miss(run: Run) -> None:
     run.change("result.json", best=None, nearest_miss=None)
     with pytest.raises(BadInput, match=r"within the limits of its search$"):
         picked(run)
+
+
+def test_what_is_deployed_though_it_misses_the_limits_says_so(run: Run) -> None:
+    teacher = {"metric": 95.0, "metric_test": None, "latency_ms": 0.3, "size_bytes": 400}
+    objective = {"speedup": 2.0, "max_drop": 1000.0}
+    run.change("result.json", teacher=teacher, objective=objective)
+    assert run.deploy(name="told").misses == ["1.50 times faster, the limit is 2"]
+    assert run.deploy(name="told", digest=FAST.digest).misses == []
+    run.change("result.json", objective=objective | {"max_drop": 0.0})
+    (miss,) = run.deploy(name="told", digest=FAST.digest).misses
+    assert miss.endswith("points lost, the limit is 0")
+    off = run.deploy(name="told", digest=SPARE.digest)  # of what is not measured nothing is said
+    assert off.latency_ms is None
+    assert all("faster" not in miss for miss in off.misses)
+    words = ["deploy", str(run.path), "--digest", GOOD.digest, "--tracking-uri", run.uri]
+    done = CliRunner().invoke(main, [*words, "--name", "told"])
+    assert done.exit_code == 0, done.output
+    assert "It misses limits of its search: 1.50 times faster, the limit is 2" in done.output
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from flyweight.search.progress import (
     Summary,
     clock_time,
     closing_sentence,
+    closing_table,
     lost,
-    print_closing,
     size,
 )
 
@@ -287,7 +287,8 @@ def ended(**changes) -> dict:
 
 def closing(result: dict, width: int = 80) -> str:
     console = Console(file=StringIO(), width=width)
-    print_closing(console, result)
+    console.print(closing_table(result))
+    console.print(closing_sentence(result), markup=False, highlight=False, soft_wrap=True)
     return console.file.getvalue()
 
 

@@ -202,6 +202,12 @@ def test_trials_and_failures(page: Page) -> None:
     ]
 
 
+def test_every_version_is_told_once(tmp_path: Path) -> None:
+    versions = {"flyweight": "0.1.0", "torch": "2.13.0"}
+    text = Page(write_report(run_directory(tmp_path, entries(versions=versions), result()))).text
+    assert text.count("flyweight 0.1.0") == text.count("torch 2.13.0") == 1
+
+
 def test_where_it_ran_and_how_to_repeat_it(page: Page) -> None:
     for text in ("onnxruntime, 1 thread, batch 1", "avx2 7f", "torch 2.13.0", "took 4:11"):
         assert text in page.text

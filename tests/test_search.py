@@ -135,6 +135,7 @@ def test_a_search_from_init_to_an_artifact_that_runs_bare(starter: Path, tmp_pat
         assert metrics["sha256"] == hashlib.sha256(place.read_bytes()).hexdigest()
         assert metrics["rung"] == "full"
         assert {"seed", "task", "target"} <= metrics.keys()
+        assert metrics["task"] == result["task"] == "task.py:Digits"  # as the spec says it
         policy = json.loads(place.with_name("policy.json").read_text())
         canonical = json.dumps(policy, sort_keys=True, separators=(",", ":"))
         assert hashlib.sha256(canonical.encode()).hexdigest() == row["digest"]
@@ -154,7 +155,7 @@ def test_a_killed_search_is_resumed_without_repeating(starter: Path, tmp_path: P
     with started("search", path, "--out", run, cwd=starter) as process:
         wait_for(run, "end", 2, process)
     before = {e["trial"] for e in entries(run, "end")}
-    done = flyweight("search", path, "--out", run, "--resume", cwd=starter)
+    done = flyweight("search", run / "spec.yaml", "--out", run, "--resume", cwd=starter)
     assert done.returncode == 0, done.stderr
     ended = [e["trial"] for e in entries(run, "end")]
     assert sorted(ended) == [0, 1, 2, 3]
@@ -314,6 +315,32 @@ def test_a_limit_out_of_reach_costs_nothing(starter: Path, tmp_path: Path) -> No
     assert "Traceback" not in done.stderr
     assert not entries(tmp_path / "run", "begin")
     assert not (tmp_path / "run" / "artifacts").exists()
+
+
+def test_nothing_within_the_limits_is_the_last_word(starter: Path, tmp_path: Path) -> None:
+    task = starter / "best.py"  # no student, which a worker scores, is as good as the teacher
+    task.write_text(
+        "import sys\nfrom task import Digits\n\n\nclass Best(Digits):\n"
+        "    def metric(self, output, target):\n"
+        "        return 100.0 if 'search' in sys.argv else 50.0\n"
+    )
+    objective = {"speedup": 1.1, "max_drop": 0}
+    path = small(starter, "strict.yaml", task="best.py:Best", objective=objective)
+    done = flyweight("search", path, "--out", tmp_path / "run", cwd=starter)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("Nothing keeps to the limits. Nearest: ")
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["best"] is None
+    assert result["nearest_miss"]
+
+
+def test_a_plan_out_of_reach_is_code_1(starter: Path) -> None:
+    objective = {"speedup": 10000, "size_bytes": 100}
+    done = flyweight("plan", small(starter, "far.yaml", objective=objective), cwd=starter)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.count("OUT OF REACH of this space") == 2
+    assert "Left whole: 12 (its outputs are the answer)" in done.stdout
+    assert flyweight("plan", small(starter, "near.yaml"), cwd=starter).returncode == 0
 
 
 def test_an_absent_tracking_server_is_a_note(starter: Path, tmp_path: Path) -> None:

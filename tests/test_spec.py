@@ -1,5 +1,6 @@
 """search.yaml: what is accepted, and what every refusal names."""
 
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,9 @@ def test_the_example_of_the_design_is_accepted_as_it_stands(tmp_path: Path) -> N
     (tmp_path / "search.yaml").write_text(DESIGN)
     found = load_spec(tmp_path / "search.yaml")
     assert found.task == f"{tmp_path.resolve()}/task.py:FashionMnist"
+    assert (
+        found.given_task == pickle.loads(pickle.dumps(found)).given_task == "task.py:FashionMnist"
+    )
     assert found.search.time_budget == 240.0
     assert found.tracking is not None
     assert found.tracking.uri == f"sqlite:///{tmp_path.resolve()}/mlflow.db"
@@ -66,21 +70,29 @@ def test_a_spec_written_by_a_search_is_read_back_the_same(tmp_path: Path) -> Non
         ({"space": {"distill": {"alpha": [0, 2]}}}, ["alpha: high <= 1", "2"]),
         ({"space": {"distill": {"temperature": 0}}}, ["temperature", "low >= 0.001"]),
         ({"space": {"quantize": {"precisions": ["int4"]}}}, ["'int4'", "'int8'"]),
-        ({"space": {"prune": {"criteria": []}}}, ["space.prune.criteria"]),
+        ({"space": {"prune": {"criteria": []}}}, ["space.prune.criteria: must have at least one"]),
         ({"search": {"strategy": "greedy"}}, ["only 'joint'"]),
         ({"search": {"time_budget": "4 fortnights"}}, ["search.time_budget", "90s, 4m or 1h"]),
-        ({"search": {"time_budget": "0s"}}, ["search.time_budget"]),
+        ({"search": {"time_budget": "0s"}}, ["time_budget > 0 must hold (got '0s')"]),
         ({"search": {"time_budget": "1.2.3s"}}, ["search.time_budget"]),
-        ({"search": {"trials": 0}}, ["search.trials"]),
+        ({"search": {"trials": 0}}, ["search.trials: trials >= 1 must hold (got 0)"]),
+        ({"search": {"trials": 1.5}}, ["search.trials: must be a whole number (got 1.5)"]),
+        ({"search": {"sampler": "cma"}}, ["search.sampler: must be 'tpe' or 'random' (got 'cma')"]),
+        ({"space": {"prune": {"depth": "deep"}}}, ["must be true or false (got 'deep')"]),
+        ({"space": {"prune": {"sparsity": [0, 2]}}}, ["sparsity <= 0.95 must hold (got 2)"]),
+        ({"space": {"quantize": {"qat": []}}}, ["must have at least one"]),
+        ({"task": 3}, ["task: must be text (got 3)"]),
+        ({"resources": {"cpus": "many"}}, ["resources.cpus: must be a number (got 'many')"]),
         ({"target": {"runtime": "onnxruntim"}}, ["did you mean 'onnxruntime'"]),
         ({"target": {"profile": 3}}, ["target.profile", "3"]),
         ({"objective": {"speedup": 2, "latency_ms": 3}}, ["not both"]),
         ({"objective": {}}, ["at least one of"]),
-        ({"objective": {"speedup": float("inf")}}, ["objective.speedup"]),
+        ({"objective": {"speedup": float("inf")}}, ["objective.speedup: must be a finite number"]),
         ({"objective": {"max_drop": float("nan")}}, ["objective.max_drop"]),
-        ({"objective": {"speedup": 0}}, ["objective.speedup"]),
-        ({"rungs": {"short": 1}}, ["rungs.short"]),
-        ({"space": 3}, ["space"]),
+        ({"objective": {"speedup": 0}}, ["objective.speedup: speedup > 0 must hold (got 0)"]),
+        ({"objective": {"compressed_bytes": 0}}, ["compressed_bytes > 0 must hold (got 0)"]),
+        ({"rungs": {"short": 1}}, ["rungs.short: short < 1 must hold (got 1)"]),
+        ({"space": 3}, ["space: must be keys with values (got 3)"]),
         ({"folder": "/"}, ["folder"]),
         ({3: 4}, ["search.yaml"]),
     ],
@@ -107,6 +119,9 @@ def test_what_is_not_a_spec(tmp_path: Path, content: str | bytes) -> None:
 def test_no_spec_and_no_task(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="flyweight init"):
         load_spec(tmp_path / "none.yaml")
+    (tmp_path / "task.py").write_text("class T: pass")
+    with pytest.raises(BadInput, match=r"task\.py is Python, but a search\.yaml is expected"):
+        load_spec(tmp_path / "task.py")
     (tmp_path / "search.yaml").write_text("objective: {max_drop: 1}")
     with pytest.raises(BadInput, match="task"):
         load_spec(tmp_path / "search.yaml")
