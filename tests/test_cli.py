@@ -26,8 +26,9 @@ def test_help(name: str | None) -> None:
 
 def test_the_commands_of_the_design_that_are_built() -> None:
     assert {"init", "plan", "search", "sample", "replay", "report", "deploy", "serve", "rollback",
-            "submit", "status", "logs", "stop"} >= set(main.commands) >= {
-        "init", "plan", "search", "sample", "replay", "report", "deploy"}  # fmt: skip
+            "submit", "status", "logs", "stop", "profile", "predict"} >= set(main.commands) >= {
+        "init", "plan", "search", "sample", "replay", "report", "deploy", "profile", "predict",
+    }  # fmt: skip
     assert "0." in run("--version").output
 
 
