@@ -386,9 +386,7 @@ def test_another_device_is_told(run: Run, caplog: pytest.LogCaptureFixture) -> N
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
-def test_the_folder_runs_with_nothing_but_a_runtime(
-    run: Run, tmp_path: Path, runtime: str
-) -> None:
+def test_the_folder_runs_with_nothing_but_a_runtime(run: Run, tmp_path: Path, runtime: str) -> None:
     folder, target = tmp_path / "edge", read_result(run.path)["target"]
     target |= {"runtime": runtime, "fingerprint": make_runtime(runtime, 1).fingerprint}
     run.change("result.json", target=target)
