@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 OUT = Path(__file__).resolve().parent / "out"
-LIBRARIES = ("flyweight", "torch", "onnxruntime", "ray", "optuna", "mlflow")
+LIBRARIES = ("flyweight", "torch", "onnxruntime", "openvino", "ray", "optuna", "mlflow")
 
 
 def machine() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from ..kernels import Runtime, Session
 from ..spaces import Impossible
 from .data import Items, tensors
+from .freeze import FrozenQuantizer
 from .prune import call, in_order
 
 INPUTS = 2_000  # real inputs, or as many as there are
@@ -18,6 +19,9 @@ INPUTS = 2_000  # real inputs, or as many as there are
 # predictions and the mean deviation do.
 AGREEMENT = {"fp32": 0.999, "int8": 0.995}
 MEAN_STEPS = 1.0
+# The relative error with which a runtime may compute what is then rounded. Float32 sums of a
+# thousand products, in another order, with exp and erf approximated, were off by up to 2e-6.
+NOISE = 1e-5
 DEPARTED = 1e-3  # share of a value's elements that are off by more than a rounding flip
 
 
@@ -77,22 +81,46 @@ def check_parity(
 ) -> Parity:
     """Compares the answers of ``model`` in ``runtime`` to ``items`` with those of ``frozen``.
 
-    Raises Impossible, naming the first value at which the runtime departs, if they differ by more
-    than ``AGREEMENT[precision]`` and ``MEAN_STEPS`` allow.
+    They may differ as ``AGREEMENT[precision]`` and ``MEAN_STEPS`` allow, and by as much as
+    ``frozen`` differs from itself under ``NOISE``: one rounding flip can change a deep network's
+    answer.
+    Raises Impossible, naming the first value at which the runtime departs, if it is more.
     """
     count = min(INPUTS, len(items))
     some = items.take(torch.arange(count))
-    found = compare(run_module(frozen, some), answers[:count])
+    own = run_module(frozen, some)
+    found = compare(own, answers[:count])
     # On few inputs one rounding flip must not fail a candidate.
     allowed = min(AGREEMENT[precision], 1 - 1.5 / count)
     if found.agreement >= allowed and found.mean_steps <= MEAN_STEPS:
         return found
+    noise = compare(own, _run_noisy(frozen, some))
+    allowed, steps = min(allowed, noise.agreement), max(MEAN_STEPS, noise.mean_steps)
+    if found.agreement >= allowed and found.mean_steps <= steps:
+        return found
     raise Impossible(
         f"parity: the runtime agrees with the student on {found.agreement:.2%} of {count} inputs "
         f"(at least {allowed:.2%} needed), mean deviation {found.mean_steps:.2f} steps (at most "
-        f"{MEAN_STEPS:g}), largest {found.max_steps:.1f}; it departs first at "
+        f"{steps:.3g}), largest {found.max_steps:.1f}; it departs first at "
         f"{first_departure(frozen, model, next(some.chunks()), runtime)}"
     )
+
+
+def _run_noisy(frozen: fx.GraphModule, items: Items) -> Tensor:
+    """The answers of ``frozen`` when everything that it rounds is off by ``NOISE``, [N, ...]."""
+    generator = torch.Generator().manual_seed(0)
+
+    def disturb(_: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        (x,) = inputs
+        return (x * (1 + NOISE * torch.randn(x.shape, generator=generator)),)
+
+    quantizers = [m for m in frozen.modules() if isinstance(m, FrozenQuantizer)]
+    hooks = [module.register_forward_pre_hook(disturb) for module in quantizers]
+    try:
+        return run_module(frozen, items)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def first_departure(frozen: fx.GraphModule, model: bytes, items: Items, runtime: Runtime) -> str:

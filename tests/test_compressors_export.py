@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 
 from flyweight.compressors.data import Items
 from flyweight.compressors.export import _torch_onnx, to_onnx
-from flyweight.compressors.freeze import FrozenLayer, freeze
+from flyweight.compressors.freeze import FrozenLayer, FrozenQuantizer, freeze
 from flyweight.compressors.parity import (
+    MEAN_STEPS,
     check_parity,
     compare,
     feed,
@@ -298,6 +299,23 @@ def test_an_artifact_that_departs_is_refused_and_the_place_named(
     wrong = answers.roll(1, 1)  # so that the check fails whatever the weights are worth
     with pytest.raises(Impossible, match=f"parity: .*departs first at value '{value}'"):
         check_parity(frozen, artifact, wrong, items, "int8" if int8 else "fp32", runtime)
+
+
+def test_parity_allows_what_float32_cannot_tell(runtime: Runtime) -> None:
+    torch.manual_seed(0)
+    model, example = nn.Sequential(nn.Linear(8, 3, bias=False)).eval(), torch.rand(1, 8)
+    _, frozen = student(model, example, ["0"], runtime)
+    artifact = to_onnx(frozen, example)
+    scale = next(m for m in frozen.modules() if isinstance(m, FrozenQuantizer)).scale
+    between = torch.randint(-2, 2, (60, *example.shape[1:])) + 0.5  # two integers, each as good
+    items, above = (Items(between * scale * (1 + e), torch.zeros(60)) for e in (0, 1e-6))
+    own = run_module(frozen, items)
+    answers = torch.cat((run_module(frozen, above)[:30], own[30:]))
+    assert compare(own, answers).mean_steps > MEAN_STEPS
+    check_parity(frozen, artifact, answers, items, "int8", runtime)
+    with pytest.raises(Impossible, match="parity"):
+        check_parity(frozen, artifact, answers.roll(1, 1), items, "int8", runtime)
+    assert not any(module._forward_pre_hooks for module in frozen.modules())
 
 
 def test_a_runtime_that_errs_only_at_the_end_is_located_there(

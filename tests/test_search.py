@@ -39,6 +39,16 @@ assert not {"torch", "flyweight"} & set(sys.modules)
 print(100 * float((answers.argmax(1) == data["y"]).mean()))
 """
 
+BARE_OPENVINO = """
+import sys
+import numpy, openvino
+model = openvino.Core().compile_model(sys.argv[1], "CPU")
+data = numpy.load(sys.argv[2])
+answers = model({"input": data["x"]})["output"]
+assert not {"torch", "flyweight", "onnxruntime"} & set(sys.modules)
+print(100 * float((answers.argmax(1) == data["y"]).mean()))
+"""
+
 
 @pytest.fixture(scope="module")
 def starter(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -148,6 +158,32 @@ def test_a_search_from_init_to_an_artifact_that_runs_bare(starter: Path, tmp_pat
     again = flyweight("search", path, "--out", run, cwd=starter)
     assert again.returncode == 2
     assert "--resume" in again.stderr
+
+
+def test_a_search_for_openvino_gives_artifacts_that_run_bare_there(
+    starter: Path, tmp_path: Path
+) -> None:
+    target = {"runtime": "openvino"}
+    path, run = small(starter, "openvino.yaml", target=target), tmp_path / "run"
+    done = flyweight("search", path, "--out", run, cwd=starter)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run / "result.json").read_text())
+    assert result["target"]["runtime"] == "openvino"
+    assert "openvino" in entries(run, "search")[0]["versions"]
+    assert result["front"]
+    code = (
+        "import numpy, task, sys; t = task.Digits();"
+        "numpy.savez(sys.argv[1], x=numpy.stack([x.numpy() for x, _ in t.test]),"
+        "y=numpy.array([y for _, y in t.test]))"
+    )
+    data = tmp_path / "test.npz"
+    subprocess.run([sys.executable, "-c", code, str(data)], cwd=starter, check=True)
+    for row in result["front"]:
+        bare = subprocess.run(
+            [sys.executable, "-c", BARE_OPENVINO, str(run / row["artifact"]), str(data)],
+            cwd=tmp_path, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        assert float(bare.stdout) == pytest.approx(row["metric_test"], abs=0.3)  # bfloat16
 
 
 def test_a_killed_search_is_resumed_without_repeating(starter: Path, tmp_path: Path) -> None:
