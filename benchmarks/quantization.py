@@ -4,12 +4,14 @@
     python benchmarks/quantization.py resnet [mobilenet_v2 efficientnet_lite0] [--draws 5]
         [--ours minmax ...] [--theirs minmax ...]
 
-All layers are int8. Each draw takes other calibration items, the same for everybody. Where a tool
-has several calibrations, the one with the least KL to the teacher on search validation counts.
+All layers are int8; where the example has a policy in mixed precision (imagenet/NETWORK.json), that
+too. Each draw takes other calibration items, the same for everybody. Where a tool has several
+calibrations, the one with the least KL to the teacher on search validation counts.
 
 Lost are points of the metric on the test set: accuracy of the ResNet on the official Fashion-MNIST
 images, agreement with the teacher of the others. The interval is a paired bootstrap over test items
-of (ours - theirs), in points, all draws together. Writes benchmarks/out/quantization-NETWORK.json.
+of (ours - theirs), in points, all draws together; ours is the mixed policy where there is one.
+Writes benchmarks/out/quantization-NETWORK.json.
 """
 
 import argparse
@@ -48,11 +50,13 @@ from flyweight.spaces import Policy, Quantize
 from flyweight.spaces.tracing import trace_graph
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+PHOTOGRAPHS = {"val": INPUTS, "tested": ("evaluation", "unseen")}
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet": ("fashion_mnist/task.py:FashionMnist", {}),
-    "mobilenet_v2": ("imagenet/task.py:ImageNet", {"network": "mobilenet_v2", "val": INPUTS}),
+    "mobilenet_v2": ("imagenet/task.py:ImageNet", {"network": "mobilenet_v2", **PHOTOGRAPHS}),
     "efficientnet_lite0": (
-        "imagenet/task.py:ImageNet", {"network": "efficientnet_lite0", "val": INPUTS},
+        "imagenet/task.py:ImageNet", {"network": "efficientnet_lite0", **PHOTOGRAPHS},
     ),
 }  # fmt: skip
 OURS = ("minmax", "percentile", "mse", "fitted")
@@ -130,6 +134,10 @@ def _kl(prepared: Prepared, model: bytes) -> float:
     return kl_divergence(answers, prepared.search_answers).item()
 
 
+def _model(prepared: Prepared, policy: Policy) -> bytes:
+    return compress(prepared, policy, "recalibrate").model
+
+
 def best_flyweight(prepared: Prepared, calibrations: list[str]) -> Candidate:
     precision = dict.fromkeys(prepared.network.layers, "int8")
     made = [
@@ -137,6 +145,12 @@ def best_flyweight(prepared: Prepared, calibrations: list[str]) -> Candidate:
         for how in calibrations
     ]
     return min(made, key=lambda candidate: candidate.loss)
+
+
+def mixed_policy(name: str) -> Policy | None:
+    """The example's own policy for the network ``name``, None if it has none."""
+    path = (EXAMPLES / NETWORKS[name][0]).parent / f"{name}.json"
+    return Policy.from_json(path.read_text()) if path.exists() else None
 
 
 def parity(prepared: Prepared, student: torch.nn.Module, model: bytes) -> dict[str, float]:
@@ -163,8 +177,10 @@ def measure(name: str, draws: int, ours: list[str], theirs: list[str]) -> dict[s
     task = load_task(f"{Path(file).name}:{kind}", (EXAMPLES / file).parent, arguments)
     runtime = make_runtime("onnxruntime", 1)
     prepared = prepare(task, runtime, Schedule())
-    test = prepared.splits.test
+    test, mixed = prepared.splits.test, mixed_policy(name)
     assert test is not None
+    parts: dict[str, int] = getattr(task, "parts", {"test": len(test)})
+    ends = np.cumsum(list(parts.values()))
     folded = freeze(fold_norms(trace_graph(prepared.teacher, prepared.example), prepared.network))
     fp32 = to_onnx(folded, prepared.example)
 
@@ -205,6 +221,8 @@ def measure(name: str, draws: int, ours: list[str], theirs: list[str]) -> dict[s
             "onnxruntime": onnxruntime,
             "nncf": functools.partial(nncf_int8, fp32, some),
         }
+        if mixed is not None:
+            makers["flyweight, mixed"] = functools.partial(_model, drawn, mixed)
         for method, make in makers.items():
             began = time.process_time()
             models[method] = make()
@@ -212,13 +230,18 @@ def measure(name: str, draws: int, ours: list[str], theirs: list[str]) -> dict[s
             hits.setdefault(method, []).append(right(models[method]))
             lost = 100 * (teacher.mean() - hits[method][-1].mean())
             print(f"{name}, draw {draw}, {method}: {lost:.2f} lost", flush=True)
+    ours_is = "flyweight" if mixed is None else "flyweight, mixed"
     sessions = {n: runtime.load(m) for n, m in models.items()}
     times = time_sessions(sessions, {"input": prepared.example.numpy()})
     rows = {
         method: {
             "lost": [round(100 * float(teacher.mean() - h.mean()), 3) for h in of],
             "mean_lost": round(100 * float(teacher.mean() - np.mean(of)), 3),
-            "ours_minus_this": interval(np.array(hits["flyweight"]), np.array(of)),
+            "metric": {  # of each set of test items
+                part: round(100 * float(np.mean([h[end - count : end] for h in of])), 2)
+                for (part, count), end in zip(parts.items(), ends, strict=True)
+            },
+            "ours_minus_this": interval(np.array(hits[ours_is]), np.array(of)),
             "speedup": round(times["teacher"].median_ms / times[method].median_ms, 3),
             "kernels": [int8_layers(models[method]), float_layers(models[method])],
             "cpu_s": round(float(np.mean(seconds[method])), 2),
@@ -228,6 +251,7 @@ def measure(name: str, draws: int, ours: list[str], theirs: list[str]) -> dict[s
     return {
         "network": name, "items": len(test), "metric": 100 * float(teacher.mean()),
         "weight_bits": runtime.capabilities.weight_bits, "calibrations": [ours, theirs],
+        "parts": parts,
         "teacher_ms": round(times["teacher"].median_ms, 3), "chosen": chosen, "rows": rows,
         "parity": same,
         "spread": {n: round(t.spread, 3) for n, t in times.items()},
@@ -249,7 +273,8 @@ def main() -> None:
         print(f"{name}: {found['metric']:.2f} on {found['items']} items; chosen {found['chosen']}")
         for method, row in found["rows"].items():
             print(
-                f"  {method:22s} {row['mean_lost']:6.2f} lost, ours - this {row['ours_minus_this']}"
+                f"  {method:22s} {row['mean_lost']:6.2f} lost {row['metric']}"
+                f", ours - this {row['ours_minus_this']}"
                 f", {row['speedup']:.2f}x, int8/float layers {row['kernels']}, {row['cpu_s']} s"
             )
         for precision, of in found["parity"].items():

@@ -27,7 +27,9 @@ from .prune import in_order
 
 HOMOGENEOUS = ("act", "add", "pool", "maxpool", "reshape", "norm")
 CLIP = 6.0  # of ReLU6, which stays what it was only where no channel is scaled beyond it
-MARGIN = 1.1  # room for values larger than any seen
+# Room for values larger than any seen: with 1.1 times what 64 crops showed, clipping made 44% of
+# the squared error of EfficientNet-Lite0's logits in int8 on other photographs.
+MARGIN = 1.5
 POWERS = torch.linspace(0, 1, 11).tolist()
 CHECKED = 16  # items on which the outcome is compared with the graph that it came from
 TOLERANCE = 1e-3  # share of the largest answer

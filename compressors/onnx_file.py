@@ -46,6 +46,7 @@ class Writer(fx.Interpreter):
         self.fixed: set[fx.Node] = set()
         self.casts: set[str] = set()
         self.quantized: dict[str, Any] = {}  # value -> the module that quantizes it
+        self.zeros: dict[fx.Node, list[int]] = {}  # what the layers behind a padding add for it
         self.parts: dict[fx.Node, list[str]] = {}  # of nodes that give several tensors
         taken = {*inputs.values(), "output"}
         self.names = {

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .freeze import FrozenLayer, FrozenQuantizer
-from .onnx_file import NotCovered, Operation, Writer
+from .onnx_file import NotCovered, Operation, Writer, source_of
 
 
 def spatial(value: Any, rank: int) -> list[int]:
@@ -18,13 +18,24 @@ def spatial(value: Any, rank: int) -> list[int]:
 
 def _layer(w: Writer, node: fx.Node, _: Any) -> None:
     """A convolution or linear layer, frozen or not."""
-    module = w.owner(node)
-    shell = module.shell if isinstance(module, FrozenLayer) else module
+    module, shell = w.owner(node), _shell(w, node)
     x = apart(w, node) if shell is module else w.value(node)
     if isinstance(shell, nn.Linear):
         _linear(w, node, module, x)
     else:
         _convolution(w, node, module, shell, x)
+
+
+def _shell(w: Writer, node: fx.Node) -> Any:
+    """The layer that ``node`` calls, without weights if it is frozen."""
+    module = w.owner(node)
+    return module.shell if isinstance(module, FrozenLayer) else module
+
+
+def pads_itself(w: Writer, node: fx.Node) -> bool:
+    """Whether ``node`` is a convolution that pads with zeros, and so can with more of them."""
+    shell: Any = _shell(w, node)
+    return isinstance(shell, nn.Conv1d | nn.Conv2d | nn.Conv3d) and shell.padding_mode == "zeros"
 
 
 def _linear(w: Writer, node: fx.Node, module: Any, x: str) -> None:
@@ -50,7 +61,9 @@ def _convolution(w: Writer, node: fx.Node, module: Any, shell: Any, x: str) -> N
     before, after = _paddings(shell, rank)
     if shell.padding_mode != "zeros":
         x = pad(w, x, [0, 0, *before], [0, 0, *after], shell.padding_mode, f"{out}:padded")
-        before = after = [0] * rank
+        before, after = [0] * rank, [0] * rank
+    for i, zeros in enumerate(w.zeros.get(source_of(node), ())):  # from the last axis
+        (after if i % 2 else before)[-1 - i // 2] += zeros
     shape = dict(
         kernel_shape=list(shell.kernel_size), strides=list(shell.stride), pads=before + after,
         dilations=list(shell.dilation), group=shell.groups,
@@ -68,7 +81,7 @@ def _paddings(shell: Any, rank: int) -> tuple[list[int], list[int]]:
         total = [d * (k - 1) for d, k in zip(shell.dilation, shell.kernel_size, strict=True)]
         return [n // 2 for n in total], [n - n // 2 for n in total]
     both = [0] * rank if shell.padding == "valid" else list(shell.padding)
-    return both, both
+    return both, list(both)
 
 
 def pad(

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ..spaces.operations import PADS, zero_padding
 from .onnx_file import NotCovered, Operation, Writer
-from .onnx_layers import pad, passed, spatial
+from .onnx_layers import pad, pads_itself, passed, spatial
 
 
 def _pool(kind: str) -> Operation:
@@ -105,7 +106,15 @@ def _cumsum(w: Writer, node: fx.Node, result: Tensor) -> None:
 
 
 def _pad(w: Writer, node: fx.Node, result: Tensor) -> None:
-    amounts, mode, value = w.settings(node, pad=None, mode="constant", value=None)
+    zeros = zero_padding(w.module, node, result.ndim)
+    if zeros is not None and all(pads_itself(w, user) for user in node.users):
+        w.zeros[node] = zeros
+        w.alias(node, w.value(node))
+        return
+    if w.owner(node) is None:
+        amounts, mode, value = w.settings(node, pad=None, mode="constant", value=None)
+    else:
+        mode, (amounts, value) = "constant", w.settings(node, padding=None, value=0.0)
     before, after = [0] * result.ndim, [0] * result.ndim
     for i, amount in enumerate(amounts):  # from the last axis: before, after
         (after if i % 2 else before)[-1 - i // 2] = amount
@@ -155,5 +164,5 @@ POOLS: dict[Any, Operation] = {
     **dict.fromkeys((torch.cumsum, "cumsum"), _cumsum),
     **dict.fromkeys((nn.Upsample, F.interpolate), _enlarge),
     F.normalize: _normalize,
-    F.pad: _pad,
+    **dict.fromkeys((F.pad, *PADS), _pad),
 }  # fmt: skip

@@ -37,6 +37,10 @@ TRANSPARENT = (
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, "contiguous", "clone",
 )  # fmt: skip
 
+PADS = (
+    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
+    nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
+)  # fmt: skip
 SHAPE = "flyweight_shape"  # where a node carries the shape of its value
 Channels = tuple[tuple[Part, ...], int]  # what a value's channels consist of, and their axis
 
@@ -47,7 +51,7 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return shape
 
 
-def callee(graph: fx.GraphModule, node: fx.Node) -> Any:
+def callee(graph: nn.Module, node: fx.Node) -> Any:
     """What ``node`` calls: the type of a module, a function, or the name of a method."""
     if node.op == "call_module":
         return type(graph.get_submodule(str(node.target)))
@@ -61,7 +65,7 @@ def operations(graph: fx.GraphModule, channels: Mapping[str, Channels]) -> list[
     same: dict[str, str] = {}  # the output of a transparent operation -> the value it is
     for node in graph.graph.nodes:
         called = callee(graph, node)
-        if node.op != "placeholder" and called in TRANSPARENT:
+        if node.op != "placeholder" and (called in TRANSPARENT or _pads_layers(graph, node)):
             source = node.all_input_nodes[0].name
             same[node.name] = same.get(source, source)
             continue
@@ -80,6 +84,38 @@ def operations(graph: fx.GraphModule, channels: Mapping[str, Channels]) -> list[
             axis=axis,
         )
     return list(ops.values())
+
+
+def zero_padding(graph: nn.Module, node: fx.Node, rank: int) -> list[int] | None:
+    """How many zeros ``node`` adds around a value of ``rank`` axes, as F.pad takes them: before and
+    after the last axis, then the one before it. None if it does anything else, or not to spatial
+    axes alone."""
+    called = callee(graph, node)
+    if called in PADS:
+        module: Any = graph.get_submodule(str(node.target))
+        given: dict[str, Any] = {"pad": module.padding, "value": getattr(module, "value", 0)}
+    elif called is F.pad:
+        given = {**dict(zip(("pad", "mode", "value"), node.args[1:], strict=False)), **node.kwargs}
+    else:
+        return None
+    amounts = given["pad"]
+    if given.get("mode", "constant") != "constant" or given.get("value"):
+        return None
+    if not all(isinstance(n, int) and n >= 0 for n in amounts):
+        return None
+    return list(amounts) if len(amounts) <= 2 * (rank - 2) else None
+
+
+def _pads_layers(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` pads for convolutions alone, which can pad as much themselves: a runtime
+    makes it part of them, and zeros are exact on every scale."""
+    layers = [callee(graph, user) for user in node.users]
+    if not all(LAYERS.get(called) == "conv" for called in layers):
+        return False
+    modules: list[Any] = [graph.get_submodule(str(user.target)) for user in node.users]
+    if any(isinstance(m.padding, str) or m.padding_mode != "zeros" for m in modules):
+        return False
+    return zero_padding(graph, node, len(shape_of(node))) is not None
 
 
 def _inputs(node: fx.Node) -> list[fx.Node]:

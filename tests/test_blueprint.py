@@ -276,6 +276,27 @@ def test_what_only_moves_values_passes_the_scale_on(traced: Traced) -> None:
     assert precisions(alone)["max_pool2d"] == precisions(alone)["flatten"] == "fp32"
 
 
+def test_zeros_around_the_input_of_a_convolution_are_part_of_its_kernel() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, 2), nn.Conv2d(8, 8, 3)
+            self.pad, self.one = nn.ZeroPad2d((0, 1, 0, 1)), nn.ConstantPad2d(1, 1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.a(x))
+            x = torch.relu(self.b(self.pad(x)) + self.b(self.pad(x)))
+            return self.c(self.one(x))
+
+    plan = int8(trace(Padded(), torch.rand(1, 3, 8, 8)))
+    assert [kernel.name for kernel in plan.kernels] == ["a", "b", "b", "add", "one", "c"]
+    assert plan.kernels[1].inputs == ("relu",)
+    assert plan.kernels[1].out_shape == (1, 8, 4, 4)
+    assert "pad" not in plan.quantized
+    # One that is not zero is not exact on every scale, nor does a layer add it.
+    assert plan.quantized["one"] == "one"
+
+
 def test_a_linear_layer_ends_in_int8_only_with_an_activation(traced: Traced) -> None:
     assert int8(traced("mlp"), "a").quantized == {"x": "x", "relu": "relu"}
     assert int8(traced("mlp"), "c").quantized == {"relu_1": "relu_1"}

@@ -254,6 +254,29 @@ def test_what_was_silent_or_is_clipped_in_float_stays_what_it_is(
     assert noise(run_module(after, large), run_module(before, large)) < 1e-3
 
 
+def test_values_somewhat_larger_than_any_seen_are_not_clipped(capabilities: Capabilities) -> None:
+    class Depthwise(Quiet):
+        """Its channels are made as loud as a ReLU6 allows: a depthwise layer loses nothing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.d = nn.Conv2d(8, 8, 3, groups=8)
+            with torch.no_grad():
+                nn.init.zeros_(self.c.bias)  # type: ignore[arg-type]
+                self.c.weight.abs_()[7] = 2.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.d(F.relu6(self.c(x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    seen = torch.rand(32, 3, 8, 8)
+    items = Items(seen, torch.zeros(32))
+    before, after = equalized(Depthwise(), ["c", "d"], items, capabilities)
+    louder = Items(1.4 * seen, torch.zeros(32))
+    assert not torch.equal(before.c.weight, after.c.weight)  # type: ignore[union-attr]
+    torch.testing.assert_close(run_module(after, louder), run_module(before, louder))
+
+
 def test_a_mean_over_channels_is_not_equalized(capabilities: Capabilities) -> None:
     torch.manual_seed(0)
     items = Items(torch.randn(32, 3, 8, 8), torch.zeros(32))

@@ -18,7 +18,13 @@ from flyweight.compressors.export import to_onnx
 from flyweight.compressors.freeze import freeze
 from flyweight.compressors.parity import compare, feed, run_module, run_session
 from flyweight.compressors.quantize import calibrate, fold_norms, insert_quantizers, settle_biases
-from flyweight.kernels import Runtime, float_layers, int8_layers, make_runtime
+from flyweight.kernels import (
+    Runtime,
+    float_layers,
+    int8_layers,
+    make_runtime,
+    optimized_kernels,
+)
 from flyweight.spaces import Impossible, Policy, Quantize, blueprint
 from flyweight.spaces.tracing import arguments, trace, trace_graph
 
@@ -281,6 +287,28 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "upsample": module(lambda: nn.Upsample(scale_factor=2), 3, 5, 4),
     "interpolate": of(lambda x, _: F.interpolate(x, size=(10, 12)), 3, 5, 4),
     "pad": of(lambda x, _: F.pad(x, (1, 2, 0, 3), value=0.5), 3, 5, 4),
+    "pad with zeros": of(lambda x, m: m.m0(x) * 2, 3, 5, 4, owned=(nn.ZeroPad2d((0, 1, 2, 0)),)),
+    "pad, read by convolutions": of(
+        lambda x, m: m.m0(y := F.pad(x, (0, 1, 2, 0))) + m.m1(y),
+        3,
+        9,
+        8,
+        owned=(nn.Conv2d(3, 4, 3, 2), nn.Conv2d(3, 4, 5, 2, padding=1)),
+    ),
+    "pad, read by a convolution and another": of(
+        lambda x, m: m.m0(y := m.m1(x)).mean((1, 2, 3), True) + y,
+        3,
+        9,
+        8,
+        owned=(nn.Conv2d(3, 4, 3, 2), nn.ConstantPad2d((0, 1, 2, 0), 0.0)),
+    ),
+    "pad with something else": of(
+        lambda x, m: m.m0(m.m1(x)),
+        3,
+        9,
+        8,
+        owned=(nn.Conv2d(3, 4, 3, 2), nn.ConstantPad2d((0, 1, 2, 0), 0.5)),
+    ),
     "pad, replicated": of(lambda x, _: F.pad(x, (1, 2), mode="replicate"), 3, 5),
 }
 
@@ -452,6 +480,35 @@ def quantized(
     calibrate(graph, Items(drawn(example, 64), torch.zeros(64)), "minmax")
     settle_biases(graph, network, plan)
     return graph, to_onnx(freeze(graph), example)
+
+
+class Padded(nn.Module):
+    """TensorFlow's "SAME": zeros on one side, as modules and as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.stem = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 16, 3, 2)
+        self.act, self.pad = nn.ReLU6(), nn.ConstantPad2d((1, 2, 1, 2), 0.0)
+        self.depthwise, self.point = nn.Conv2d(16, 16, 5, 2, groups=16), nn.Conv2d(16, 24, 1)
+        self.last, self.head = nn.Conv2d(24, 24, 3, 2, 1), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(self.before(x)))
+        x = self.point(self.act(self.depthwise(self.pad(x))))
+        return self.head(F.relu(self.last(F.pad(x, (0, 1)))).mean((2, 3)))
+
+
+def test_convolutions_in_int8_pad_on_one_side(runtime: Runtime) -> None:
+    torch.manual_seed(0)
+    model, example = Padded().eval(), torch.randn(1, 3, 33, 32)
+    layers = ["stem", "depthwise", "point", "last", "head"]
+    student, artifact = quantized(model, example, layers, runtime)
+    assert not {"Pad", "Conv", "FusedConv"} & optimized_kernels(artifact).keys()
+    assert (int8_layers(artifact), float_layers(artifact)) == (5, 0)
+    items = Items(drawn(example, 300), torch.zeros(300))
+    found = compare(run_module(student, items), run_session(runtime.load(artifact), items))
+    assert found.agreement >= 0.99
+    assert found.mean_steps < 0.2
 
 
 def test_sums_read_what_was_made_in_float_as_it_was(runtime: Runtime) -> None:

@@ -14,17 +14,16 @@ STAGES = (
 EPSILON = 1e-3  # of the norms: TensorFlow's
 
 
-class Convolution(nn.Conv2d):
-    """Without bias, padded as TensorFlow's "SAME" pads an even size: the odd row at the end."""
-
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
-    ) -> None:
-        padding = (kernel - 1) // 2 if stride == 1 else 0
-        super().__init__(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
+def convolution(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    """Without bias; where it has a stride, ``pad`` goes before it."""
+    padding = (kernel - 1) // 2 if stride == 1 else 0
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
 
 
 def pad(kernel: int, stride: int) -> nn.Module:
+    """What TensorFlow's "SAME" adds to an even size: the odd row at the end."""
     before = (kernel - stride) // 2
     after = kernel - stride - before
     return nn.ZeroPad2d((before, after, before, after)) if stride > 1 else nn.Identity()
@@ -38,12 +37,12 @@ class Block(nn.Module):
         hidden = inputs * expansion
         self.expands, self.short = expansion > 1, stride == 1 and inputs == outputs
         if self.expands:
-            self._expand_conv = Convolution(inputs, hidden, 1)
+            self._expand_conv = convolution(inputs, hidden, 1)
             self._bn0 = nn.BatchNorm2d(hidden, EPSILON)
         self._pad = pad(kernel, stride)
-        self._depthwise_conv = Convolution(hidden, hidden, kernel, stride, hidden)
+        self._depthwise_conv = convolution(hidden, hidden, kernel, stride, hidden)
         self._bn1 = nn.BatchNorm2d(hidden, EPSILON)
-        self._project_conv = Convolution(hidden, outputs, 1)
+        self._project_conv = convolution(hidden, outputs, 1)
         self._bn2 = nn.BatchNorm2d(outputs, EPSILON)
         self._act = nn.ReLU6()
 
@@ -60,7 +59,7 @@ class EfficientNetLite0(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._pad, self._act = pad(3, 2), nn.ReLU6()
-        self._conv_stem = Convolution(3, 32, 3, 2)
+        self._conv_stem = convolution(3, 32, 3, 2)
         self._bn0 = nn.BatchNorm2d(32, EPSILON)
         self._blocks, inputs = nn.ModuleList(), 32
         for expansion, kernel, outputs, count, stride in STAGES:
@@ -68,7 +67,7 @@ class EfficientNetLite0(nn.Module):
                 step = stride if i == 0 else 1
                 self._blocks.append(Block(inputs, outputs, kernel, step, expansion))
                 inputs = outputs
-        self._conv_head = Convolution(inputs, 1280, 1)
+        self._conv_head = convolution(inputs, 1280, 1)
         self._bn1 = nn.BatchNorm2d(1280, EPSILON)
         self._pool = nn.AdaptiveAvgPool2d(1)
         self._fc = nn.Linear(1280, 1000)

@@ -1,4 +1,4 @@
-"""Real photographs that installed packages ship, in three sets that share none.
+"""Real photographs that installed packages ship, in four sets that share none.
 
     python examples/imagenet/photographs.py     lists what is found
 
@@ -25,7 +25,7 @@ class Source:
 
     title: str
     install: str
-    part: str  # "calibration", "validation" or "evaluation"
+    part: str  # "calibration", "validation", "evaluation" or "unseen"
     read: Callable[[], Iterator[Named]]
 
 
@@ -69,6 +69,10 @@ def _packed(archive: str, skip: tuple[int, ...] = ()) -> Callable[[], Iterator[N
 
 
 GCOMPRIS = "apt-get install gcompris-qt-data"
+OPENCV, DOCUMENTS = (
+    "apt-get install --no-install-recommends opencv-doc",
+    "/usr/share/doc/opencv-doc",
+)
 SOURCES = (
     Source("GCompris 3.1, things to sort", GCOMPRIS, "calibration", _packed("categorization")),
     Source(
@@ -103,6 +107,39 @@ SOURCES = (
     ),
     Source("scikit-learn 1.9", "pip install scikit-learn", "evaluation",
            _files("sklearn/datasets/images", "*.jpg")),
+    Source(
+        "OpenCV 4.6, samples", OPENCV, "unseen",
+        _files(
+            f"{DOCUMENTS}/examples", "*/*.[jp][pn]g",
+            "aero1 aloeL apple baboon basketball1 board box_in_scene building butterfly chicky_512 "
+            "ela_original fruits home leuvenA licenseplate_motion messi5 orange rubberwhale1 "
+            "squirrel_cls stuff scenetext01 scenetext02 scenetext03 scenetext04 scenetext05 "
+            "scenetext06",
+        ),
+    ),
+    Source(
+        "OpenCV 4.6, regions", OPENCV, "unseen", _files(f"{DOCUMENTS}/examples/hfs/data", "*.jpg")
+    ),
+    Source(
+        "OpenCV 4.6, documentation", OPENCV, "unseen",
+        _files(
+            f"{DOCUMENTS}/opencv4/html", "**/*.jpg",
+            "227943776_1 detect_test1 detect_test2 fusion_mertens space_shuttle astra_color "
+            "pexels_double_decker_bus retina_TreeHdr_small handDst bicubicOutput",
+        ),
+    ),
+    Source(
+        "Lomiri wallpapers", "apt-get install lomiri-wallpapers-16.04 lomiri-wallpapers-20.04",
+        "unseen",
+        _files(
+            "/usr/share/backgrounds", "*_by_*.jpg",
+            "Bridge_by_Sander_Klootwijk Dragonfly_by_Bolly Picture_0B_by_freespace "
+            "Picture_1A_by_freespace Wine_by_Jakkub_Mede aitzgorri_by_Aitzol_Berasategi "
+            "free_by_Peter_Nerlich friends_by_Aitzol_Berasategi greentock_by_Peter_Nerlich "
+            "life_by_Aitzol_Berasategi picosdeeuropa_by_Aitzol_Berasategi "
+            "seeding_by_Clements_Engelhardt sunset_by_Aitzol_Berasategi Kleiber_by_Lukas_Baubkus",
+        ),
+    ),
 )  # fmt: skip
 
 
@@ -128,3 +165,9 @@ def central(image: Image.Image, size: int = 224) -> Image.Image:
     left, top = (width - size) // 2, (height - size) // 2
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + size, top + size))
+
+
+if __name__ == "__main__":
+    for kind in ("calibration", "validation", "evaluation", "unseen"):
+        names = [name for name, _ in photographs(kind)]
+        print(f"{kind}: {len(names)}: {', '.join(names)}")

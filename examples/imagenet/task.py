@@ -5,6 +5,7 @@ the metric is agreement with it, in percent.
 """
 
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -97,12 +98,23 @@ class ImageNet(ClassificationTask):
     """``network``: "mobilenet_v2" or "efficientnet_lite0".
 
     ``train``: crops of the calibration photographs; ``val``: crops of others; ``test``: the middle
-    of each of the evaluation photographs, which are whole and of which no two are the same.
+    of each photograph of the sets ``tested``, which are whole and of which no two are the same;
+    ``parts``: how many of them are of which set, in order.
     """
 
-    def __init__(self, network: str = "mobilenet_v2", train: int = 1_024, val: int = 1_000) -> None:
+    def __init__(
+        self,
+        network: str = "mobilenet_v2",
+        train: int = 1_024,
+        val: int = 1_000,
+        tested: Sequence[str] = ("evaluation",),
+    ) -> None:
         self._model = teacher(network)
-        whole = np.stack([np.asarray(central(image)) for _, image in photographs("evaluation")])
+        found = {part: photographs(part) for part in tested}
+        self.parts = {part: len(named) for part, named in found.items()}
+        whole = np.stack(
+            [np.asarray(central(image)) for named in found.values() for _, image in named]
+        )
         self.train, self.val, self.test = (
             Crops(images, network, self._model)
             for images in (crops("calibration", train), crops("validation", val), whole)
