@@ -70,7 +70,7 @@ def distill(
     batch: int,
     seed: int,
     first: float = 0.0,
-    train_norms: bool = True,
+    cycle: tuple[float, float] | None = None,
     hold_zeros: bool = False,
     device: torch.device = CPU,
     mixed: bool = False,
@@ -78,7 +78,8 @@ def distill(
     """Trains ``student`` in place for ``count`` epochs, going on where ``first`` epochs end.
 
     SGD with momentum on alpha * (what the policy's loss asks) + (1 - alpha) * loss; the learning
-    rate rises to ``peak`` and falls as a cosine. hold_zeros: weights that are 0 stay 0. device:
+    rate rises to ``peak`` and falls as a cosine. cycle: the epoch where that begins and how many it
+    takes, if this training is only a part of it. hold_zeros: weights that are 0 stay 0. device:
     where the student trains; mixed: in bfloat16 where that is safe. Returns the number of samples
     seen. Raises Impossible when it diverges.
     """
@@ -98,9 +99,9 @@ def distill(
         return value
 
     optimizer = torch.optim.SGD(parameters, peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    _train_mode(student, train_norms)
+    _train_mode(student)
     samples, seen, blind = 0, [], 0.0
-    for rate, items, answers in _steps(epochs, first, count, batch, seed):
+    for rate, items, answers in _steps(epochs, first, count, batch, seed, cycle):
         items, answers = items.to(device), answers.to(device)
         for group in optimizer.param_groups:
             group["lr"] = peak * rate
@@ -130,8 +131,8 @@ def distill(
     return samples
 
 
-def _train_mode(student: nn.Module, train_norms: bool) -> None:
-    student.train(train_norms)
+def _train_mode(student: nn.Module) -> None:
+    student.train()
     for module in student.modules():
         # With momentum 0 statistics never move: training on those of the batch would part the
         # student that is trained from the one that is deployed.
@@ -159,7 +160,12 @@ def _rate(step: int, total: int) -> float:
 
 
 def _steps(
-    epochs: Callable[[int], Epoch], first: float, count: float, batch: int, seed: int
+    epochs: Callable[[int], Epoch],
+    first: float,
+    count: float,
+    batch: int,
+    seed: int,
+    cycle: tuple[float, float] | None = None,
 ) -> Iterator[tuple[float, Items, Tensor]]:
     """For ``count`` epochs: the share of the learning rate, a batch and the teacher's answers.
 
@@ -171,6 +177,9 @@ def _steps(
     batch = min(batch, size)
     each = size // batch  # steps of an epoch
     begin, total = round(first * each), max(1, round(count * each))
+    start, length = begin, total
+    if cycle:
+        start, length = round(cycle[0] * each), max(1, round(cycle[1] * each))
     order = torch.empty(0)
     for step in range(begin, begin + total):
         if step // each != number:
@@ -180,4 +189,4 @@ def _steps(
             generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
             order = torch.randperm(size, generator=generator)
         index = order[step % each * batch :][:batch]
-        yield _rate(step - begin, total), epoch.items.take(index), epoch.answers[index]
+        yield _rate(step - start, length), epoch.items.take(index), epoch.answers[index]

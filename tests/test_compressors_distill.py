@@ -64,6 +64,15 @@ def test_training_in_pieces_sees_what_training_in_one_piece_sees() -> None:
     assert seen(0, 1, seed=1) != whole[:64]
 
 
+def test_the_pieces_of_a_cycle_have_its_learning_rates() -> None:
+    def rates(first: float, count: float, cycle: tuple[float, float] | None = None) -> list[float]:
+        return [rate for rate, *_ in _steps(epochs_of(64), first, count, 8, 0, cycle)]
+
+    whole = rates(0.5, 2)
+    assert rates(0.5, 1.5, (0.5, 2)) + rates(2, 0.5, (0.5, 2)) == whole
+    assert rates(0.5, 1.5) + rates(2, 0.5) != whole
+
+
 def test_fewer_items_than_a_batch_are_one_batch() -> None:
     assert sorted(seen(0, 2, items=5)) == sorted(2 * list(range(5)))
     assert len(seen(0, 0.01, items=64)) == 8  # at least one step
@@ -154,13 +163,6 @@ def test_a_student_that_begins_as_the_teacher_does_not_diverge(rate: float) -> N
         lambda n: Epoch(epochs(n).items, epochs(n).answers / 3),
         Distill(learning_rate=rate),
     )
-
-
-def test_norms_stay_when_they_are_not_trained() -> None:
-    _, student, epochs = setting()
-    before = student.n.running_mean.clone()  # type: ignore[operator,union-attr]
-    train(student, epochs, Distill(), train_norms=False, count=1)
-    assert torch.equal(before, student.n.running_mean)  # type: ignore[arg-type]
 
 
 def test_mixed_precision_learns_as_well_and_leaves_float_weights() -> None:

@@ -1,0 +1,62 @@
+"""The networks of the examples that run with what is installed here, as tasks.
+
+HAR's data must be made first (examples/har/README.md); MiniLM needs three packages
+(examples/rotten_tomatoes/README.md). The networks of examples/imagenet need others and are not
+among these.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flyweight.compressors import ClassificationTask, Prepared, load_task
+from flyweight.compressors.data import CALIBRATION, Items
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def _article() -> ClassificationTask:
+    """The CNN of examples/article_cnn, trained as there."""
+    sys.path.insert(0, str(EXAMPLES / "article_cnn"))
+    import article
+
+    torch.manual_seed(0)
+    data = {part: article.images(part, 15_000) for part in ("train", "val", "test")}
+    model = article.ArticleCnn()
+    article.train(model, data["train"], epochs=4)
+    return ClassificationTask(model.eval(), data["train"], data["val"], data["test"])
+
+
+def _example(folder: str, kind: str) -> Callable[[], Any]:
+    return lambda: load_task(f"task.py:{kind}", EXAMPLES / folder, {})
+
+
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "resnet": _example("fashion_mnist", "FashionMnist"),
+    "vit": _example("fashion_mnist", "FashionMnistViT"),
+    "har": _example("har", "Activities"),
+    "article_cnn": _article,
+    "minilm": _example("rotten_tomatoes", "RottenTomatoes"),
+}
+
+
+def drawn(prepared: Prepared, seed: int) -> Prepared:
+    """``prepared`` with another draw of the calibration data."""
+    train = prepared.splits.train
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randperm(len(train), generator=generator)[:CALIBRATION]
+    splits = dataclasses.replace(prepared.splits, calibration=train.take(picks))
+    return dataclasses.replace(prepared, splits=splits)
+
+
+def joined(parts: list[Items]) -> Items:
+    """All items of ``parts``, in order."""
+    inputs = [part.inputs for part in parts]
+    targets = torch.cat([part.targets for part in parts])
+    if isinstance(inputs[0], dict):
+        return Items({name: torch.cat([i[name] for i in inputs]) for name in inputs[0]}, targets)
+    return Items(torch.cat(inputs), targets)
