@@ -33,7 +33,7 @@ def answers(function: Callable[..., Any]) -> Callable[..., Any]:
             _complain(error)
             code = 1
         except KeyboardInterrupt:
-            click.echo("interrupted; `--resume` goes on from the record", err=True)
+            click.echo("interrupted; what was done is kept, and the same command can go on", err=True)
             code = 130
         sys.exit(code)
 
@@ -165,11 +165,13 @@ def profile(
     the file. Let nothing else run on the device meanwhile. Name the file in the spec's
     target.profile and a search will predict instead of timing each policy.
     """
+    from rich.console import Console
+
     from .predict import profile as run
 
     made = run(
         spec, out, runtime=runtime, threads=threads, networks=networks, minutes=minutes, seed=seed,
-        say=lambda line: click.echo(line, err=True),
+        console=Console(stderr=True),
     )  # fmt: skip
     click.echo(f"Wrote {out}: {len(made.timed)} networks on device {made.fingerprint}")
 

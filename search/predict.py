@@ -1,10 +1,12 @@
 """Device profiles and predictions by hand: ``flyweight profile`` and ``flyweight predict``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..compressors import Prepared, untrained
 from ..kernels import DeviceProfile, LatencyPredictor, predictor_for
@@ -25,7 +27,7 @@ def profile(
     networks: int | None = None,
     minutes: float = 15.0,
     seed: int = 0,
-    say: Callable[[str], None] = print,
+    console: Console,
 ) -> DeviceProfile:
     """Makes the device profile ``out`` for the space of a spec, or goes on with it."""
     spec = load_spec(spec_path)
@@ -33,14 +35,19 @@ def profile(
     changes = {key: value for key, value in asked.items() if value is not None}
     spec = spec.model_copy(update={"target": spec.target.model_copy(update=changes)})
     torch.set_num_threads(1)  # what builds the networks must not spin while they are timed
-    found = ready(spec)
-    try:
-        return make_profile(
-            found, out, networks=networks or NETWORKS, seconds=60 * minutes, seed=seed, say=say
-        )
-    except KeyboardInterrupt:
-        say(f"interrupted: {out} holds what was timed; the same command goes on")
-        raise
+    console.print(f"Checking {spec.task} and tracing its model", markup=False)
+    found, most = ready(spec), networks or NETWORKS
+    columns = (TextColumn("Networks timed"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=most)
+        try:
+            return make_profile(
+                found, out, networks=most, seconds=60 * minutes, seed=seed, say=console.print,
+                count=lambda timed: progress.update(bar, completed=timed),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            console.print(f"{out} holds what was timed; the same command goes on with it")
+            raise
 
 
 def predict(

@@ -71,10 +71,11 @@ def make_profile(
     narrow: float = NARROW,
     seed: int = 0,
     say: Say = print,
+    count: Callable[[int], None] = lambda _: None,
 ) -> DeviceProfile:
     """Times networks of the space of ``ready`` into ``path`` until the median width of an interval
     is ``narrow``, or ``networks`` are timed, or ``seconds`` are over. Goes on with what is in
-    ``path`` already.
+    ``path`` already. count: told how many are timed.
 
     Nothing else may run on the device meanwhile. Raises BadInput if ``path`` is of another device
     or request, FlyweightError if the machine is too busy to be profiled.
@@ -100,7 +101,7 @@ def make_profile(
                     return profile
                 for timed in _time(ready, process, group, session, quiet):
                     profile.append(path, timed)
-                say(f"{len(profile.timed)} networks timed, at most {networks}")
+                count(len(profile.timed))
         quiet.check()
     return profile
 
