@@ -33,7 +33,9 @@ def answers(function: Callable[..., Any]) -> Callable[..., Any]:
             _complain(error)
             code = 1
         except KeyboardInterrupt:
-            click.echo("interrupted; what was done is kept, and the same command can go on", err=True)
+            click.echo(
+                "interrupted; what was done is kept, and the same command can go on", err=True
+            )
             code = 130
         sys.exit(code)
 
