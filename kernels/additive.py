@@ -156,8 +156,12 @@ class AdditiveProcess:
         self.ms = np.asarray(ms, float)
         if not (np.isfinite(self.ms) & (self.ms > 0)).all():
             raise ValueError("times must be above 0")
+        # How fast the device is beside the nominal one: parts are deviations around that.
+        nominal = [sum(n * s.nominal_ms for s, n in counts.items()) for counts in sums]
+        self._pace = float(np.median(self.ms / nominal))
+        self._units = self.ms / self._pace
         self._tables = [_Table(part, sums) for part in PARTS]
-        over = np.outer(self.ms, self.ms)
+        over = np.outer(self._units, self._units)
         parts = np.stack([t.covariance(t) / over for t in self._tables])
         some = np.linspace(0, len(ms) - 1, min(len(ms), FIT_ON)).astype(int)
         self.deviations, self.noise = _fitted(parts[:, some][:, :, some])
@@ -172,11 +176,11 @@ class AdditiveProcess:
             table = _Table(part, sums)
             cross += deviation**2 * table.covariance(known)
             variance += deviation**2 * table.variance()
-        cross /= self.ms
+        cross /= self._units
         mean = cross @ self._solved
         rest = solve_triangular(self._root, cross.T, lower=True)
         variance = np.maximum(variance - (rest**2).sum(0), 0) + (self.noise * mean) ** 2
-        return mean, np.sqrt(variance)
+        return self._pace * mean, self._pace * np.sqrt(variance)
 
     def left_out(self, groups: Sequence[Hashable]) -> tuple[Array, Array]:
         """Each observation as those of other groups predict it, with the same deviations: time in

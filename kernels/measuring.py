@@ -1,16 +1,19 @@
 """Timing in a process of its own, which a model may kill without harm."""
 
+import contextlib
 import multiprocessing
+import signal
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from ..spaces.errors import FlyweightError, Impossible
 from .runtime import Inputs, Session, make_runtime
 from .timing import TEACHER, Timing, time_sessions
 
 ROUNDS, REPEATS, VISIT_MS = 7, 20, 20.0
+PATIENCE_S = 900.0  # for one group; a kernel that takes longer hangs
 
 
 class MeasuringProcess:
@@ -23,9 +26,13 @@ class MeasuringProcess:
     def __enter__(self) -> Self:
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit the parent's threads
         self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, *self._start), daemon=True)
+        runtime, threads, *rest = self._start
+        self._process = spawn.Process(target=_serve, args=(theirs, runtime, threads), daemon=True)
         self._process.start()
         theirs.close()
+        # Not as arguments: if it died before it had read them, start() would wait for ever.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._pipe.send(rest)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -40,7 +47,8 @@ class MeasuringProcess:
 
     def time(self, models: Mapping[str, bytes]) -> dict[str, Timing | None]:
         """Timings of ``models`` and of the sentinel (``TEACHER``), interleaved; None for a model
-        that the runtime cannot run or dies of. Raises FlyweightError if it dies of the sentinel."""
+        that the runtime cannot run, dies of or hangs in. Raises FlyweightError if that is the
+        sentinel."""
         found = self._ask(models)
         if found is not None:
             return found
@@ -55,24 +63,29 @@ class MeasuringProcess:
         """None if the process died of it; a new one is there then."""
         try:
             self._pipe.send(dict(models))
+            if not self._pipe.poll(PATIENCE_S):
+                raise EOFError
             answer: dict[str, Timing | None] = self._pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
+            self._process.kill()
             self.__exit__(None)
             self.__enter__()
             return None
         return answer
 
 
-def _serve(pipe: Connection, runtime: str, threads: int, sentinel: bytes, inputs: Any) -> None:
+def _serve(pipe: Connection, runtime: str, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which closes the pipe
     target = make_runtime(runtime, threads)
     try:
+        sentinel, inputs = pipe.recv()
         teacher = target.load(sentinel)
-    except Impossible:
+    except (EOFError, Impossible):
         return  # who asks finds nobody, and says so
     while True:
         try:
             models = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         sessions: dict[str, Session] = {TEACHER: teacher}
         failed: dict[str, None] = {}

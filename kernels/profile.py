@@ -36,11 +36,13 @@ class Timed:
 
 @dataclass
 class DeviceProfile:
-    """device, fingerprint: as the runtime tells them. request: shape of each input, by name."""
+    """device, fingerprint: as the runtime tells them. request: shape of each input, by name.
+    network: digest of the teacher's work, whose time is the unit of all others."""
 
     device: Mapping[str, str]
     fingerprint: str
     request: Mapping[str, tuple[int, ...]]
+    network: str
     timed: list[Timed] = field(default_factory=list)
 
     @classmethod
@@ -69,8 +71,11 @@ class DeviceProfile:
                 f"{path} is a device profile of version {head.get('version')!r}, but {VERSION} is "
                 "needed; make it again with `flyweight profile`"
             )
-        found = cls(head["device"], head["fingerprint"],
-                    {k: tuple(v) for k, v in head["request"].items()})  # fmt: skip
+        try:
+            request = {str(k): tuple(map(int, v)) for k, v in head["request"].items()}
+            found = cls(dict(head["device"]), head["fingerprint"], request, head["network"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{path}, line 1: no head of a device profile: {error!r}") from error
         for number, entry in enumerate(entries[1:], 2):
             try:
                 found.timed.append(_timed(entry))
@@ -82,7 +87,7 @@ class DeviceProfile:
         """Writes the profile anew. Raises OSError."""
         head = {
             "version": VERSION, "fingerprint": self.fingerprint, "device": dict(self.device),
-            "request": {k: list(v) for k, v in self.request.items()},
+            "request": {k: list(v) for k, v in self.request.items()}, "network": self.network,
         }  # fmt: skip
         lines = [json.dumps(head), *(json.dumps(_plain(t)) for t in self.timed)]
         partial = path.with_name(f".{path.name}.partial")
@@ -95,11 +100,12 @@ class DeviceProfile:
         with path.open("a") as file:
             file.write(json.dumps(_plain(timed)) + "\n")
 
-    def unavailable(self) -> frozenset[Signature]:
-        """Work that the runtime dies of: in networks that it died of, and in no other."""
-        died = [set(t.counts) for t in self.timed if t.ms is None]
-        lived = {s for t in self.timed if t.ms is not None for s in t.counts}
-        return frozenset(s for counts in died for s in counts - lived)
+    def unavailable(self) -> frozenset[tuple[str, str]]:
+        """Kinds and forms of work that the runtime dies of: in networks that it died of, and in no
+        other."""
+        died = {(s.kind, s.form) for t in self.timed if t.ms is None for s in t.counts}
+        lived = {(s.kind, s.form) for t in self.timed if t.ms is not None for s in t.counts}
+        return frozenset(died - lived)
 
 
 def _plain(timed: Timed) -> dict[str, Any]:
@@ -117,8 +123,10 @@ def _timed(entry: Mapping[str, Any]) -> Timed:
     for value in (teacher_ms,) if ms is None else (ms, teacher_ms):
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"ms > 0 must hold, but got {value!r}")
-    counts = {
-        Signature(str(kind), str(form), str(place), tuple(sizes), float(nominal)): int(n)
-        for kind, form, place, sizes, nominal, n in entry["work"]
-    }
+    counts = {}
+    for kind, form, place, sizes, nominal, n in entry["work"]:
+        if not (math.isfinite(nominal) and nominal > 0 and n >= 1 and all(x >= 1 for x in sizes)):
+            raise ValueError(f"sizes, nominal time and count must be above 0 in {kind} {form}")
+        key = Signature(str(kind), str(form), str(place), tuple(map(int, sizes)), float(nominal))
+        counts[key] = int(n)
     return Timed(counts, ms, teacher_ms, int(entry["session"]), str(entry.get("policy", "")))

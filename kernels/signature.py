@@ -1,11 +1,12 @@
 """Kernel signatures: what a blueprint's latency is the sum of, without building the model.
 
-A signature says all that the time of one piece of work may depend on: the work of a kernel (kind,
+A signature says what the time of one piece of work depends on: the work of a kernel (kind,
 precision, window, fused activation, channels, positions), and the handing over of a value from the
 kernel that makes it to those that read it, where a runtime quantizes, dequantizes and reorders.
-Two pieces with the same signature take the same time.
+Two pieces with the same signature are taken to take the same time.
 """
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -59,6 +60,12 @@ def signature(plan: Blueprint) -> Counter[Signature]:
         found[_work(kernel, f"{before} > {after}")] += 1
         found[_handover(kernel, after)] += 1
     return found
+
+
+def digest(counts: Mapping[Signature, int]) -> str:
+    """16 hexadecimal digits; the same for the same work."""
+    work = sorted((s.kind, s.form, s.place, s.sizes, n) for s, n in counts.items())
+    return hashlib.sha256(repr(work).encode()).hexdigest()[:16]
 
 
 def nominal_ms(counts: Mapping[Signature, int]) -> float:

@@ -19,13 +19,13 @@ import torch
 from ray import tune
 
 from ..compressors import RUNGS
-from ..kernels import DeviceProfile, Timed, Timing, signature
+from ..kernels import DeviceProfile, Timed, Timing, disturbed, signature
 from ..spaces import BadInput, FlyweightError
 from .controller import Budget, Controller, failures
 from .limits import Limits
 from .predict import predictor_of
 from .pricing import Pricing, predicted, timed
-from .profiling import plan_of
+from .profiling import check_profile, empty_profile, plan_of
 from .progress import Progress
 from .proposals import Proposals
 from .ready import (
@@ -73,15 +73,19 @@ def search(
     """Runs the search that ``spec_path`` describes. Raises BadInput before anything is spent."""
     began = time.time()
     spec = load_spec(spec_path)
+    path = spec.target.profile
+    profile = None if path is None else DeviceProfile.load(Path(path))
     run_dir = open_run(spec, out, resume)
     record = FileRecord(run_dir / "record.jsonl")
     try:
         say = console.print if console else print
         say(f"Checking {spec.given_task} and tracing its model")
         prepared = ready(spec, run_dir)
+        if profile is not None:
+            check_profile(profile, empty_profile(spec, prepared.prepared), device=False)
         write_whole(run_dir / "spec.yaml", spec.to_yaml().encode())
         with _ray(spec, address):
-            return _Search(spec, run_dir, record, prepared, console, began).run()
+            return _Search(spec, run_dir, record, prepared, console, began, profile).run()
     finally:
         record.close()
 
@@ -127,13 +131,13 @@ class _Search:
         prepared: Ready,
         console: Any,
         began: float,
+        profile: DeviceProfile | None,
     ) -> None:
         self.spec, self.run_dir, self.record, self.ready = spec, run_dir, record, prepared
         self.console, self.began = console, began
         self.notes: list[str] = []
         self.resumed = bool(record.entries())
-        path = spec.target.profile
-        self.profile = None if path is None else DeviceProfile.load(Path(path))
+        self.profile = profile
 
     def run(self) -> Outcome:
         meter = start_meter(self.ready)
@@ -205,7 +209,10 @@ class _Search:
         prepared = self.ready.prepared
         if self.profile is None:
             return timed(prepared, meter)
-        predictor = predictor_of(self.spec, prepared, self.profile, teacher_ms=teacher_ms)
+        device = ray.get(meter.fingerprint.remote())  # the target's, which may be another node
+        predictor = predictor_of(
+            self.spec, prepared, self.profile, fingerprint=device, teacher_ms=teacher_ms
+        )
         return predicted(prepared, predictor, limits)
 
     def _check_limits(self, price: Pricing, limits: Limits) -> None:
@@ -310,18 +317,21 @@ class _Search:
 
     def _feed_back(self, controller: Controller, timings: Mapping[str, Timing]) -> None:
         """Adds the finalists to the device profile, which they make better where it matters."""
-        if self.profile is None or self.spec.target.profile is None:
+        path = self.spec.target.profile
+        if path is None or self.profile is None or disturbed(timings):
             return
-        session = 1 + max(t.session for t in self.profile.timed)
-        policies = {t.policy.digest: t.policy for t in controller.trials.values()}
         try:
-            for digest, timing in timings.items():
-                if digest in policies:
-                    counts = signature(plan_of(self.ready.prepared, policies[digest]))
-                    teacher_ms = timings["teacher"].median_ms
-                    timed = Timed(counts, timing.median_ms, teacher_ms, session, digest)
-                    self.profile.append(Path(self.spec.target.profile), timed)
-        except OSError as error:
+            profile = DeviceProfile.load(Path(path))  # another search may have added to it
+            known = {t.policy for t in profile.timed}
+            session = 1 + max((t.session for t in profile.timed), default=-1)
+            for trial in controller.trials.values():
+                digest = trial.policy.digest
+                if digest in timings and digest not in known:
+                    counts = signature(plan_of(self.ready.prepared, trial.policy))
+                    took, teacher = timings[digest].median_ms, timings["teacher"].median_ms
+                    profile.timed.append(Timed(counts, took, teacher, session, digest))
+            profile.create(Path(path))
+        except (BadInput, OSError) as error:
             self.notes.append(f"the finalists were not added to the device profile: {error}")
 
     def _append(self, entry: dict[str, Any]) -> None:

@@ -10,9 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..compressors import Prepared, untrained
 from ..kernels import DeviceProfile, LatencyPredictor, predictor_for
-from ..spaces import BadInput, Policy
+from ..spaces import Policy
 from .meter import Meter
-from .profiling import NETWORKS, make_profile, plan_of
+from .profiling import NETWORKS, check_profile, empty_profile, make_profile, plan_of
 from .ready import prepare_task, ready, request_of
 from .spec import Spec, load_spec
 from .store import read_policy
@@ -71,20 +71,17 @@ def predictor_of(
     prepared: Prepared,
     found: DeviceProfile,
     *,
+    fingerprint: str | None = None,
     teacher_ms: float | None = None,
     allow_foreign: bool = False,
 ) -> LatencyPredictor:
-    """The predictor for the target of ``spec``. teacher_ms: what the teacher takes there now; it
-    is timed here where that is not given and this is the device."""
-    fingerprint = prepared.runtime.fingerprint
-    shapes = {name: value.shape for name, value in request_of(spec, prepared).items()}
-    if dict(found.request) != shapes:
-        raise BadInput(
-            f"the profile is of requests of {dict(found.request)}, but this target's are {shapes}; "
-            "make one with `flyweight profile`"
-        )
-    if teacher_ms is None and found.fingerprint == fingerprint:
+    """The predictor for the target of ``spec``. fingerprint, teacher_ms: of the device that is the
+    target, and what the teacher takes there now; without them the target is this device, where the
+    teacher is timed if the profile is this device's."""
+    here = prepared.runtime.fingerprint
+    check_profile(found, empty_profile(spec, prepared), device=False)
+    if teacher_ms is None and found.fingerprint == here:
         model = untrained(prepared, Policy())
         request = request_of(spec, prepared)
         teacher_ms = Meter(spec.target.runtime, spec.target.threads, model, request).alone()
-    return predictor_for(found, fingerprint, teacher_ms, allow_foreign)
+    return predictor_for(found, fingerprint or here, teacher_ms, allow_foreign)

@@ -1,5 +1,6 @@
 """What a policy costs on the target before it is trained: timed, or predicted from a profile."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import ray
 
 from ..compressors import Prepared, untrained
 from ..kernels import LatencyPredictor
-from ..spaces import Policy
+from ..spaces import Impossible, Policy
 from .controller import Price
 from .limits import Limits
 from .profiling import plan_of
@@ -37,6 +38,8 @@ def predicted(prepared: Prepared, predictor: LatencyPredictor, limits: Limits) -
     def price(policy: Policy) -> Price:
         plan = plan_of(prepared, policy)
         low, middle, high = predictor.predict([plan])[0].tolist()
+        if not math.isfinite(high):
+            raise Impossible("the runtime died of networks with work that this policy has")
         if limits.size_bytes is None and limits.compressed_bytes is None:
             return Price((low, middle, high), plan.weight_bytes, plan.weight_bytes)
         model = untrained(prepared, policy)

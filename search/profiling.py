@@ -3,7 +3,8 @@
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -14,26 +15,31 @@ from ..kernels import (
     DeviceProfile,
     LatencyPredictor,
     MeasuringProcess,
+    Signature,
     Timed,
     Timing,
     disturbed,
     signature,
 )
-from ..kernels.timing import TEACHER
+from ..kernels.predictor import LEAST, SESSIONS
+from ..kernels.signature import digest
+from ..kernels.timing import MOST_WAITING, TEACHER
 from ..spaces import BadInput, Blueprint, FlyweightError, Impossible, Policy, Space, blueprint
-from .ready import Ready
+from .ready import Ready, request_of
+from .spec import Spec
 
 GROUP = 8  # networks timed side by side
-SESSION = 12  # groups timed in one process; the next has other memory
+SESSION = 12  # groups timed in one process at most; the next has other memory
 NARROW = 0.06  # the median width of an interval, relative, at which a profile is good enough
 NETWORKS = 960  # at most
-SESSIONS = 3  # at least: intervals are calibrated on what differs from one to the next
 UNSEEN = 99  # networks whose intervals are looked at
 AGAIN = 3  # times that a group is timed while the machine is not quiet
 QUIET = 1.1  # times the teacher's fastest group
-NOISY = 0.5  # share of groups that were not quiet, from which on a profile is refused
+NOISY = 0.75  # share of groups that were not quiet, from which on a profile is refused
+MISSES = 500  # policies one after another whose work is known, until a space has no others
 
 Say = Callable[[str], None]
+Network = tuple[Counter[Signature], bytes]  # its work and its model
 
 
 def mixed_policies(space: Space, seed: int) -> Iterator[Policy]:
@@ -74,49 +80,84 @@ def make_profile(
     count: Callable[[int], None] = lambda _: None,
 ) -> DeviceProfile:
     """Times networks of the space of ``ready`` into ``path`` until the median width of an interval
-    is ``narrow``, or ``networks`` are timed, or ``seconds`` are over. Goes on with what is in
-    ``path`` already. count: told how many are timed.
+    is ``narrow``, or ``networks`` are timed, or ``seconds`` are over, or the space has no others.
+    Goes on with what is in ``path`` already. count: told how many are timed.
 
-    Nothing else may run on the device meanwhile. Raises BadInput if ``path`` is of another device
-    or request, FlyweightError if the machine is too busy to be profiled.
+    Nothing else may run on the device meanwhile. Raises BadInput if ``path`` is of another device,
+    request or network, FlyweightError if the machine is too busy to be profiled.
     """
-    runtime, request = ready.prepared.runtime, ready.request()
-    shapes = {name: tuple(value.shape) for name, value in request.items()}
-    profile = DeviceProfile(runtime.device, runtime.fingerprint, shapes)
+    profile = empty_profile(ready.spec, ready.prepared)
     if path.exists():
-        profile = DeviceProfile.load(path)
-        _check(profile, runtime.fingerprint, shapes, path)
+        found = DeviceProfile.load(path)
+        check_profile(found, profile)
+        profile = found
     profile.create(path)  # without a line that was cut off
     ends = time.monotonic() + seconds
-    policies = islice(mixed_policies(ready.space, seed), len(profile.timed), None)
+    policies = _unseen(ready, profile, seed)
+    groups = max(LEAST // GROUP + 1, min(SESSION, networks // (GROUP * SESSIONS)))
     session = max((t.session for t in profile.timed), default=-1)
     quiet = _Quiet()
     while len(profile.timed) < networks and _wide(ready, profile, seed, narrow, say):
         session += 1
-        target = ready.spec.target
-        with MeasuringProcess(target.runtime, target.threads, ready.teacher, request) as process:
-            for _ in range(SESSION):
-                group = list(islice(policies, min(GROUP, networks - len(profile.timed))))
+        quiet.begin()
+        target, before = ready.spec.target, len(profile.timed)
+        with MeasuringProcess(
+            target.runtime, target.threads, ready.teacher, ready.request()
+        ) as process:
+            for _ in range(groups):
+                group = dict(islice(policies, min(GROUP, networks - len(profile.timed))))
                 if not group or time.monotonic() > ends:
-                    return profile
+                    break
                 for timed in _time(ready, process, group, session, quiet):
                     profile.append(path, timed)
                 count(len(profile.timed))
         quiet.check()
+        if len(profile.timed) == before or time.monotonic() > ends:
+            break
     return profile
+
+
+def empty_profile(spec: Spec, prepared: Prepared) -> DeviceProfile:
+    """A profile of nothing yet, on this device, for the requests and the teacher of a task."""
+    shapes = {name: tuple(value.shape) for name, value in request_of(spec, prepared).items()}
+    runtime, teacher = prepared.runtime, signature(plan_of(prepared, Policy()))
+    return DeviceProfile(runtime.device, runtime.fingerprint, shapes, digest(teacher))
+
+
+def _unseen(ready: Ready, profile: DeviceProfile, seed: int) -> Iterator[tuple[str, Network]]:
+    """Policies whose work is in neither ``profile`` nor before, until none are found, by digest."""
+    known = {frozenset(t.counts.items()) for t in profile.timed}
+    misses = 0
+    for policy in mixed_policies(ready.space, seed):
+        misses += 1
+        if misses > MISSES:
+            return
+        try:
+            counts = signature(plan_of(ready.prepared, policy))
+            if (key := frozenset(counts.items())) in known:
+                continue
+            known.add(key)
+            yield policy.digest, (counts, untrained(ready.prepared, policy))
+        except Impossible:
+            continue
+        misses = 0
 
 
 class _Quiet:
     """Whether the machine lets us measure, judged by the teacher."""
 
     def __init__(self) -> None:
-        self.fastest = float("inf")
         self.groups = self.noisy = 0
+        self.begin()
 
-    def __call__(self, timings: dict[str, Timing]) -> bool:
+    def begin(self) -> None:
+        """Another process, with a teacher of its own."""
+        self.fastest = math.inf
+
+    def __call__(self, timings: dict[str, Timing], most_waiting: float) -> bool:
         took = timings[TEACHER].median_ms
         self.fastest = min(self.fastest, took)
-        return took <= QUIET * self.fastest and not disturbed(timings)
+        return took <= QUIET * self.fastest and not disturbed(timings, most_waiting=most_waiting)
 
     def check(self) -> None:
         if self.noisy > NOISY * self.groups:
@@ -134,54 +175,58 @@ def plan_of(prepared: Prepared, policy: Policy) -> Blueprint:
 
 
 def _time(
-    ready: Ready, process: MeasuringProcess, group: list[Policy], session: int, quiet: _Quiet
+    ready: Ready,
+    process: MeasuringProcess,
+    group: Mapping[str, Network],
+    session: int,
+    quiet: _Quiet,
 ) -> Iterator[Timed]:
-    """The networks of ``group`` on the device; a policy that cannot be built is left out."""
-    plans, models = {}, {}
-    for policy in group:
-        try:
-            models[policy.digest] = untrained(ready.prepared, policy)
-        except Impossible:
-            continue
-        plans[policy.digest] = plan_of(ready.prepared, policy)
-    tries = []
+    """The networks of ``group`` on the device; none if the machine would not be quiet."""
+    cpu = "gpu" not in ready.prepared.runtime.device
+    models = {name: model for name, (_, model) in group.items()}
+    quiet.groups += 1
     for _ in range(AGAIN):
         found = process.time(models)
         alive = {name: timing for name, timing in found.items() if timing is not None}
-        tries.append((alive[TEACHER].median_ms, found))
-        if calm := quiet(alive):
+        if quiet(alive, MOST_WAITING if cpu else 1.0):
             break
-    quiet.groups += 1
-    quiet.noisy += not calm
-    teacher_ms, found = min(tries, key=lambda t: t[0])
-    for digest, plan in plans.items():
-        timing = found[digest]
+    else:
+        quiet.noisy += 1
+        return
+    for name, (counts, _) in group.items():
+        timing = found[name]
         ms = timing.median_ms if timing else None
-        yield Timed(signature(plan), ms, teacher_ms, session, digest)
+        yield Timed(counts, ms, alive[TEACHER].median_ms, session, name)
 
 
 def _wide(ready: Ready, profile: DeviceProfile, seed: int, narrow: float, say: Say) -> bool:
     """Whether intervals of networks that are not in the profile are wider than is wanted."""
-    if not narrow or len({t.session for t in profile.timed}) < SESSIONS:
+    sizes = Counter(t.session for t in profile.timed)
+    if not narrow or sum(size >= LEAST for size in sizes.values()) < SESSIONS:
         return True
     unseen = islice(mixed_policies(ready.space, seed - 1), UNSEEN)
-    plans = [plan_of(ready.prepared, policy) for policy in unseen]
-    ends = LatencyPredictor(profile).predict(plans)
-    width = float(np.median((ends[:, 2] - ends[:, 0]) / ends[:, 1]))
+    ends = LatencyPredictor(profile).predict([plan_of(ready.prepared, p) for p in unseen])
+    ends = ends[np.isfinite(ends).all(1)]
+    width = float(np.median((ends[:, 2] - ends[:, 0]) / ends[:, 1])) if len(ends) else math.inf
     say(f"90% intervals are {100 * width:.1f}% wide (enough: {100 * narrow:g}%)")
-    return width > narrow
+    return not width <= narrow
 
 
-def _check(
-    profile: DeviceProfile, fingerprint: str, shapes: dict[str, tuple[int, ...]], path: Path
-) -> None:
-    if profile.fingerprint != fingerprint:
+def check_profile(found: DeviceProfile, wanted: DeviceProfile, device: bool = True) -> None:
+    """Raises BadInput unless ``found`` is of the requests and the network of ``wanted``, and, if
+    ``device``, of its device."""
+    if device and found.fingerprint != wanted.fingerprint:
         raise BadInput(
-            f"{path} is the profile of device {profile.fingerprint}, but this one is "
-            f"{fingerprint}; write to another file"
+            f"the profile is of device {found.fingerprint}, but this one is {wanted.fingerprint}; "
+            "write to another file"
         )
-    if dict(profile.request) != shapes:
+    if dict(found.request) != dict(wanted.request):
         raise BadInput(
-            f"{path} was made for requests of {dict(profile.request)}, but this task's are "
-            f"{shapes}; write to another file"
+            f"the profile is of requests of {dict(found.request)}, but this task's are "
+            f"{dict(wanted.request)}; make another with `flyweight profile -o FILE`"
+        )
+    if found.network != wanted.network:
+        raise BadInput(
+            "the profile was made for another network than this task's; make another with "
+            "`flyweight profile -o FILE`"
         )

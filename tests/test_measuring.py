@@ -36,6 +36,15 @@ def test_a_process_that_died_is_begun_anew_and_nothing_is_lost() -> None:
         assert process.pid != first
 
 
+def test_a_process_that_dies_at_once_is_said_and_not_waited_for() -> None:
+    large = TEACHER_MODEL + bytes(1_000_000)  # more than a pipe holds; and no model
+    with (
+        MeasuringProcess("no such runtime", 1, large, INPUTS) as process,
+        pytest.raises(FlyweightError, match="teacher's model"),
+    ):
+        process.time({"a": OTHER})
+
+
 def test_nothing_is_left_of_it() -> None:
     with MeasuringProcess("onnxruntime", 1, TEACHER_MODEL, INPUTS) as process:
         process.time({})
