@@ -5,10 +5,11 @@
 A device profile is made as `flyweight profile` makes it; then ``HELD`` policies of another seed are
 timed in sessions of their own, two thirds of random widths, a third near uniform recipes, as many
 in each precision as mixed; the first of them once more, which says how well measurements repeat.
-Others learn from the same profile: multiply-accumulates, a table of kernels, a random forest (with
-nn-Meter's features) and a multilayer perceptron (as LitePred's), both on all layers of a network at
-once. Latencies are in units of the teacher beside them. Resumable: what was timed lies under
-benchmarks/out.
+Others learn from the same profile: multiply-accumulates, a table of kernels (one time for each,
+those not in it at the nominal time of their work), a random forest and a multilayer perceptron,
+both on the features nn-Meter uses, of all layers of a network at once (nn-Meter and LitePred
+themselves learn from kernels timed alone). Latencies are in units of the teacher of the same
+session. Resumable: what was timed lies under benchmarks/out.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import torch
 from common import OUT, write
 from scipy import stats
 from sklearn.ensemble import RandomForestRegressor
-from sklearn.linear_model import LinearRegression, Ridge
+from sklearn.linear_model import LinearRegression, RidgeCV
 from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -32,6 +33,7 @@ from torch.utils.data import TensorDataset
 
 from flyweight.compressors import ClassificationTask
 from flyweight.kernels import DeviceProfile, LatencyPredictor, signature
+from flyweight.kernels.signature import nominal_ms
 from flyweight.search.profiling import NARROW, NETWORKS, make_profile, mixed_policies, plan_of
 from flyweight.search.ready import Ready, ready
 from flyweight.search.spec import Spec
@@ -171,13 +173,21 @@ def baselines(known: Networks, held: Networks) -> dict[str, np.ndarray]:
         found = np.zeros((len(plans), len(keys)))
         for i, row in enumerate(plans):
             for key in row:
-                if key in keys:  # what is not in the table counts nothing
+                if key in keys:
                     found[i, keys[key]] += 1
         return found
 
-    theirs = [[(s.kind, s.form, s.sizes) for s in signature(p).elements()] for p in held.plans]
-    ridge = Ridge(alpha=1.0).fit(table(rows), known.ratio, weights**2)
-    out["table of kernels"] = ridge.predict(table(theirs))
+    sums = [signature(p) for p in known.plans]
+    pace = np.median(known.ratio / [nominal_ms(c) for c in sums])
+    theirs, missing = [], []
+    for plan in held.plans:
+        counts = signature(plan)
+        theirs.append([(s.kind, s.form, s.sizes) for s in counts.elements()])
+        unknown = (s for s in counts.elements() if (s.kind, s.form, s.sizes) not in keys)
+        missing.append(pace * sum(s.nominal_ms for s in unknown))
+    ridge = RidgeCV(np.logspace(-6, 1, 15), fit_intercept=False)
+    ridge.fit(table(rows), known.ratio, weights**2)
+    out["table of kernels"] = ridge.predict(table(theirs)) + missing
     x, z = (np.array([np.ravel(layers(p)) for p in n.plans]) for n in (known, held))
     forest = RandomForestRegressor(300, min_samples_leaf=2, random_state=0)
     out["random forest"] = np.exp(forest.fit(x, np.log(known.ratio)).predict(z))
@@ -214,18 +224,23 @@ def main() -> None:
             say=lambda line: print(part, line, flush=True),
         )  # fmt: skip
 
-    began = time.monotonic()
+    fresh, began = not (OUT / f"{name}-profile.jsonl").exists(), time.monotonic()
     profile = timed("profile", given.networks, 0, 60 * given.minutes)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - began if fresh else None
     held = Networks(found, timed("held", given.held, HELD_SEED), HELD_SEED)
     again = Networks(found, timed("again", min(AGAIN, given.held), HELD_SEED), HELD_SEED)
 
     predictor = LatencyPredictor(profile)
-    began = time.perf_counter()
-    sums = [signature(plan) for plan in held.plans]
-    signed = time.perf_counter()
-    ends = predictor.predict_work(sums) / predictor.teacher_ms
-    done = time.perf_counter()
+    predictor.predict(held.plans[:1])
+    policies = list(islice(mixed_policies(found.space, HELD_SEED + 1), 1_000))
+    clock = [time.perf_counter()]
+    plans = [plan_of(found.prepared, policy) for policy in policies]
+    clock.append(time.perf_counter())
+    sums = [signature(plan) for plan in plans]
+    clock.append(time.perf_counter())
+    predictor.predict_work(sums)
+    clock.append(time.perf_counter())
+    ends = predictor.predict(held.plans) / predictor.teacher_ms
     cells = {"all": figures(held.ratio, ends, np.ones(len(held.ratio), bool))}
     for near, precision in CELLS:
         at = (held.near == near) & (held.precision == precision)
@@ -254,12 +269,10 @@ def main() -> None:
     for label, values in cells.items():
         shown = [f"{values[c]:14.4g}" if c in values else f"{'':14s}" for c in columns]
         print(f"{label:24s}" + "".join(shown))
-    each = 1e6 / len(held.plans)
-    cost = {
-        "profile_s": seconds, "profile_networks": len(known.ratio),
-        "signature_us": (signed - began) * each, "predict_us": (done - signed) * each,
-    }  # fmt: skip
-    print({k: round(v, 1) for k, v in cost.items()})
+    cost = {"profile_s": seconds, "profile_networks": len(known.ratio)}
+    for part, begin, end in zip(("plan", "signature", "predict"), clock, clock[1:], strict=False):
+        cost[f"{part}_us"] = 1e6 * (end - begin) / len(policies)
+    print(cost)
     write(name, {"network": given.network, "runtime": given.runtime, "cells": cells, **cost})
 
 
