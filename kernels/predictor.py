@@ -114,7 +114,7 @@ def predictor_for(
         known = ", ".join(f"{k}={v}" for k, v in profile.device.items())
         raise BadInput(
             f"the profile is of device {profile.fingerprint} ({known}), but the target is "
-            f"{fingerprint}; make one on the target with `flyweight profile`, or use this one with "
-            "--allow-foreign and wider intervals"
+            f"{fingerprint}; make one on the target with `flyweight profile` (`flyweight predict` "
+            "takes this one with --allow-foreign, for wider intervals that promise nothing)"
         )
     return LatencyPredictor(profile, teacher_ms, FOREIGN)

@@ -153,9 +153,13 @@ def search(spec: Path, out: Path | None, resume: bool, address: str | None, as_j
 )
 @click.option("--networks", type=click.IntRange(1), help="Networks to time at most [default: 960].")
 @click.option(
-    "--minutes", default=15.0, show_default=True, type=click.FloatRange(min=0, min_open=True)
+    "--minutes",
+    default=15.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Time to spend at most.",
 )
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of policies.")
 @answers
 def profile(
     spec: Path, runtime: str | None, threads: int | None, out: Path, networks: int | None,
@@ -175,7 +179,10 @@ def profile(
         spec, out, runtime=runtime, threads=threads, networks=networks, minutes=minutes, seed=seed,
         console=Console(stderr=True),
     )  # fmt: skip
-    click.echo(f"Wrote {out}: {len(made.timed)} networks on device {made.fingerprint}")
+    click.echo(
+        f"Wrote {out}: {len(made.timed)} networks on device {made.fingerprint}. For searches:"
+    )
+    click.echo(f"  target: {{profile: {out.resolve()}}}")
 
 
 @main.command()
@@ -191,6 +198,9 @@ def predict(
     policies: tuple[Path, ...], profile_path: Path, spec: Path, allow_foreign: bool, as_json: bool
 ) -> None:
     """Predict the latency of each POLICY (a JSON file) with its 90% interval; builds nothing.
+
+    --json: a list in the order of the policies, predicted_latency_ms being lower end, middle and
+    upper end.
 
     On the profile's own device the teacher is timed first, since a device is not always as fast as
     it was when it was profiled.

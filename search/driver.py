@@ -23,7 +23,7 @@ from ..kernels import DeviceProfile, Timed, Timing, disturbed, signature
 from ..spaces import BadInput, FlyweightError
 from .controller import Budget, Controller, failures
 from .limits import Limits
-from .predict import predictor_of
+from .predict import given_profile, predictor_of
 from .pricing import Pricing, predicted, timed
 from .profiling import check_profile, empty_profile, plan_of
 from .progress import Progress
@@ -73,8 +73,7 @@ def search(
     """Runs the search that ``spec_path`` describes. Raises BadInput before anything is spent."""
     began = time.time()
     spec = load_spec(spec_path)
-    path = spec.target.profile
-    profile = None if path is None else DeviceProfile.load(Path(path))
+    profile = given_profile(spec)
     run_dir = open_run(spec, out, resume)
     record = FileRecord(run_dir / "record.jsonl")
     try:

@@ -11,6 +11,7 @@ from ..compressors import RUNGS, compress
 from ..spaces import Policy, Space
 from .limits import COSTS
 from .meter import Meter
+from .predict import given_profile, predictor_of
 from .progress import size
 from .ready import facts_of, make_space, prepare_task, ready, score
 from .spec import load_spec
@@ -26,7 +27,10 @@ def make_plan(spec_path: Path) -> dict[str, Any]:
     Metrics are on selection validation, the teacher's as well as the cases'.
     """
     spec = load_spec(spec_path)
+    profile = given_profile(spec)
     found = ready(spec)
+    if profile is not None:
+        predictor_of(spec, found.prepared, profile)  # a search would refuse what this refuses
     meter = Meter(spec.target.runtime, spec.target.threads, found.teacher, found.request())
     teacher_ms = meter.alone()
     limits = found.limits(teacher_ms)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..compressors import Prepared, untrained
 from ..kernels import DeviceProfile, LatencyPredictor, predictor_for
-from ..spaces import Policy
+from ..spaces import BadInput, Impossible, Policy
 from .meter import Meter
 from .profiling import NETWORKS, check_profile, empty_profile, make_profile, plan_of
 from .ready import prepare_task, ready, request_of
@@ -31,6 +31,9 @@ def profile(
 ) -> DeviceProfile:
     """Makes the device profile ``out`` for the space of a spec, or goes on with it."""
     spec = load_spec(spec_path)
+    if out.is_dir():
+        raise BadInput(f"{out} is a folder; name a file in it with -o")
+    out.parent.mkdir(parents=True, exist_ok=True)
     asked = {"runtime": runtime, "threads": threads}
     changes = {key: value for key, value in asked.items() if value is not None}
     spec = spec.model_copy(update={"target": spec.target.model_copy(update=changes)})
@@ -53,17 +56,31 @@ def profile(
 def predict(
     paths: Sequence[Path], profile_path: Path, spec_path: Path, *, allow_foreign: bool = False
 ) -> list[dict[str, Any]]:
-    """The predicted latency of each policy, in order. Raises BadInput, Impossible."""
+    """The predicted latency of each policy, in order: lower end, middle and upper end of the 90%
+    interval. Raises BadInput."""
     policies = [read_policy(path) for path in paths]
     spec = load_spec(spec_path)
     found = DeviceProfile.load(profile_path)
     prepared = prepare_task(spec)
     predictor = predictor_of(spec, prepared, found, allow_foreign=allow_foreign)
-    plans = [plan_of(prepared, policy) for policy in policies]
+    plans = []
+    for path, policy in zip(paths, policies, strict=True):
+        try:
+            plans.append(plan_of(prepared, policy))
+        except Impossible as error:
+            raise BadInput(f"{path}: {error}") from error
     return [
-        {"digest": policy.digest, "predicted_latency_ms": ends}
-        for policy, ends in zip(policies, predictor.predict(plans).tolist(), strict=True)
+        {"policy": str(path), "digest": policy.digest, "predicted_latency_ms": ends}
+        for path, policy, ends in zip(
+            paths, policies, predictor.predict(plans).tolist(), strict=True
+        )
     ]
+
+
+def given_profile(spec: Spec) -> DeviceProfile | None:
+    """The device profile that ``spec`` names, None if it names none. Raises BadInput."""
+    path = spec.target.profile
+    return None if path is None else DeviceProfile.load(Path(path))
 
 
 def predictor_of(

@@ -112,7 +112,11 @@ def make_profile(
                     profile.append(path, timed)
                 count(len(profile.timed))
         quiet.check()
-        if len(profile.timed) == before or time.monotonic() > ends:
+        if len(profile.timed) == before:
+            say("The space has no further networks")
+            break
+        if time.monotonic() > ends:
+            say("The time is over")
             break
     return profile
 
@@ -212,13 +216,17 @@ def _wide(ready: Ready, profile: DeviceProfile, seed: int, narrow: float, say: S
     return not width <= narrow
 
 
+def _told(profile: DeviceProfile) -> str:
+    return ", ".join(f"{key}={value}" for key, value in profile.device.items())
+
+
 def check_profile(found: DeviceProfile, wanted: DeviceProfile, device: bool = True) -> None:
     """Raises BadInput unless ``found`` is of the requests and the network of ``wanted``, and, if
     ``device``, of its device."""
     if device and found.fingerprint != wanted.fingerprint:
         raise BadInput(
-            f"the profile is of device {found.fingerprint}, but this one is {wanted.fingerprint}; "
-            "write to another file"
+            f"the profile is of device {found.fingerprint} ({_told(found)}), but this one is "
+            f"{wanted.fingerprint} ({_told(wanted)}); write to another file"
         )
     if dict(found.request) != dict(wanted.request):
         raise BadInput(

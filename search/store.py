@@ -86,3 +86,5 @@ def read_policy(path: Path) -> Policy:
         raise BadInput(f"no policy at {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not a policy: {error}") from error
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
