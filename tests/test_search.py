@@ -332,12 +332,16 @@ def test_a_device_profile_predicts_and_prices_a_search(starter: Path, tmp_path: 
 
     head = json.loads(lines[0]) | {"fingerprint": "0" * 16}  # of another device
     path.write_text("\n".join([json.dumps(head), *lines[1:]]) + "\n")
-    for command in (words, ("search", spec, "--out", "foreign")):
+    for command in (words, ("plan", spec), ("search", spec, "--out", "foreign")):
         done = flyweight(*command, cwd=tmp_path)
         assert done.returncode == 2
         assert "0" * 16 in done.stderr + done.stdout
     done = flyweight(*words, "--allow-foreign", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    (tmp_path / "other.json").write_text('{"version": 1, "prune": {"width": {"no.such": 8}}}')
+    done = flyweight("predict", "other.json", *words[1:], "--allow-foreign", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "other.json" in done.stderr
     done = flyweight("profile", "--spec", spec, "-o", path, cwd=tmp_path)
     assert done.returncode == 2
     assert "write to another file" in done.stderr
