@@ -311,7 +311,7 @@ class _Search:
             )
         self._feed_back(controller, timings)
         counts = Counter(rung for t in controller.trials.values() for rung in t.results)
-        rows = measured_front(entries, timings, tests)
+        rows = measured_front(entries, timings, tests, header["teacher"]["latency_ms"])
         return result(header, counts, rows, teacher, time.time() - self.began, None)
 
     def _feed_back(self, controller: Controller, timings: Mapping[str, Timing]) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flyweight.kernels import Timing
 from flyweight.search.limits import Limits, limits
-from flyweight.search.results import FINALISTS, choose, finalists
+from flyweight.search.results import FINALISTS, choose, finalists, measured_front
 
 ROW = st.fixed_dictionaries(
     {
@@ -106,3 +107,14 @@ def test_finalists_are_the_front_and_at_most_twelve(
             and (o["metric"], o["latency_ms"]) != (e["metric"], e["latency_ms"])
             for o in rivals
         )  # fmt: skip
+
+
+def test_what_was_predicted_is_given_for_the_machine_as_fast_as_when_it_was_measured() -> None:
+    entry = {
+        "digest": "a", "metric": 90.0, "latency_ms": [0.9, 1.0, 1.2], "size_bytes": 5,
+        "compressed_bytes": 4, "artifact": "a",
+    }  # fmt: skip
+    timings = {"teacher": Timing((3.0,)), "a": Timing((1.5,))}  # the teacher took 2 before
+    (row,) = measured_front([entry], timings, {}, 2.0)
+    assert row["latency_ms"] == 1.5
+    assert row["predicted_latency_ms"] == [1.5 * ms for ms in (0.9, 1.0, 1.2)]
