@@ -22,7 +22,7 @@ from scipy import optimize, sparse  # type: ignore[import-untyped]
 from scipy.linalg import cho_solve, cholesky, solve_triangular  # type: ignore[import-untyped]
 from scipy.spatial.distance import cdist  # type: ignore[import-untyped]
 
-from .signature import Signature
+from .signature import Signature, nominal_ms
 
 Array = NDArray[np.float64]
 Counts = Mapping[Signature, int]
@@ -157,8 +157,7 @@ class AdditiveProcess:
         if not (np.isfinite(self.ms) & (self.ms > 0)).all():
             raise ValueError("times must be above 0")
         # How fast the device is beside the nominal one: parts are deviations around that.
-        nominal = [sum(n * s.nominal_ms for s, n in counts.items()) for counts in sums]
-        self._pace = float(np.median(self.ms / nominal))
+        self._pace = float(np.median(self.ms / [nominal_ms(counts) for counts in sums]))
         self._units = self.ms / self._pace
         self._tables = [_Table(part, sums) for part in PARTS]
         over = np.outer(self._units, self._units)

@@ -11,8 +11,8 @@ import numpy as np
 from ..spaces.blueprint import Blueprint
 from ..spaces.errors import BadInput
 from .additive import AdditiveProcess, Array, Counts
-from .profile import DeviceProfile
-from .signature import Signature, signature
+from .profile import DeviceProfile, Timed
+from .signature import signature
 
 LEVEL = 0.9
 LEAST = 20  # networks without which nothing can be said
@@ -21,6 +21,12 @@ SESSIONS = 3  # of at least LEAST networks: fewer say nothing of how they differ
 # 90% of those of other sessions: 1.23 times too narrow, were errors Gaussian.
 ALONE = 1.25
 FOREIGN = 3.0  # how much wider intervals are for a device that was not measured
+
+
+def large_sessions(timed: Sequence[Timed]) -> set[int]:
+    """The sessions of enough networks to say how sessions differ; that takes ``SESSIONS``."""
+    sizes = Counter(t.session for t in timed)
+    return {session for session, size in sizes.items() if size >= LEAST}
 
 
 class LatencyPredictor:
@@ -64,8 +70,7 @@ class LatencyPredictor:
     @cached_property
     def _deviations(self) -> float:
         """Standard deviations from the middle of an interval to its ends."""
-        sizes = Counter(t.session for t in self._timed)
-        large = {session for session, size in sizes.items() if size >= LEAST}
+        large = large_sessions(self._timed)
         across = len(large) >= SESSIONS
         groups = [t.session if across else i for i, t in enumerate(self._timed)]
         mean, deviation = self._process.left_out(groups)
@@ -91,13 +96,6 @@ class LatencyPredictor:
             deadly = [any((s.kind, s.form) in self._unavailable for s in c) for c in sums]
             out[deadly] = np.inf
         return out
-
-    def pieces(self, plan: Blueprint) -> dict[Signature, float]:
-        """What each piece of work of ``plan`` takes, all its occurrences together, in ms. Their sum
-        is the latency predicted."""
-        counts = signature(plan)
-        mean, _ = self._process.predict([{s: n} for s, n in counts.items()])
-        return dict(zip(counts, (self._pace * mean).tolist(), strict=True))
 
 
 def predictor_for(

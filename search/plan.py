@@ -29,10 +29,10 @@ def make_plan(spec_path: Path) -> dict[str, Any]:
     spec = load_spec(spec_path)
     profile = given_profile(spec)
     found = ready(spec)
-    if profile is not None:
-        predictor_of(spec, found.prepared, profile)  # a search would refuse what this refuses
     meter = Meter(spec.target.runtime, spec.target.threads, found.teacher, found.request())
     teacher_ms = meter.alone()
+    if profile is not None:  # a search would refuse what this refuses
+        predictor_of(spec, found.prepared, profile, teacher_ms=teacher_ms)
     limits = found.limits(teacher_ms)
     cases: list[dict[str, Any]] = []
     for name, policies in (("smallest", found.smallest()), ("uniform", found.recipes())):

@@ -21,7 +21,7 @@ from ..kernels import (
     disturbed,
     signature,
 )
-from ..kernels.predictor import LEAST, SESSIONS
+from ..kernels.predictor import LEAST, SESSIONS, large_sessions
 from ..kernels.signature import digest
 from ..kernels.timing import MOST_WAITING, TEACHER
 from ..spaces import BadInput, Blueprint, FlyweightError, Impossible, Policy, Space, blueprint
@@ -205,8 +205,7 @@ def _time(
 
 def _wide(ready: Ready, profile: DeviceProfile, seed: int, narrow: float, say: Say) -> bool:
     """Whether intervals of networks that are not in the profile are wider than is wanted."""
-    sizes = Counter(t.session for t in profile.timed)
-    if not narrow or sum(size >= LEAST for size in sizes.values()) < SESSIONS:
+    if not narrow or len(large_sessions(profile.timed)) < SESSIONS:
         return True
     unseen = islice(mixed_policies(ready.space, seed - 1), UNSEEN)
     ends = LatencyPredictor(profile).predict([plan_of(ready.prepared, p) for p in unseen])

@@ -80,6 +80,18 @@ def started(*words: Any, cwd: Path) -> Iterator[subprocess.Popen[str]]:
         process.wait()
 
 
+def held_out(starter: Path, folder: Path) -> Path:
+    """The starter's test data, written by a process of its own as x and y."""
+    code = (
+        "import numpy, task, sys; t = task.Digits();"
+        "numpy.savez(sys.argv[1], x=numpy.stack([x.numpy() for x, _ in t.test]),"
+        "y=numpy.array([y for _, y in t.test]))"
+    )
+    data = folder / "test.npz"
+    subprocess.run([sys.executable, "-c", code, str(data)], cwd=starter, check=True)
+    return data
+
+
 def small(folder: Path, name: str, **changes: Any) -> Path:
     """A spec of a search of four trials and one epoch."""
     values = yaml.safe_load((folder / "search.yaml").read_text())
@@ -131,13 +143,7 @@ def test_a_search_from_init_to_an_artifact_that_runs_bare(starter: Path, tmp_pat
     assert "channels in" not in report  # shares of the widths that the record tells
     assert (run / "teacher" / "model.onnx").stat().st_size == result["teacher"]["size_bytes"]
 
-    code = (
-        "import numpy, task, sys; t = task.Digits();"
-        "numpy.savez(sys.argv[1], x=numpy.stack([x.numpy() for x, _ in t.test]),"
-        "y=numpy.array([y for _, y in t.test]))"
-    )
-    data = tmp_path / "test.npz"
-    subprocess.run([sys.executable, "-c", code, str(data)], cwd=starter, check=True)
+    data = held_out(starter, tmp_path)
     for row in result["front"]:
         assert row.keys() == ROW
         place = run / row["artifact"]
@@ -171,13 +177,7 @@ def test_a_search_for_openvino_gives_artifacts_that_run_bare_there(
     assert result["target"]["runtime"] == "openvino"
     assert "openvino" in entries(run, "search")[0]["versions"]
     assert result["front"]
-    code = (
-        "import numpy, task, sys; t = task.Digits();"
-        "numpy.savez(sys.argv[1], x=numpy.stack([x.numpy() for x, _ in t.test]),"
-        "y=numpy.array([y for _, y in t.test]))"
-    )
-    data = tmp_path / "test.npz"
-    subprocess.run([sys.executable, "-c", code, str(data)], cwd=starter, check=True)
+    data = held_out(starter, tmp_path)
     for row in result["front"]:
         bare = subprocess.run(
             [sys.executable, "-c", BARE_OPENVINO, str(run / row["artifact"]), str(data)],
