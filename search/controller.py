@@ -18,8 +18,8 @@ from ..compressors import RUNGS
 from ..spaces import Impossible, Policy
 from .limits import Limits
 from .pareto import climbs
-from .proposals import Proposals
 from .record import Entry, Record
+from .strategies import Source
 
 REDUCTION = 2.0  # one in so many climbs from rung to rung
 SHRINKS = 16  # steps in which a policy that is over a limit can be made smaller
@@ -66,7 +66,7 @@ class Controller:
 
     def __init__(
         self,
-        proposals: Proposals,
+        proposals: Source,
         price: Callable[[Policy], Price],
         limits: Limits,
         record: Record,
@@ -88,8 +88,8 @@ class Controller:
         self._ahead: Future[tuple[Policy, Price] | None] | None = None
         self._again: list[Trial] = []  # of a search that was cut off
         self._spent = 0.0
-        self._rebuild(record.entries())
         self._began = clock()
+        self._rebuild(record.entries())
 
     # What to try next.
 
@@ -263,12 +263,13 @@ class Controller:
             **outcome,
             "latency_ms": list(trial.price.latency_ms),
         }
-        excess = (
-            self.limits.excess(entry["metric"], *_costs(entry))
-            if entry["rung"] == RUNGS[-1]
-            else self.limits.cost(*_costs(entry))
-        )
-        return {**entry, "constraint": excess}
+        return {**entry, "constraint": self._excess(entry)}
+
+    def _excess(self, entry: Entry) -> float:
+        """How far a result is over the limits; the metric counts where training has ended."""
+        if entry["rung"] == RUNGS[-1]:
+            return self.limits.excess(entry["metric"], *_costs(entry))
+        return self.limits.cost(*_costs(entry))
 
     def _name(self, trial: Trial) -> Entry:
         return {"trial": trial.number, "digest": trial.policy.digest, "time": self._clock()}
@@ -341,14 +342,19 @@ class Controller:
                 self.trials[entry["trial"]] = Trial(entry["trial"], policy, price)
                 self.proposals.claim(policy)
             elif entry["kind"] == "rejected":
-                self.proposals.claim(Policy.from_dict(entry["policy"]))
+                # Over a limit that may have been changed since.
+                if "latency_ms" not in entry or self.limits.cost(*_upper_costs(entry)) > 0:
+                    self.proposals.claim(Policy.from_dict(entry["policy"]))
             elif entry["kind"] == "result":
+                entry = {**entry, "constraint": self._excess(entry)}
                 self._learn(self.trials[entry["trial"]], entry)
                 if entry["rung"] == RUNGS[-1]:
                     self.trials[entry["trial"]].ended = "finished"
             elif entry["kind"] == "end" and entry["reason"] != "interrupted":
                 self.trials[entry["trial"]].ended = entry["reason"]
         self._spent += last - began
+        if entries and entries[-1]["kind"] == "search":  # what came before its trials counts
+            self._began = last
         self._again = [t for t in self.trials.values() if not t.ended]
         for trial in self._again:
             trial.results.clear()  # it begins anew: what it learned before is in the studies
@@ -364,6 +370,10 @@ def _not_a_number(outcome: Entry) -> str | None:
 
 def _costs(entry: Entry) -> tuple[float, int, int]:
     return entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
+
+
+def _upper_costs(entry: Entry) -> tuple[float, int, int]:
+    return entry["latency_ms"][2], entry["size_bytes"], entry["compressed_bytes"]
 
 
 def _point(entry: Entry) -> tuple[float, float]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..compressors import Prepared, untrained
 from ..kernels import DeviceProfile, LatencyPredictor, predictor_for
 from ..spaces import BadInput, Impossible, Policy
+from .counting import counting
 from .meter import Meter
 from .profiling import NETWORKS, check_profile, empty_profile, make_profile, plan_of
 from .ready import prepare_task, ready, request_of
@@ -40,13 +40,11 @@ def profile(
     torch.set_num_threads(1)  # what builds the networks must not spin while they are timed
     console.print(f"Checking {spec.task} and tracing its model", markup=False)
     found, most = ready(spec), networks or NETWORKS
-    columns = (TextColumn("Networks timed"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=most)
+    with counting("Networks timed", most, console) as count:
         try:
             return make_profile(
                 found, out, networks=most, seconds=60 * minutes, seed=seed, say=console.print,
-                count=lambda timed: progress.update(bar, completed=timed),
+                count=count,
             )  # fmt: skip
         except KeyboardInterrupt:
             console.print(f"{out} holds what was timed; the same command goes on with it")
