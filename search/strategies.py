@@ -27,6 +27,7 @@ class Source(Protocol):
     """What a controller asks for policies and tells what came of them."""
 
     space: Space
+    seed: int  # of the search
 
     def ask(self) -> Policy | None:
         """A policy that was not proposed before; None when none is found any more."""
@@ -85,8 +86,8 @@ class Sequential:
     at the highest rung that any reached, within the limits."""
 
     def __init__(self, space: Space, sampler: str, seed: int, trials: int) -> None:
-        self.space = space
-        self._sampler, self._seed = sampler, seed
+        self.space, self.seed = space, seed
+        self._sampler = sampler
         self._each = max(1, trials // len(STAGES))
         self._asked = 0
         self._best: dict[str, tuple[float, Policy]] = {}
@@ -101,7 +102,7 @@ class Sequential:
             for p in self.space.parameters
             if not p.name.startswith(free)
         }
-        return Proposals(self.space, self._sampler, self._seed + self._stage, fixed=fixed)
+        return Proposals(self.space, self._sampler, self.seed + self._stage, fixed=fixed)
 
     def ask(self) -> Policy | None:
         if self._stage + 1 < len(STAGES) and self._asked >= self._each * (self._stage + 1):
