@@ -63,7 +63,7 @@ PARTS = (
 NOISE = 0.01  # relative to a sum, before it is fitted
 
 
-class _Table:
+class Table:
     """The values that a part takes in the sums of one set of observations."""
 
     def __init__(self, part: Part, sums: Sequence[Counts]) -> None:
@@ -107,7 +107,7 @@ class _Table:
         dense: Array = self.weights[:, columns].toarray()
         return dense
 
-    def covariance(self, other: "_Table") -> Array:
+    def covariance(self, other: "Table") -> Array:
         """Between every sum of this table and of ``other``, for a standard deviation of 1."""
         out = np.zeros((self.weights.shape[0], other.weights.shape[0]))
         if self.part.octaves is None:
@@ -151,28 +151,25 @@ class AdditiveProcess:
     """
 
     def __init__(self, sums: Sequence[Counts], ms: Sequence[float]) -> None:
-        if len(sums) != len(ms) or not sums:
-            raise ValueError(f"one time for each sum is needed, but got {len(sums)} and {len(ms)}")
-        self.ms = np.asarray(ms, float)
-        if not (np.isfinite(self.ms) & (self.ms > 0)).all():
-            raise ValueError("times must be above 0")
+        self.sums, self.ms = list(sums), checked(sums, ms)
         # How fast the device is beside the nominal one: parts are deviations around that.
         self._pace = float(np.median(self.ms / [nominal_ms(counts) for counts in sums]))
         self._units = self.ms / self._pace
-        self._tables = [_Table(part, sums) for part in PARTS]
+        self._tables = [Table(part, sums) for part in PARTS]
         over = np.outer(self._units, self._units)
         parts = np.stack([t.covariance(t) / over for t in self._tables])
         some = np.linspace(0, len(ms) - 1, min(len(ms), FIT_ON)).astype(int)
-        self.deviations, self.noise = _fitted(parts[:, some][:, :, some])
-        self._root = _root(parts, self.deviations, self.noise)
+        start = np.log([*(part.start for part in PARTS), NOISE])
+        self.deviations, self.noise = fitted(parts[:, some][:, :, some], start)
+        self._root = cholesky_root(parts, self.deviations, self.noise)
         self._solved: Array = cho_solve((self._root, True), np.ones(len(ms)))
 
     def predict(self, sums: Sequence[Counts]) -> tuple[Array, Array]:
         """The time of each sum in ms, and the standard deviation of what would be measured."""
-        cross = np.zeros((len(sums), len(self.ms)))
+        cross = np.zeros((len(sums), len(self.sums)))
         variance = np.zeros(len(sums))
         for deviation, known, part in zip(self.deviations, self._tables, PARTS, strict=True):
-            table = _Table(part, sums)
+            table = Table(part, sums)
             cross += deviation**2 * table.covariance(known)
             variance += deviation**2 * table.variance()
         cross /= self._units
@@ -184,42 +181,66 @@ class AdditiveProcess:
     def left_out(self, groups: Sequence[Hashable]) -> tuple[Array, Array]:
         """Each observation as those of other groups predict it, with the same deviations: time in
         ms and standard deviation (Rasmussen & Williams 2006, 5.4.2, for blocks)."""
-        inverse = cho_solve((self._root, True), np.eye(len(self.ms)))
+        n = len(self.ms)
+        inverse = cho_solve((self._root[-n:, -n:], True), np.eye(n))
         mean, variance = np.empty(len(self.ms)), np.empty(len(self.ms))
         for group in dict.fromkeys(groups):
             at = np.array([i for i, g in enumerate(groups) if g == group])
             block = np.linalg.inv(inverse[np.ix_(at, at)])
-            mean[at], variance[at] = 1 - block @ self._solved[at], np.diag(block)
+            mean[at], variance[at] = 1 - block @ self._solved[-n:][at], np.diag(block)
         return mean * self.ms, np.sqrt(variance) * self.ms
 
 
-def _root(parts: Array, deviations: Array, noise: float) -> Array:
+def checked(sums: Sequence[Counts], ms: Sequence[float]) -> Array:
+    """The times. Raises ValueError unless there is one above 0 for each sum."""
+    if len(sums) != len(ms) or not sums:
+        raise ValueError(f"one time for each sum is needed, but got {len(sums)} and {len(ms)}")
+    times = np.asarray(ms, float)
+    if not (np.isfinite(times) & (times > 0)).all():
+        raise ValueError("times must be above 0")
+    return times
+
+
+def cholesky_root(
+    parts: Array, deviations: Array, noise: float, known: Array | float = 0.0
+) -> Array:
     """The Cholesky root of the covariance of observations, which are all 1 (the time over itself)
-    and have independent ``noise``."""
-    total = np.tensordot(deviations**2, parts, 1)
+    and have independent ``noise``. known: covariance besides that of the parts."""
+    total = np.tensordot(deviations**2, parts, 1) + known
     total[np.diag_indices_from(total)] += noise**2
     root: Array = cholesky(total, lower=True)
     return root
 
 
-def _fitted(parts: Array) -> tuple[Array, float]:
+def fitted(
+    parts: Array,
+    start: Array,
+    trust: float = 0.0,
+    mean: Array | float = 0.0,
+    known: Array | float = 0.0,
+) -> tuple[Array, float]:
     """Standard deviations of the parts and the noise, by maximum marginal likelihood.
 
-    parts: [parts, observations, observations], the covariance of each for a deviation of 1.
+    parts: [parts, observations, observations], the covariance of each for a deviation of 1. start:
+    [parts + 1], the logarithms of all to begin with; with ``trust`` also what they are taken to be
+    before anything is observed, as surely as a standard deviation of 1 / sqrt(trust) says. mean,
+    known: of the observations, which are all 1, and covariance of them, that are not fitted.
     """
     n = parts.shape[1]
-    target = np.ones(n)
+    target = np.ones(n) - mean
 
     def loss(logs: Array) -> tuple[float, Array]:
         deviations, noise = np.exp(logs[:-1]), float(np.exp(logs[-1]))
-        root = _root(parts, deviations, noise)
+        root = cholesky_root(parts, deviations, noise, known)
         solved = cho_solve((root, True), target)
         value = 0.5 * target @ solved + np.log(np.diag(root)).sum()
         outer = cho_solve((root, True), np.eye(n)) - np.outer(solved, solved)
         slopes = deviations**2 * np.tensordot(parts, outer, 2)
-        return value, np.array([*slopes, noise**2 * np.trace(outer)])
+        off = logs - start
+        return value + trust / 2 * off @ off, (
+            np.array([*slopes, noise**2 * np.trace(outer)]) + trust * off
+        )
 
-    start = np.log([*(part.start for part in PARTS), NOISE])
     found = optimize.minimize(
         loss, start, jac=True, method="L-BFGS-B",
         bounds=[(LEAST, MOST)] * len(start), options={"maxiter": 60},

@@ -13,20 +13,27 @@ from ..spaces.errors import BadInput
 from .additive import AdditiveProcess, Array, Counts
 from .profile import DeviceProfile, Timed
 from .signature import signature
+from .transfer import TransferredProcess
 
 LEVEL = 0.9
 LEAST = 20  # networks without which nothing can be said
-SESSIONS = 3  # of at least LEAST networks: fewer say nothing of how they differ
+LEAST_LIKE = 8  # the same where another device says most
+SESSIONS = 3  # of at least so many networks: fewer say nothing of how they differ
 # How much wider intervals are then. On the digits one session of 96 networks held 82% instead of
 # 90% of those of other sessions: 1.23 times too narrow, were errors Gaussian.
 ALONE = 1.25
 FOREIGN = 3.0  # how much wider intervals are for a device that was not measured
 
 
-def large_sessions(timed: Sequence[Timed]) -> set[int]:
+def least(profile: DeviceProfile) -> int:
+    """The networks without which ``profile`` says nothing, or one session of it."""
+    return LEAST if profile.like is None else LEAST_LIKE
+
+
+def large_sessions(timed: Sequence[Timed], enough: int) -> set[int]:
     """The sessions of enough networks to say how sessions differ; that takes ``SESSIONS``."""
     sizes = Counter(t.session for t in timed)
-    return {session for session, size in sizes.items() if size >= LEAST}
+    return {session for session, size in sizes.items() if size >= enough}
 
 
 class LatencyPredictor:
@@ -40,7 +47,8 @@ class LatencyPredictor:
     hold 90% of the networks of each session of the profile, predicted from the other sessions. So
     what differs from one process to the next (memory, neighbours) is in them; with fewer than
     ``SESSIONS`` of them that can only be allowed for. They widen by themselves where the profile
-    knows little.
+    knows little. A profile that leans on another device's is learned together with that, and needs
+    ``LEAST_LIKE`` networks of its own, by which its intervals are scaled.
 
     Raises BadInput for a profile of too few networks.
     """
@@ -49,9 +57,10 @@ class LatencyPredictor:
         self, profile: DeviceProfile, teacher_ms: float | None = None, widen: float = 1.0
     ) -> None:
         self._timed = [t for t in profile.timed if t.ms is not None]
-        if len(self._timed) < LEAST:
+        self._least = least(profile)
+        if len(self._timed) < self._least:
             raise BadInput(
-                f"a device profile needs at least {LEAST} timed networks, but this one has "
+                f"a device profile needs at least {self._least} timed networks, but this one has "
                 f"{len(self._timed)}; let `flyweight profile` go on with it"
             )
         self._unavailable = profile.unavailable()
@@ -65,12 +74,17 @@ class LatencyPredictor:
         self._pace = self.teacher_ms / usual
         # Latencies as they would be if the teacher always took its usual time.
         ms = [t.ms * usual / self._sessions[t.session] for t in self._timed if t.ms]
-        self._process = AdditiveProcess([t.counts for t in self._timed], ms)
+        sums = [t.counts for t in self._timed]
+        self._process = (
+            AdditiveProcess(sums, ms)
+            if profile.like is None
+            else TransferredProcess(sums, ms, LatencyPredictor(profile.like)._process)
+        )
 
     @cached_property
     def _deviations(self) -> float:
         """Standard deviations from the middle of an interval to its ends."""
-        large = large_sessions(self._timed)
+        large = large_sessions(self._timed, self._least)
         across = len(large) >= SESSIONS
         groups = [t.session if across else i for i, t in enumerate(self._timed)]
         mean, deviation = self._process.left_out(groups)
@@ -112,7 +126,8 @@ def predictor_for(
         known = ", ".join(f"{k}={v}" for k, v in profile.device.items())
         raise BadInput(
             f"the profile is of device {profile.fingerprint} ({known}), but the target is "
-            f"{fingerprint}; make one on the target with `flyweight profile` (`flyweight predict` "
-            "takes this one with --allow-foreign, for wider intervals that promise nothing)"
+            f"{fingerprint}; make one on the target with `flyweight profile`, where a few networks "
+            "are enough with --like this one (`flyweight predict` takes this one with "
+            "--allow-foreign, for wider intervals that promise nothing)"
         )
     return LatencyPredictor(profile, teacher_ms, FOREIGN)

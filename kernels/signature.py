@@ -96,10 +96,13 @@ def _work(kernel: Kernel, place: str) -> Signature:
         macs, sizes = made * inner, (inner, made)
     window = "x".join(map(str, kernel.kernel))
     stride = "x".join(map(str, kernel.stride))
+    dilated = ""
+    if any(step > 1 for step in kernel.dilation):
+        dilated = "d" + "x".join(map(str, kernel.dilation))
     grouped = f"g{kernel.groups}" if _plain(kernel) == "grouped" else ""
     return Signature(
         kind=f"{_plain(kernel)} {kernel.precision}",
-        form=" ".join(part for part in (window, stride, kernel.act, grouped) if part),
+        form=" ".join(part for part in (window, stride, dilated, kernel.act, grouped) if part),
         place=place,
         sizes=sizes,
         nominal_ms=NOMINAL_CALL_MS

@@ -151,7 +151,16 @@ def search(spec: Path, out: Path | None, resume: bool, address: str | None, as_j
 @click.option(
     "-o", "out", type=click.Path(path_type=Path), default=Path("profile.jsonl"), show_default=True
 )
-@click.option("--networks", type=click.IntRange(1), help="Networks to time at most [default: 960].")
+@click.option(
+    "--like",
+    type=click.Path(path_type=Path),
+    help="The profile of another device for the same SPEC, to need few networks of this one.",
+)
+@click.option(
+    "--networks",
+    type=click.IntRange(1),
+    help="Networks to time at most [default: 960, with --like 24].",
+)
 @click.option(
     "--minutes",
     default=15.0,
@@ -162,22 +171,28 @@ def search(spec: Path, out: Path | None, resume: bool, address: str | None, as_j
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of policies.")
 @answers
 def profile(
-    spec: Path, runtime: str | None, threads: int | None, out: Path, networks: int | None,
-    minutes: float, seed: int,
+    spec: Path, runtime: str | None, threads: int | None, out: Path, like: Path | None,
+    networks: int | None, minutes: float, seed: int,
 ) -> None:  # fmt: skip
     """Time networks of SPEC's space on this device, so that latencies can be predicted.
 
     Ends when predictions are good to a few per cent, or at a limit. Begun again, it goes on with
     the file. Let nothing else run on the device meanwhile. Name the file in the spec's
     target.profile and a search will predict instead of timing each policy.
+
+    \b
+    A second device (another machine, number of threads, or version of the runtime):
+      flyweight profile --spec SPEC --like first.jsonl -o second.jsonl
+    times a few networks there and learns how it differs from the first. second.jsonl holds what it
+    needs of first.jsonl.
     """
     from rich.console import Console
 
     from .predict import profile as run
 
     made = run(
-        spec, out, runtime=runtime, threads=threads, networks=networks, minutes=minutes, seed=seed,
-        console=Console(stderr=True),
+        spec, out, like=like, runtime=runtime, threads=threads, networks=networks, minutes=minutes,
+        seed=seed, console=Console(stderr=True),
     )  # fmt: skip
     click.echo(
         f"Wrote {out}: {len(made.timed)} networks on device {made.fingerprint}. For searches:"

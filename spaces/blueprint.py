@@ -41,6 +41,7 @@ class Kernel:
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     groups: int = 1
+    dilation: tuple[int, ...] = ()
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -324,4 +325,5 @@ def _kernel(
         kernel=layer.kernel if layer else (),
         stride=layer.stride if layer else (),
         groups=groups,
+        dilation=layer.dilation if layer else (),
     )

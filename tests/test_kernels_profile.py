@@ -61,7 +61,7 @@ def test_a_last_line_that_was_cut_off_is_left_out(device: ModuleType, tmp_path: 
         ("", ["no device profile", "flyweight profile"]),
         ("{}", ["no device profile"]),
         ("not json\n{}", ["line 1", "not JSON"]),
-        ('{"fingerprint": "0", "version": 9}', ["version 9", "1 is"]),
+        ('{"fingerprint": "0", "version": 9}', ["version 9", "1 or 2 is"]),
         ('{"fingerprint": "0", "version": 1}', ["line 1", "device"]),
         ('{"fingerprint": "0", "version": 1, "device": {}, "request": []}', ["line 1"]),
         (

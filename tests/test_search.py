@@ -346,6 +346,23 @@ def test_a_device_profile_predicts_and_prices_a_search(starter: Path, tmp_path: 
     assert done.returncode == 2
     assert "write to another file" in done.stderr
 
+    here = ("profile", "--spec", spec, "--networks", 8, "-o", "second.jsonl", "--like")
+    done = flyweight(*here, path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "second.jsonl").read_text().splitlines()) == len(lines) + 8
+    path.unlink()  # the new file holds what it needs
+    done = flyweight("predict", *policies, "--profile", "second.jsonl", "--spec", spec, "--json",
+                     cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for case in json.loads(done.stdout):
+        low, middle, high = case["predicted_latency_ms"]
+        assert 0 <= low < middle < high
+    path.write_text("\n".join(lines) + "\n")
+    done = flyweight(*here[:-3], "-o", "third.jsonl", "--like", path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "this device itself" in done.stderr
+    assert not (tmp_path / "third.jsonl").exists()
+
 
 def test_a_limit_out_of_reach_costs_nothing(starter: Path, tmp_path: Path) -> None:
     path = small(starter, "far.yaml", objective={"speedup": 10000})
