@@ -19,9 +19,11 @@ import torch
 from ray import tune
 
 from ..compressors import RUNGS
-from ..kernels import DeviceProfile, Timed, Timing, disturbed, signature
+from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
 from ..spaces import BadInput, FlyweightError
 from .controller import Budget, Controller, failures
+from .explain import explanation
+from .explained import EXPLANATION
 from .limits import Limits
 from .predict import given_profile, predictor_of
 from .pricing import Pricing, predicted, timed
@@ -137,6 +139,7 @@ class _Search:
         self.notes: list[str] = []
         self.resumed = bool(record.entries())
         self.profile = profile
+        self.predictor: LatencyPredictor | None = None
 
     def run(self) -> Outcome:
         meter = start_meter(self.ready)
@@ -156,6 +159,7 @@ class _Search:
         found = self._measure(controller, header)
         found |= {"mlflow_run_id": tracker.wait_run_id(30.0)}
         write_json(self.run_dir / "result.json", found)
+        self._explain(controller, found)
         write_report(self.run_dir)
         self._finish(tracker, controller)
         failed = bool(controller.fatal) or controller.hopeless()
@@ -178,6 +182,7 @@ class _Search:
             "flyweight": version("flyweight"),
             **facts_of(spec, runtime.fingerprint),
             "resolved_task": spec.task,
+            "predicted_by": "timing" if self.profile is None else "profile",
             "objective": spec.objective.model_dump(),
             "teacher": teacher,
             "versions": versions(spec.target.runtime),
@@ -209,10 +214,10 @@ class _Search:
         if self.profile is None:
             return timed(prepared, meter)
         device = ray.get(meter.fingerprint.remote())  # the target's, which may be another node
-        predictor = predictor_of(
+        self.predictor = predictor_of(
             self.spec, prepared, self.profile, fingerprint=device, teacher_ms=teacher_ms
         )
-        return predicted(prepared, predictor, limits)
+        return predicted(prepared, self.predictor, limits)
 
     def _check_limits(self, price: Pricing, limits: Limits) -> None:
         cases: list[dict[str, float]] = []
@@ -332,6 +337,20 @@ class _Search:
             profile.create(Path(path))
         except (BadInput, OSError) as error:
             self.notes.append(f"the finalists were not added to the device profile: {error}")
+
+    def _explain(self, controller: Controller, found: Mapping[str, Any]) -> None:
+        """Why the best takes its time, for the report, on the machine as fast as it is now."""
+        digest = found["best"] or found["nearest_miss"]
+        if self.predictor is None or digest is None:
+            return
+        policies = (trial.policy for trial in controller.trials.values())
+        policy = next(policy for policy in policies if policy.digest == digest)
+        predictor = self.predictor.beside(found["teacher"]["latency_ms"])
+        try:
+            why = explanation(self.ready.prepared, self.ready.space, predictor, policy)
+            write_json(self.run_dir / EXPLANATION, why)
+        except (FlyweightError, OSError) as error:
+            self.notes.append(f"the report does not say where the time goes: {error}")
 
     def _append(self, entry: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # a full disk was told already; result.json will tell
