@@ -17,7 +17,7 @@ from .progress import speed
 EXPLANATION = "explain.json"  # in a run directory
 SURE = 2.0  # standard deviations from 0 at which a change is taken to be one
 BARS = 20  # kernels that are drawn: those that take most
-ROW = 0.36  # inches, of a kernel in the figure
+ROW = 0.4  # inches, of a kernel in the figure
 
 Found = Mapping[str, Any]  # what ``explain.explanation`` gives
 
@@ -115,13 +115,14 @@ def _sure(text: str, deviation_ms: float, places: int) -> str:
 
 
 def _groups(found: Found, places: int) -> Sheet:
-    rows = []
-    for row in found["groups"]:
-        cells = [row["name"], _width(row)]
-        for case in (row["narrower"], row["wider"]):
-            cells += ["", ""] if case is None else [str(case["width"]), _signed(case, places)]
-        rows.append(cells)
-    columns = ("group", "width", "down to", "ms", "up to", "ms")
+    def cell(case: Mapping[str, Any] | None) -> str:
+        return "" if case is None else f"{case['width']}: {_signed(case, places)}"
+
+    rows = [
+        [row["name"], _width(row), cell(row["narrower"]), cell(row["wider"])]
+        for row in found["groups"]
+    ]
+    columns = ("group", "width", "narrower, ms", "wider, ms")
     return Sheet("What the next legal width of a group would change", columns, 1, rows)
 
 
@@ -158,31 +159,43 @@ def slower_in_int8(layer: Mapping[str, Any]) -> str:
 
 def bars_svg(found: Found) -> str:
     """Time per kernel of teacher and policy, the largest one by one, the others together."""
-    rows = found["kernels"]
+    rows, places = found["kernels"], _places(found["predicted_latency_ms"][1], 3)
 
     def most(row: Mapping[str, Any]) -> float:
         return max(row["ms"] or 0.0, row["teacher_ms"] or 0.0)
 
     # One kernel more instead of "1 other".
     least = sorted(map(most, rows), reverse=True)[BARS] if len(rows) > BARS + 1 else -math.inf
-    drawn = [row for row in rows if most(row) > least]
     others = [row for row in rows if most(row) <= least]
-    bars = [(_label(row), row["teacher_ms"], row["ms"], row["precision"]) for row in drawn]
-    if others:
-        was, now = (sum(row[key] or 0.0 for row in others) for key in ("teacher_ms", "ms"))
-        bars.append((f"{len(others)} others", was, now, None))
+
+    def bar(axes: Axes, at: float, row: Mapping[str, Any], whose: str, **how: Any) -> None:
+        ms = row[f"{whose}ms"]
+        if ms is None:
+            return
+        error = SURE * row[f"{whose}deviation_ms"]
+        # A time below 0 is one that is not known apart from its neighbours'.
+        axes.barh(at, max(ms, 0.0), 0.2, **how)
+        ends = max(0.0, ms - error), max(0.0, ms + error)
+        axes.plot(ends, (at, at), color=INK, linewidth=0.8, alpha=0.6)
 
     def draw(axes: Axes) -> None:
-        axes.set(xlabel="ms", ylim=(len(bars), 0), yticks=[])
-        axes.locator_params(axis="x", nbins=5)  # letters are drawn larger on a phone
-        for at, (label, was, now, precision) in enumerate(bars):
+        drawn = [row for row in rows if most(row) > least]
+        for at, row in enumerate(drawn):
+            colour = BEST if row["precision"] == "int8" else FRONT
             # Above the bars and not beside them, where a long name would leave no room.
-            axes.text(0, at + 0.24, f" {label}", va="center", parse_math=False)
-            axes.barh(at + 0.54, was or 0.0, 0.16, color=INK, alpha=0.45)
-            axes.barh(at + 0.74, now or 0.0, 0.22, color=BEST if precision == "int8" else FRONT)
+            axes.text(0, at + 0.22, f" {_label(row)}", va="center", parse_math=False)
+            bar(axes, at + 0.56, row, "teacher_", color=INK, alpha=0.4)
+            bar(axes, at + 0.78, row, "", color=colour)
+        if others:  # no bar: together they might dwarf the rest
+            now, was = (sum(row[key] or 0.0 for row in others) for key in ("ms", "teacher_ms"))
+            text = f" {len(others)} others: {now:.{places}f} ms, teacher {was:.{places}f} ms"
+            axes.text(0, len(drawn) + 0.22, text, va="center")
+        axes.set(xlabel="ms", xlim=(0, None), ylim=(len(drawn) + bool(others) / 2, 0), yticks=[])
+        axes.locator_params(axis="x", nbins=5)  # letters are drawn larger on a phone
 
-    size = (6.4, ROW * len(bars) + 0.6)
-    return svg(draw, size, "Time per kernel of teacher and policy; the table says the same")
+    height = ROW * (len(rows) - len(others) + bool(others) / 2) + 0.6
+    label = "Time per kernel of teacher and policy; the table says the same"
+    return svg(draw, (6.4, height), label)
 
 
 def _label(row: Mapping[str, Any]) -> str:

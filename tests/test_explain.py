@@ -174,9 +174,9 @@ def test_a_person_reads_it(folder: Path) -> None:
     rows = [re.split(r"\s{2,}", line.strip()) for line in done.output.splitlines()]
     (c1,) = [row for row in rows if row[:2] == ["c1", "conv int8"]]
     assert c1[2] == "16/40"
-    (group,) = [row for row in rows if row[:3] == ["c1", "16/40", "8"]]
-    assert group[3].startswith("-")
-    assert group[5].startswith("+")
+    (group,) = [row for row in rows if row[:2] == ["c1", "16/40"]]
+    assert group[2].startswith("8: -")
+    assert group[3].startswith("24: +")
     assert "ms predicted" in done.output
     assert "c2: int8 is slower at 16 channels and below; it is int8 at 32" in done.output
 
