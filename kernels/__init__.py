@@ -11,7 +11,7 @@ from .device import saturates
 from .executed import float_layers, int8_layers, optimized_kernels
 from .measuring import MeasuringProcess
 from .onnxruntime import OnnxRuntime
-from .predictor import LatencyPredictor, predictor_for
+from .predictor import KernelTime, LatencyPredictor, predictor_for
 from .probe import measured_weight_bits
 from .profile import DeviceProfile, Timed
 from .runtime import RUNTIMES, Array, Executed, Inputs, Runtime, Session, make_runtime
@@ -25,6 +25,7 @@ __all__ = [
     "DeviceProfile",
     "Executed",
     "Inputs",
+    "KernelTime",
     "LatencyPredictor",
     "MeasuringProcess",
     "OnnxRuntime",

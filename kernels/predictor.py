@@ -1,10 +1,13 @@
 """The latency predictor: blueprint to milliseconds with an interval, from a device profile."""
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
+from typing import Self
 
 import numpy as np
 
@@ -12,7 +15,7 @@ from ..spaces.blueprint import Blueprint
 from ..spaces.errors import BadInput
 from .additive import AdditiveProcess, Array, Counts
 from .profile import DeviceProfile, Timed
-from .signature import signature
+from .signature import SESSION, pieces, signature
 from .transfer import TransferredProcess
 
 LEVEL = 0.9
@@ -34,6 +37,22 @@ def large_sessions(timed: Sequence[Timed], enough: int) -> set[int]:
     """The sessions of enough networks to say how sessions differ; that takes ``SESSIONS``."""
     sizes = Counter(t.session for t in timed)
     return {session for session, size in sizes.items() if size >= enough}
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """What one kernel takes, the handing over of its output included.
+
+    name: the kernel's, "" for what a call takes whatever the network is. kind: of its work, "conv"
+    or "depthwise". work: its signatures. deviation_ms: the standard deviation of ``ms``.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    work: Counts
+    ms: float
+    deviation_ms: float
 
 
 class LatencyPredictor:
@@ -106,10 +125,53 @@ class LatencyPredictor:
         mean, deviation = self._process.predict(sums)
         half = self._deviations * deviation
         out = self._pace * np.maximum(np.stack([mean - half, mean, mean + half], 1), 0)
-        if self._unavailable:
-            deadly = [any((s.kind, s.form) in self._unavailable for s in c) for c in sums]
-            out[deadly] = np.inf
+        out[[self._deadly(counts) for counts in sums]] = np.inf
         return out
+
+    def parts(self, plan: Blueprint) -> list[KernelTime]:
+        """What each kernel takes, in execution order, behind what a call takes by itself. Together
+        they are the middle of the prediction. No kernel was timed alone: what is known of one is
+        known from networks that differ in it, so its deviation may be large where that of the
+        whole is not."""
+        heads = [("", "session", "", Counter([SESSION]))]
+        for kernel, work, handover in pieces(plan):
+            kind = work.kind.rpartition(" ")[0]
+            heads.append((kernel.name, kind, kernel.precision, Counter([work, handover])))
+        times = self.times([work for *_, work in heads]).tolist()
+        return [KernelTime(*head, *time) for head, time in zip(heads, times, strict=True)]
+
+    def changes(self, pairs: Sequence[tuple[Blueprint, Blueprint]]) -> Array:
+        """[pairs, 2]: how many ms the second of each takes more than the first, and the standard
+        deviation of that, to which what both have in common adds nothing. Infinite where either has
+        work that the runtime is known to die of."""
+        if not pairs:
+            return np.zeros((0, 2))
+        sums = [(signature(before), signature(after)) for before, after in pairs]
+        out = self.times([_more(before, after) for before, after in sums])
+        out[[any(map(self._deadly, pair)) for pair in sums]] = np.inf
+        return out
+
+    def times(self, sums: Sequence[Counts]) -> Array:
+        """[sums, 2]: what some of the work of a network takes in ms, and the standard deviation."""
+        mean, deviation = self._process.predict(sums)
+        return self._pace * np.stack([mean, self._widen * deviation], 1)
+
+    def beside(self, teacher_ms: float) -> Self:
+        """The same predictor for a machine on which the teacher takes ``teacher_ms``."""
+        other = copy.copy(self)
+        other._pace *= teacher_ms / self.teacher_ms
+        other.teacher_ms = teacher_ms
+        return other
+
+    def _deadly(self, counts: Counts) -> bool:
+        return any((s.kind, s.form) in self._unavailable for s in counts)
+
+
+def _more(before: Counts, after: Counts) -> Counts:
+    """The work of ``after`` that ``before`` has not, and with counts below 0 the reverse."""
+    difference = Counter(after)
+    difference.subtract(before)
+    return {s: n for s, n in difference.items() if n}
 
 
 def predictor_for(

@@ -232,6 +232,34 @@ def predict(
 
 
 @main.command()
+@click.argument("policy", type=click.Path(path_type=Path))
+@click.option("--spec", required=True, type=click.Path(path_type=Path), help="The search.yaml.")
+@click.option("--profile", "profile_path", type=click.Path(path_type=Path),
+              help="A device profile [default: the spec's target.profile].")  # fmt: skip
+@click.option("--allow-foreign", is_flag=True, help="Use a profile of another device.")
+@JSON
+@answers
+def explain(
+    policy: Path, spec: Path, profile_path: Path | None, allow_foreign: bool, as_json: bool
+) -> None:
+    """Say where the time of POLICY (a JSON file) goes, and what other choices would change.
+
+    For each kernel its width, precision and time, beside the teacher's; for each group of channels
+    what the next legal width down and up would change; and at which widths a layer is slower in
+    int8 than in fp32, the rest of the policy being as it is. It needs a device profile, as
+    `flyweight profile` makes it: no kernel can be timed alone where it stands in a network, so what
+    each takes is learned from whole networks, and said with how sure that is.
+
+    In a run directory, `--json > explain.json` puts it into the report.
+    """
+    from .explain import explain as run
+    from .explained import print_explanation
+
+    found = run(policy, spec, profile_path, allow_foreign=allow_foreign)
+    click.echo(json.dumps(found, indent=2)) if as_json else print_explanation(found)
+
+
+@main.command()
 @click.option("--spec", required=True, type=click.Path(path_type=Path), help="The search.yaml.")
 @click.option("-n", "count", required=True, type=click.IntRange(1), help="How many policies.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))

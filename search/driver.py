@@ -22,9 +22,11 @@ from ..compressors import RUNGS
 from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
 from ..spaces import BadInput, FlyweightError, Policy
 from .controller import Budget, Controller, failures
+from .explain import explanation
+from .explained import EXPLANATION
 from .limits import Limits
 from .predict import given_profile, predictor_of
-from .preparation import Preparation, worth_preparing
+from .preparation import PROFILE, Preparation, worth_preparing
 from .pricing import Pricing, predicted, timed
 from .profiling import check_profile, empty_profile, plan_of
 from .progress import Progress
@@ -138,6 +140,7 @@ class _Search:
         self.notes: list[str] = []
         self.profile = profile
         self.preparation = Preparation(prepared, run_dir, console, self.notes)
+        self.predictor: LatencyPredictor | None = None
 
     def run(self) -> Outcome:
         meter = start_meter(self.ready)
@@ -147,10 +150,12 @@ class _Search:
         price = timed(self.ready.prepared, meter)
         if self._asks_anew(header):
             self._check_limits(price, limits)
-        self.record.append(header)  # from here on time counts
-        if predictor := self._predictor(meter, teacher_ms):
-            price = predicted(self.ready.prepared, predictor, limits)
-        solved = self._solved(predictor, limits)
+        self.predictor = self._predictor(meter, teacher_ms)
+        if self.predictor is not None:
+            price = predicted(self.ready.prepared, self.predictor, limits)
+        header["predicted_by"] = "timing" if self.predictor is None else "profile"
+        self.record.append(header)  # its time is from before the profile, which so counts
+        solved = self._solved(limits)
         torch.set_num_threads(os.cpu_count() or 1)
         self.answers = teacher_answers(self.ready.prepared)
         torch.set_num_threads(1)  # from here on the trials have the cores
@@ -162,6 +167,7 @@ class _Search:
         found = self._measure(controller, header)
         found |= {"mlflow_run_id": tracker.wait_run_id(30.0)}
         write_json(self.run_dir / "result.json", found)
+        self._explain(controller, found)
         write_report(self.run_dir)
         self._finish(tracker, controller)
         failed = bool(controller.fatal) or controller.hopeless()
@@ -218,6 +224,7 @@ class _Search:
         if self.profile is None and worth_preparing(self.ready):
             if device == prepared.runtime.fingerprint:
                 self.profile = self.preparation.profile()
+                self._name_profile()
             else:
                 self.notes.append(
                     "Each policy is timed on the target: make a device profile there with "
@@ -229,11 +236,19 @@ class _Search:
             self.spec, prepared, self.profile, fingerprint=device, teacher_ms=teacher_ms
         )
 
-    def _solved(self, predictor: LatencyPredictor | None, limits: Limits) -> list[Policy]:
+    def _name_profile(self) -> None:
+        """Lets the spec of the run name the profile that was made for it."""
+        if self.profile is not None:
+            path = str(self.run_dir / PROFILE)
+            target = self.spec.target.model_copy(update={"profile": path})
+            self.spec = self.spec.model_copy(update={"target": target})
+            write_whole(self.run_dir / "spec.yaml", self.spec.to_yaml().encode())
+
+    def _solved(self, limits: Limits) -> list[Policy]:
         """The policies of the warm start, where there is one."""
-        if predictor is None or not worth_preparing(self.ready):
+        if self.predictor is None or not worth_preparing(self.ready):
             return []
-        return self.preparation.first(self.preparation.table(), predictor, limits)
+        return self.preparation.first(self.preparation.table(), self.predictor, limits)
 
     def _asks_anew(self, header: dict[str, Any]) -> bool:
         """Whether the limits are other than those that the record's last session began with."""
@@ -348,9 +363,9 @@ class _Search:
 
     def _feed_back(self, controller: Controller, timings: Mapping[str, Timing]) -> None:
         """Adds the finalists to the device profile, which they make better where it matters."""
-        if self.profile is None or disturbed(timings):
+        if self.profile is None or self.spec.target.profile is None or disturbed(timings):
             return
-        path = Path(self.spec.target.profile or self.run_dir / "profile.jsonl")
+        path = Path(self.spec.target.profile)
         try:
             profile = DeviceProfile.load(path)  # another search may have added to it
             known = {t.policy for t in profile.timed}
@@ -364,6 +379,20 @@ class _Search:
             profile.create(path)
         except (BadInput, OSError) as error:
             self.notes.append(f"the finalists were not added to the device profile: {error}")
+
+    def _explain(self, controller: Controller, found: Mapping[str, Any]) -> None:
+        """Why the best takes its time, for the report, on the machine as fast as it is now."""
+        digest = found["best"] or found["nearest_miss"]
+        if self.predictor is None or digest is None:
+            return
+        policies = (trial.policy for trial in controller.trials.values())
+        policy = next(policy for policy in policies if policy.digest == digest)
+        predictor = self.predictor.beside(found["teacher"]["latency_ms"])
+        try:
+            why = explanation(self.ready.prepared, self.ready.space, predictor, policy)
+            write_json(self.run_dir / EXPLANATION, why)
+        except (FlyweightError, OSError) as error:
+            self.notes.append(f"the report does not say where the time goes: {error}")
 
     def _append(self, entry: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # a full disk was told already; result.json will tell

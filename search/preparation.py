@@ -21,6 +21,7 @@ from .sensitivity import Sensitivity, measure
 from .store import write_json, write_whole
 from .warm import warm_start
 
+PROFILE = "profile.jsonl"  # in the run directory
 WORTH = 15  # trials, from which on a search is worth preparing: fewer cost less themselves
 # Shares of the time budget that the profile and the table may take; seconds where there is none.
 PROFILE_SHARE, PROFILE_S = 0.1, 300.0
@@ -47,7 +48,7 @@ class Preparation:
     def profile(self) -> DeviceProfile | None:
         """The device profile of this device, gone on with from the cache; None if none can be made.
         It lies in the run directory, and in the cache for the next search."""
-        spec, path = self.ready.spec, self.run_dir / "profile.jsonl"
+        spec, path = self.ready.spec, self.run_dir / PROFILE
         wanted = empty_profile(spec, self.ready.prepared)
         name = key_of(
             wanted.fingerprint, {k: list(v) for k, v in wanted.request.items()}, wanted.network
