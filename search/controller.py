@@ -62,7 +62,8 @@ class Controller:
     cannot be written, or a meter that is gone, ends the search with ``fatal`` set.
 
     look_ahead: a thread finds and prices the next policy while trials run, so that nobody waits
-    for it; it then knows all results but those of the last moment.
+    for it; it then knows all results but those of the last moment. reprice: what the record knows
+    is priced anew, for a target or a profile that has changed.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Controller:
         clock: Callable[[], float] = time.time,
         listen: Sequence[Callable[[Entry], None]] = (),
         look_ahead: bool = False,
+        reprice: bool = False,
     ) -> None:
         self.proposals, self.limits, self.record, self.budget = proposals, limits, record, budget
         self.trials: dict[int, Trial] = {}
@@ -91,7 +93,7 @@ class Controller:
         self._again: list[Trial] = []  # of a search that was cut off
         self._spent = 0.0
         self._began = clock()
-        self._rebuild(record.entries())
+        self._rebuild(record.entries(), reprice)
 
     # What to try next.
 
@@ -354,7 +356,7 @@ class Controller:
             needed += statistics.median(durations)
         return needed <= self.remaining() + SLACK * self.budget.seconds
 
-    def _rebuild(self, entries: list[Entry]) -> None:
+    def _rebuild(self, entries: list[Entry], reprice: bool) -> None:
         began = last = 0.0
         for entry in entries:
             if entry["kind"] == "search":
@@ -365,7 +367,10 @@ class Controller:
             if entry["kind"] == "begin":
                 policy = Policy.from_dict(entry["policy"])
                 sizes = entry["size_bytes"], entry["compressed_bytes"]
-                price = Price(tuple(entry["latency_ms"]), *sizes)
+                latency_ms = tuple(entry["latency_ms"])
+                if reprice:
+                    latency_ms = self._price(policy).latency_ms
+                price = Price(latency_ms, *sizes)
                 self.trials[entry["trial"]] = Trial(entry["trial"], policy, price)
                 self.proposals.claim(policy)
             elif entry["kind"] == "rejected":
@@ -373,8 +378,9 @@ class Controller:
                 if "latency_ms" not in entry or self.limits.cost(*_upper_costs(entry)) > 0:
                     self.proposals.claim(Policy.from_dict(entry["policy"]))
             elif entry["kind"] == "result":
-                entry = {**entry, "constraint": self._excess(entry)}
-                self._learn(self.trials[entry["trial"]], entry)
+                trial = self.trials[entry["trial"]]
+                entry = {**entry, "latency_ms": list(trial.price.latency_ms)}
+                self._learn(trial, {**entry, "constraint": self._excess(entry)})
                 if entry["rung"] == RUNGS[-1]:
                     self.trials[entry["trial"]].ended = "finished"
             elif entry["kind"] == "end" and entry["reason"] != "interrupted":

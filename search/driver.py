@@ -21,6 +21,7 @@ from ray import tune
 from ..compressors import RUNGS
 from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
 from ..spaces import BadInput, FlyweightError, Policy
+from .cache import key_of
 from .controller import Budget, Controller, failures
 from .explain import explanation
 from .explained import EXPLANATION
@@ -194,6 +195,7 @@ class _Search:
             "teacher": teacher,
             "versions": versions(spec.target.runtime),
             "data_digest": data_digest(self.ready.prepared),
+            "capabilities": key_of(repr(runtime.capabilities)),
             "groups": {name: group.width for name, group in network.groups.items()},
             "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
             "layers": len(network.layers),
@@ -205,8 +207,8 @@ class _Search:
                 raise BadInput(
                     "--resume: an earlier flyweight wrote this record; begin a new search"
                 )
-            for key in ("resolved_task", "data_digest"):
-                if earlier[0][key] != header[key]:
+            for key in ("resolved_task", "data_digest", "capabilities"):
+                if earlier[0].get(key) != header[key]:
                     raise BadInput(
                         f"--resume: {key} is {header[key]}, but the search began with "
                         f"{earlier[0][key]}; begin a new search with another --out"
@@ -295,8 +297,9 @@ class _Search:
         )  # fmt: skip
         budget = Budget(search.trials, search.time_budget)
         return Controller(
-            proposals, price, limits, self.record, budget, listen=[listen], look_ahead=True
-        )
+            proposals, price, limits, self.record, budget, listen=[listen], look_ahead=True,
+            reprice=self.predictor is not None,
+        )  # fmt: skip
 
     def _trials(self, controller: Controller) -> None:
         facts = facts_of(self.spec, self.ready.prepared.runtime.fingerprint)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -425,3 +426,21 @@ def test_what_comes_before_the_trials_of_a_session_is_part_of_its_time() -> None
     control = controller(record, clock=clock, seconds=100)
     assert control.elapsed() == 30
     assert control.remaining() == 70
+
+
+def test_a_changed_target_prices_what_is_known_anew() -> None:
+    record = MemoryRecord()
+    run(controller(record, limits=Limits(95.0, latency_ms=0.6)))
+
+    def slower(policy: Policy) -> Price:
+        known = price(policy)
+        return replace(known, latency_ms=tuple(2 * ms for ms in known.latency_ms))
+
+    limits = Limits(95.0, latency_ms=0.6)
+    after = Controller(
+        Proposals(space()), slower, limits, record, Budget(12), clock=Clock(), reprice=True
+    )
+    for entry in after.results("full"):
+        policy = Policy.from_dict(entry["policy"])
+        assert entry["latency_ms"] == list(slower(policy).latency_ms)
+    assert any(e["constraint"] > 0 for e in after.results("full"))
