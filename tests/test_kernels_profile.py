@@ -151,6 +151,10 @@ def test_work_that_kills_the_runtime_is_never_predicted_to_end(device: ModuleTyp
     assert np.isfinite(ends).all(axis=1).tolist() == [True, False]
 
 
+def test_of_no_plans_nothing_is_said(device: ModuleType) -> None:
+    assert LatencyPredictor(profile(measured(device, 3, 60))).predict([]).shape == (0, 3)
+
+
 def test_too_few_networks_say_nothing(device: ModuleType) -> None:
     with pytest.raises(BadInput, match=f"at least {LEAST} timed networks"):
         LatencyPredictor(profile(measured(device, 3, LEAST - 1)))
