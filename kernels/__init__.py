@@ -7,6 +7,7 @@ what networks took on a device; from it the ``LatencyPredictor`` says what a blu
 Nothing here needs torch.
 """
 
+from .batch import Batch, Known
 from .device import saturates
 from .executed import float_layers, int8_layers, optimized_kernels
 from .measuring import MeasuringProcess
@@ -22,10 +23,12 @@ from .twin import SimulatedClock, SimulatedRuntime, SimulatedSession
 __all__ = [
     "RUNTIMES",
     "Array",
+    "Batch",
     "DeviceProfile",
     "Executed",
     "Inputs",
     "KernelTime",
+    "Known",
     "LatencyPredictor",
     "MeasuringProcess",
     "OnnxRuntime",

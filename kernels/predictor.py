@@ -14,6 +14,7 @@ import numpy as np
 from ..spaces.blueprint import Blueprint
 from ..spaces.errors import BadInput
 from .additive import AdditiveProcess, Array, Counts
+from .pieces import Ints, Pieces
 from .profile import DeviceProfile, Timed
 from .signature import SESSION, pieces, signature
 from .transfer import TransferredProcess
@@ -94,11 +95,12 @@ class LatencyPredictor:
         # Latencies as they would be if the teacher always took its usual time.
         ms = [t.ms * usual / self._sessions[t.session] for t in self._timed if t.ms]
         sums = [t.counts for t in self._timed]
-        self._process = (
+        self._process: AdditiveProcess = (
             AdditiveProcess(sums, ms)
             if profile.like is None
             else TransferredProcess(sums, ms, LatencyPredictor(profile.like)._process)
         )
+        self._pieces = self.pieces()
 
     @cached_property
     def _deviations(self) -> float:
@@ -120,12 +122,22 @@ class LatencyPredictor:
 
     def predict_work(self, sums: Sequence[Counts]) -> Array:
         """The same for the signatures of plans."""
-        if not sums:
-            return np.zeros((0, 3))
-        mean, deviation = self._process.predict(sums)
+        if self._pieces.full:
+            self._pieces = self.pieces()
+        return self.predict_pieces(self._pieces, self._pieces.numbers(sums))
+
+    def pieces(self) -> Pieces:
+        """What ``predict_pieces`` takes numbers of, still empty."""
+        return Pieces(self._process)
+
+    def predict_pieces(self, pieces: Pieces, numbers: Ints) -> Array:
+        """The same for plans of the ``pieces`` with the ``numbers`` [plans, pieces]; 0 is none."""
+        mean, deviation = pieces.predict(numbers)
         half = self._deviations * deviation
         out = self._pace * np.maximum(np.stack([mean - half, mean, mean + half], 1), 0)
-        out[[self._deadly(counts) for counts in sums]] = np.inf
+        if self._unavailable:
+            deadly = [(s.kind, s.form) in self._unavailable for s in pieces]
+            out[np.array([False, *deadly])[numbers].any(1)] = np.inf
         return out
 
     def parts(self, plan: Blueprint) -> list[KernelTime]:

@@ -60,11 +60,20 @@ def pieces(plan: Blueprint) -> Iterator[tuple[Kernel, Signature, Signature]]:
         for value in kernel.inputs:
             readers.setdefault(value, []).append(kernel)
     for kernel in plan.kernels:
-        read_by = readers.get(kernel.output, [])
-        quantized = kernel.output in plan.quantized
-        after = _names(read_by) + (" q" if quantized else "")
-        before = _names(makers[v] for v in kernel.inputs if v in makers)
-        yield kernel, _work(kernel, f"{before} > {after}"), _handover(kernel, after)
+        made = [makers[value] for value in kernel.inputs if value in makers]
+        read = readers.get(kernel.output, [])
+        yield kernel, *pieces_of(kernel, made, read, kernel.output in plan.quantized)
+
+
+def pieces_of(
+    kernel: Kernel, makers: Iterable[Kernel], readers: Iterable[Kernel], quantized: bool
+) -> tuple[Signature, Signature]:
+    """The work of ``kernel``, and the handing over of what it makes.
+
+    makers: of its inputs. readers: of its output, which may be quantized.
+    """
+    after = _names(readers) + (" q" if quantized else "")
+    return _work(kernel, f"{_names(makers)} > {after}"), _handover(kernel, after)
 
 
 def digest(counts: Mapping[Signature, int]) -> str:

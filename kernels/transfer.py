@@ -11,13 +11,12 @@ forms of work, last in single sizes.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.linalg import cho_solve, solve_triangular  # type: ignore[import-untyped]
+from scipy.linalg import solve_triangular  # type: ignore[import-untyped]
 
 from .additive import (
     FIT_ON,
     PARTS,
     AdditiveProcess,
-    Array,
     Counts,
     Table,
     checked,
@@ -34,29 +33,27 @@ class TransferredProcess(AdditiveProcess):
 
     def __init__(self, sums: Sequence[Counts], ms: Sequence[float], like: AdditiveProcess) -> None:
         self.sums, self.ms = [*like.sums, *sums], checked(sums, ms)
-        self._pace = like._pace * float(np.median(self.ms / like.predict(sums)[0]))
-        own = self.ms / self._pace
-        cross = np.zeros((len(like.ms), len(own)))
-        total = np.zeros((len(own), len(own)))
-        for part, deviation, known in zip(PARTS, like.deviations, like._tables, strict=True):
-            table = Table(part, sums)
-            cross += deviation**2 * known.covariance(table)
-            total += deviation**2 * table.covariance(table)
-        cross /= np.outer(like._units, own)
-        total /= np.outer(own, own)
+        self.pace = like.pace * float(np.median(self.ms / like.predict(sums)[0]))
+        own = self.ms / self.pace
+        self._tables = [Table(part, self.sums) for part in PARTS]
+        n = len(own)
+        both = sum(
+            d**2 * t.covariance() for d, t in zip(like.deviations, self._tables, strict=True)
+        )
+        cross = both[:-n, -n:] / np.outer(like._units, own)
+        total = both[-n:, -n:] / np.outer(own, own)
         # What the other device says of these sums, if they took as long there.
         below = solve_triangular(like._root, cross, lower=True)
-        mean, rest = cross.T @ like._solved, total - below.T @ below
+        mean, rest = below.T @ like.white, total - below.T @ below
         some = np.linspace(0, len(own) - 1, min(len(own), FIT_ON)).astype(int)
         at = np.ix_(some, some)
         (self.apart,), self.noise = fitted(
-            total[None][:, *at], np.log([APART, like.noise]), TRUST, mean[some], rest[at]
+            total[at][None], np.log([APART, like.noise]), TRUST, mean[some], rest[at]
         )
         # Both together, scaled as the second: of what the first shows, 1 / scale^2 is shared.
         scale = np.sqrt(1 + self.apart**2)
         self.deviations = scale * like.deviations
         self._units = np.concatenate([scale**2 * like._units, own])
-        self._tables = [Table(part, self.sums) for part in PARTS]
         corner = cholesky_root(total[None], np.array([self.apart]), self.noise, rest)
         self._root = np.block([[like._root, np.zeros_like(cross)], [below.T, corner]])
-        self._solved: Array = cho_solve((self._root, True), np.ones(len(self.sums)))
+        self.white = solve_triangular(self._root, np.ones(len(self.sums)), lower=True)

@@ -234,6 +234,10 @@ def test_a_predictor_beside_another_teacher(device: ModuleType) -> None:
     np.testing.assert_allclose(usual.predict_work(unseen), before)
 
 
+def test_of_no_plans_nothing_is_said(device: ModuleType) -> None:
+    assert LatencyPredictor(profile(measured(device, 3, 60))).predict([]).shape == (0, 3)
+
+
 def test_too_few_networks_say_nothing(device: ModuleType) -> None:
     with pytest.raises(BadInput, match=f"at least {LEAST} timed networks"):
         LatencyPredictor(profile(measured(device, 3, LEAST - 1)))
