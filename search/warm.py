@@ -1,15 +1,12 @@
 """The warm start: policies of the least predicted harm, for a sweep of limits."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from ..spaces import Policy, Space
+from ..spaces import Parameter, Policy, Space
 from .batch import BatchPredictor
 from .limits import Limits
-from .sensitivity import Sensitivity, axes_of
+from .sensitivity import Sensitivity
 from .solver import Point, Solver
 
 KEEPS = (1.0, 0.5, 0.25)  # shares of channels kept by the recipes that the solver starts from
@@ -47,12 +44,9 @@ def _of_student(
     teacher_ms: float,
     count: int,
 ) -> list[Policy]:
-    axes = [axis for axis in axes_of(space) if axis.student in ("", student)]
-    places = [predictor.axes.index(axis) for axis in axes]
-    rest = np.array([axis.choices.index(axis.default) for axis in predictor.axes])
-    if (names := [axis.name for axis in predictor.axes]).count("student"):
-        at = names.index("student")
-        rest[at] = predictor.axes[at].choices.index(student)
+    places = [j for j, axis in enumerate(space.axes) if _judged(axis, student)]
+    axes = [space.axes[j] for j in places]
+    rest = np.array(space.point(space.policy({"student": student})))
 
     def latency(points: NDArray[np.int64]) -> NDArray[np.float64]:
         rows = np.repeat(rest[None], len(points), 0)
@@ -60,14 +54,12 @@ def _of_student(
         return predictor.predict(rows)[:, 2]
 
     def point(policy: Policy) -> Point:
-        values = space.values(policy)
-        return np.array([a.choices.index(values.get(a.name, a.default)) for a in axes])
+        return np.array(space.point(policy))[places]
 
     def policy(point: Point) -> Policy:
-        values: Mapping[str, Any] = {
-            a.name: a.choices[i] for a, i in zip(axes, point.tolist(), strict=True)
-        }
-        return space.policy({**table.settings, **values, "student": student})
+        whole = rest.copy()
+        whole[places] = point
+        return space.policy({**table.settings, **space.values_at(whole)})
 
     solver = Solver(
         [np.array(table.of(axis)) for axis in axes],
@@ -75,7 +67,8 @@ def _of_student(
         [axis.name.startswith("width/") for axis in axes],
     )
     precisions = space.settings.precisions
-    starts = [point(space.uniform(keep, p, student)) for keep in KEEPS for p in precisions]
+    recipes = [point(space.uniform(keep, p, student)) for keep in KEEPS for p in precisions]
+    starts = recipes
     fastest = min(latency(np.array([point(space.smallest(p, student)) for p in precisions])))
     slowest = limits.latency_ms or teacher_ms
     out: list[Policy] = []
@@ -84,5 +77,10 @@ def _of_student(
         found = solver.solve(limit, starts)
         if found is not None:
             out.append(policy(found))
-            starts = [found, *starts[:2]]
+            starts = [found, *recipes[: len(precisions)]]
     return out
+
+
+def _judged(axis: Parameter, student: str) -> bool:
+    """Whether the table says what the choices of ``axis`` harm ``student``."""
+    return axis.name != "student" and axis.student in ("", student)
