@@ -109,10 +109,11 @@ class Controller:
         nothing is ``running``."""
         while self._again and not self.over():
             trial = self._again.pop(0)
-            if not trial.results or self._in_time(trial.next_rung):
+            over = self._cost(trial.price) > 0  # a limit that was changed since
+            if not over and (not trial.results or self._in_time(trial.next_rung)):
                 return trial
             with self._lock:
-                self._end(trial, "deadline")
+                self._end(trial, "over_limit" if over else "deadline")
         if self.over():
             return None
         try:

@@ -3,16 +3,11 @@
 import contextlib
 import hashlib
 import json
-import logging
 import os
-import secrets
-import shutil
-import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +18,12 @@ from ray import tune
 from ..compressors import RUNGS
 from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
 from ..spaces import BadInput, FlyweightError, Policy
-from .cache import key_of
 from .controller import Budget, Controller, failures
 from .explain import explanation
 from .explained import EXPLANATION
 from .limits import Limits
+from .local_ray import connected, terminable
+from .opening import asks_anew, open_run, opening_entry
 from .predict import given_profile, predictor_of
 from .preparation import PROFILE, Preparation, worth_preparing
 from .pricing import Pricing, predicted, timed
@@ -36,19 +32,16 @@ from .progress import Progress
 from .ready import (
     Ready,
     check_reachable,
-    data_digest,
     facts_of,
     ready,
     score,
     teacher_answers,
-    versions,
 )
 from .record import FileRecord
 from .report import write_report
 from .results import finalists, measured_front, result
 from .spec import Spec, load_spec
 from .store import (
-    compressed_bytes,
     read_artifact,
     remove_checkpoints,
     write_json,
@@ -59,8 +52,6 @@ from .tracking import MemoryTracker, Status, Tracker
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
 from .workers import CompressionTrial, Job, start_meter
-
-FREE_BYTES = 200_000_000  # what a run directory may come to need
 
 
 @dataclass(frozen=True)
@@ -95,40 +86,10 @@ def search(
         if profile is not None:
             check_profile(profile, empty_profile(spec, prepared.prepared), device=False)
         write_whole(run_dir / "spec.yaml", spec.to_yaml().encode())
-        with _ray(spec, address):
+        with connected(spec, address):
             return _Search(spec, run_dir, record, prepared, console, began, profile).run()
     finally:
         record.close()
-
-
-def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
-    """The run directory, made if need be. Raises BadInput when it is not what was asked for."""
-    name = spec.task.rpartition(":")[2]
-    if out is None:
-        earlier = sorted(Path("runs").glob(f"{name}-*/record.jsonl"))
-        if resume and not earlier:
-            raise BadInput(f"nothing to resume: no runs/{name}-*; say which with --out")
-        out = (
-            earlier[-1].parent if resume else Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
-        )
-    out = out.resolve()
-    kept = out / "record.jsonl"
-    exists = kept.is_file() and kept.stat().st_size > 0
-    if resume and not exists:
-        raise BadInput(f"nothing to resume in {out}: it has no record.jsonl")
-    if exists and not resume:
-        raise BadInput(f"{out} holds a search already; go on with --resume or choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out).free
-    except OSError as error:
-        raise BadInput(f"the run directory {out} cannot be made: {error}") from error
-    if free < FREE_BYTES:
-        raise BadInput(
-            f"{out} has {free / 1e6:.0f} MB free; a search needs {FREE_BYTES / 1e6:.0f} MB: "
-            "free some, or choose another --out"
-        )
-    return out
 
 
 class _Search:
@@ -153,11 +114,11 @@ class _Search:
 
     def run(self) -> Outcome:
         meter = start_meter(self.ready)
-        header = self._header(ray.get(meter.alone.remote()))
+        header = opening_entry(self.ready, self.record, ray.get(meter.alone.remote()))
         teacher_ms = header["teacher"]["latency_ms"]
         limits = self.ready.limits(teacher_ms)
         price = timed(self.ready.prepared, meter)
-        if self._asks_anew(header):
+        if asks_anew(header, self.record):
             self._check_limits(price, limits)
         self.predictor = self._predictor(meter, teacher_ms)
         if self.predictor is not None:
@@ -181,50 +142,6 @@ class _Search:
         self._finish(tracker, controller)
         failed = bool(controller.fatal) or controller.hopeless()
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
-
-    def _header(self, latency_ms: float) -> dict[str, Any]:
-        """The entry that begins each session of a search. A resumed one keeps the teacher's
-        figures, so that its limits stay what they were."""
-        spec, earlier = self.spec, self.record.entries()
-        runtime, network = self.ready.prepared.runtime, self.ready.prepared.network
-        teacher = {
-            "metric": self.ready.metric,
-            "metric_test": self.ready.metric_test,
-            "latency_ms": latency_ms,
-            "size_bytes": len(self.ready.teacher),
-            "compressed_bytes": compressed_bytes(self.ready.teacher),
-        }
-        header = {
-            "kind": "search",
-            "flyweight": version("flyweight"),
-            **facts_of(spec, runtime.fingerprint),
-            "resolved_task": spec.task,
-            "objective": spec.objective.model_dump(),
-            "teacher": teacher,
-            "versions": versions(spec.target.runtime),
-            "data_digest": data_digest(self.ready.prepared),
-            "capabilities": key_of(repr(runtime.capabilities)),
-            "groups": {name: group.width for name, group in network.groups.items()},
-            "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
-            "layers": len(network.layers),
-            "search_id": earlier[0]["search_id"] if earlier else secrets.token_hex(8),
-            "time": time.time(),
-        }
-        if earlier:
-            if "resolved_task" not in earlier[0]:
-                raise BadInput(
-                    "--resume: an earlier flyweight wrote this record; begin a new search"
-                )
-            for key in ("resolved_task", "data_digest", "capabilities"):
-                if earlier[0].get(key) != header[key]:
-                    raise BadInput(
-                        f"--resume: {key} is {header[key]}, but the search began with "
-                        f"{earlier[0][key]}; begin a new search with another --out"
-                    )
-            if earlier[0]["target"] == header["target"]:
-                header["teacher"] = earlier[0]["teacher"]
-            header["task"] = earlier[0]["task"]  # RUN_DIR/spec.yaml says it by its path
-        return header
 
     def _predictor(self, meter: Any, teacher_ms: float) -> LatencyPredictor | None:
         """The predictor for the target, from the given device profile or one that is made now;
@@ -259,11 +176,6 @@ class _Search:
         if self.predictor is None or not worth_preparing(self.ready):
             return []
         return self.preparation.first(self.preparation.table(), self.predictor, limits)
-
-    def _asks_anew(self, header: dict[str, Any]) -> bool:
-        """Whether the limits are other than those that the record's last session began with."""
-        earlier = [e["objective"] for e in self.record.entries() if e["kind"] == "search"]
-        return not earlier or earlier[-1] != header["objective"]
 
     def _check_limits(self, price: Pricing, limits: Limits) -> None:
         cases: list[dict[str, float]] = []
@@ -316,7 +228,7 @@ class _Search:
         facts = facts_of(self.spec, self.ready.prepared.runtime.fingerprint)
         job = Job(self.spec, self.run_dir, facts, self._inputs(header), self.answers)
         resources = {"cpu": self.spec.resources.cpus, "gpu": self.spec.resources.gpus}
-        with self.progress, _terminable():
+        with self.progress, terminable():
             run_trials(
                 controller,
                 tune.with_parameters(CompressionTrial, job=job),
@@ -436,41 +348,3 @@ class _Search:
                 f"MLflow lacks {missing.entries} entries ({missing.reason}); the record has them "
                 "all: run the search again with --resume when the server is back"
             )
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM (a job that is stopped) ends a search as Ctrl-C does: with the best so far."""
-    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _ray(spec: Spec, address: str | None) -> Iterator[None]:
-    """Ray, local unless an address is given, protected by a token in either case."""
-    if address is None:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    needed = int(spec.search.concurrency * spec.resources.cpus + 0.999)
-    local: dict[str, Any] = {
-        "num_cpus": max(os.cpu_count() or 1, needed),
-        "include_dashboard": False,
-    }
-    here = Path.cwd()
-    scratch = Path(os.environ.get("TMPDIR", "/tmp"))
-    os.chdir(scratch)  # Ray puts the driver's folder on every worker's path
-    try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **({} if address else local),
-        )
-        yield
-    except ConnectionError as error:
-        raise BadInput(f"no Ray cluster at {address}: {error}") from error
-    finally:
-        ray.shutdown()
-        os.chdir(here)
