@@ -16,7 +16,7 @@ from ..spaces.errors import BadInput
 from .additive import AdditiveProcess, Array, Counts
 from .pieces import Ints, Pieces
 from .profile import DeviceProfile, Timed
-from .signature import SESSION, pieces, signature
+from .signature import SESSION, by_kernel, signature
 from .transfer import TransferredProcess
 
 LEVEL = 0.9
@@ -146,7 +146,7 @@ class LatencyPredictor:
         known from networks that differ in it, so its deviation may be large where that of the
         whole is not."""
         heads = [("", "session", "", Counter([SESSION]))]
-        for kernel, work, handover in pieces(plan):
+        for kernel, work, handover in by_kernel(plan):
             kind = work.kind.rpartition(" ")[0]
             heads.append((kernel.name, kind, kernel.precision, Counter([work, handover])))
         times = self.times([work for *_, work in heads]).tolist()
@@ -159,7 +159,13 @@ class LatencyPredictor:
         if not pairs:
             return np.zeros((0, 2))
         sums = [(signature(before), signature(after)) for before, after in pairs]
-        out = self.times([_more(before, after) for before, after in sums])
+        more = [after - before for before, after in sums]
+        less = [before - after for before, after in sums]
+        both = [plus + minus for plus, minus in zip(more, less, strict=True)]
+        plus, minus, all_ = np.split(self.times([*more, *less, *both]), 3)
+        # (a - b)^2 = 2 a^2 + 2 b^2 - (a + b)^2: deviations of sums are all that is asked for.
+        squares = 2 * plus[:, 1] ** 2 + 2 * minus[:, 1] ** 2 - all_[:, 1] ** 2
+        out = np.stack([plus[:, 0] - minus[:, 0], np.sqrt(np.maximum(squares, 0))], 1)
         out[[any(map(self._deadly, pair)) for pair in sums]] = np.inf
         return out
 
@@ -177,13 +183,6 @@ class LatencyPredictor:
 
     def _deadly(self, counts: Counts) -> bool:
         return any((s.kind, s.form) in self._unavailable for s in counts)
-
-
-def _more(before: Counts, after: Counts) -> Counts:
-    """The work of ``after`` that ``before`` has not, and with counts below 0 the reverse."""
-    difference = Counter(after)
-    difference.subtract(before)
-    return {s: n for s, n in difference.items() if n}
 
 
 def predictor_for(
