@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
 from ..compressors import RUNGS
 from ..spaces import Impossible, Policy
 from .limits import Limits
-from .pareto import by_chance, climbs
+from .pareto import Point, by_chance, climbs
 from .proposals import Proposals
 from .record import Entry, Record
 
@@ -26,6 +27,7 @@ REDUCTION = 2.0  # one in so many climbs from rung to rung
 SHRINKS = 16  # steps in which a policy that is over a limit can be made smaller
 ASKS = 32  # proposals over a limit, one after another, until the search gives up
 HOPELESS = 8  # trials that failed, none of them having reached a result: the search ends
+RECENT = 100  # newest results of a rung that say how long it takes
 SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
 
 
@@ -91,6 +93,9 @@ class Controller:
         self._again: list[Trial] = []  # of a search that was cut off
         self._spent = 0.0
         self._rebuild(record.entries())
+        self._points: dict[str, list[Point]] = {
+            rung: [_point(e) for e in self.results(rung) if e["constraint"] <= 0] for rung in RUNGS
+        }  # within the limits; kept, for going through all results for each is slow
         self._began = clock()
 
     # What to try next.
@@ -224,6 +229,8 @@ class Controller:
         if not self._append(entry):
             return False
         self._learn(trial, entry)
+        if entry["constraint"] <= 0:
+            self._points[rung].append(_point(entry))
         if self.limits.cost(*_costs(entry)) > 0:
             self._end(trial, "over_limit")
         elif rung == RUNGS[-1]:
@@ -285,7 +292,7 @@ class Controller:
         among the results so far, or ``chance``; None if nothing does. What its results say of the
         limits in the end is a guess that chance must be able to contradict; what it costs is not.
         """
-        earlier = [_point(e) for e in self.results(entry["rung"]) if e["constraint"] <= 0]
+        earlier = self._points[entry["rung"]]
         if not self._doomed(entry) and climbs(earlier, _point(entry), REDUCTION):
             return "rank"
         seed = self.proposals.seed
@@ -343,7 +350,8 @@ class Controller:
         ahead = RUNGS[RUNGS.index(rung) :]
         needed = 0.0
         for each in ahead:
-            durations = [e["rung_seconds"] for e in self.results(each)]
+            newest = islice(reversed(self._reached[each].values()), RECENT)
+            durations = [t.results[each]["rung_seconds"] for t in newest if each in t.results]
             if not durations:
                 return self.remaining() > 0 or not self.results(RUNGS[-1])
             needed += statistics.median(durations)
@@ -389,7 +397,7 @@ def _costs(entry: Entry) -> tuple[float, int, int]:
     return entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
 
 
-def _point(entry: Entry) -> tuple[float, float]:
+def _point(entry: Entry) -> Point:
     return entry["loss"], entry["latency_ms"][1]
 
 
