@@ -195,11 +195,10 @@ class Controller:
         return ends["failed"] >= max(enough, ends[None])
 
     def late(self) -> float:
-        """Seconds by which trials in progress took the search over its time budget, if more than
-        they may: a trial was longer than its rungs before it, or than the budget itself."""
-        if self.budget.seconds is None:
-            return 0.0
-        return max(0.0, -self.remaining() - SLACK * self.budget.seconds)
+        """Seconds by which trials in progress took the search over its time budget; 0 if no more
+        than they may. The budget is less than a trial takes, or a rung took unusually long."""
+        over = 0.0 if self.budget.seconds is None else -self.remaining()
+        return over if over > SLACK * (self.budget.seconds or 0.0) else 0.0
 
     def elapsed(self) -> float:
         """Seconds of search so far, those before a resume included."""
