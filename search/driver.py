@@ -1,6 +1,8 @@
 """A whole search: prepare, run trials, measure the finalists, write what came of it."""
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import secrets
@@ -42,7 +44,13 @@ from .record import FileRecord
 from .report import write_report
 from .results import finalists, measured_front, result
 from .spec import Spec, load_spec
-from .store import compressed_bytes, read_artifact, write_json, write_whole
+from .store import (
+    compressed_bytes,
+    read_artifact,
+    remove_checkpoints,
+    write_json,
+    write_whole,
+)
 from .tracking import MemoryTracker, Status, Tracker
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
@@ -150,7 +158,7 @@ class _Search:
         torch.set_num_threads(1)  # from here on the trials have the cores
         tracker = self._tracker(header)
         controller = self._controller(limits, tracker, header, price)
-        self._trials(controller)
+        self._trials(controller, header)
         ray.kill(meter)
         self._note_end(controller)
         found = self._measure(controller, header)
@@ -242,8 +250,11 @@ class _Search:
         )
 
         def listen(entry: dict[str, Any]) -> None:
-            if entry["kind"] not in ("begin", "rejected"):  # of trials, MLflow shows results
+            # Of trials, MLflow shows results.
+            if entry["kind"] not in ("begin", "rejected", "died"):
                 tracker.record(entry)
+            if entry["kind"] == "end" and entry["reason"] != "interrupted":
+                remove_checkpoints(self.run_dir, entry["digest"])
             self.progress.entry(entry)
 
         self.record.append(header)
@@ -256,9 +267,9 @@ class _Search:
             proposals, price, limits, self.record, budget, listen=[listen], look_ahead=True
         )
 
-    def _trials(self, controller: Controller) -> None:
+    def _trials(self, controller: Controller, header: dict[str, Any]) -> None:
         facts = facts_of(self.spec, self.ready.prepared.runtime.fingerprint)
-        job = Job(self.spec, self.run_dir, facts, self.answers)
+        job = Job(self.spec, self.run_dir, facts, self._inputs(header), self.answers)
         resources = {"cpu": self.spec.resources.cpus, "gpu": self.spec.resources.gpus}
         with self.progress, _terminable():
             run_trials(
@@ -268,6 +279,16 @@ class _Search:
                 resources=resources,
                 accelerator=self.spec.resources.accelerator,
             )
+        if not (controller.interrupted or controller.fatal):
+            remove_checkpoints(self.run_dir)
+
+    def _inputs(self, header: dict[str, Any]) -> str:
+        """A digest of what candidates depend on besides policy and rung: what has changed since a
+        search was cut off must not go on from what it had."""
+        inputs = {name: header[name] for name in ("seed", "data_digest", "versions")}
+        inputs["teacher"] = hashlib.sha256(self.ready.teacher).hexdigest()
+        inputs["rungs"] = self.spec.rungs.model_dump()
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
     def _note_end(self, controller: Controller) -> None:
         if controller.fatal:

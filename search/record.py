@@ -18,7 +18,7 @@ SYNCED = ("search", "result", "measured")
 
 class Record(Protocol):
     """Where results are appended as they come. Entries are JSON objects with a ``kind``:
-    search, result, end, rejected, measured."""
+    search, begin, result, died, end, rejected, measured."""
 
     def append(self, entry: Entry) -> None:
         """Adds one entry; a process that dies after this has lost nothing. Raises OSError, also
