@@ -1,10 +1,11 @@
 """What the controller costs as a search grows: thousands of trials on simulated workers.
 
 The production classes (controller, proposals with TPE, climbs, a record in a file) run on a
-simulated clock; only the work is made up, and the price of a policy. The seconds that the
-controller really takes pass on that clock, one call at a time, so that workers wait for it as they
-would for a driver. Ray's own work, MLflow and the live display are not in it (overhead.py), nor is
-pricing, which looks ahead on a thread of its own.
+simulated clock; only the work is made up, and the price of a policy. The processor seconds that
+the controller really takes pass on that clock, one call at a time, so that workers wait for it as
+they would for a driver that has a core of its own (the machine may be shared). Ray's own work,
+MLflow and the live display are not in it (overhead.py), nor is pricing, which looks ahead on a
+thread of its own.
 
     python benchmarks/scale.py [--trials 5000] [--workers 200] [--sampler tpe] [--minutes 1.5]
 """
@@ -96,7 +97,7 @@ def run(trials: int, workers: int, sampler: str, minutes: float) -> dict[str, An
         budget = Budget(trials, seconds=1e9)
         control = Controller(proposals, price, LIMITS, record, budget, clock=clock)
         began = time.perf_counter()
-        outcome = simulate(control, evaluate, workers, clock, time.perf_counter)
+        outcome = simulate(control, evaluate, workers, clock, time.thread_time)
         real = time.perf_counter() - began
         record.close()
     bands = []

@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
 from ..compressors import RUNGS
 from ..spaces import Impossible, Policy
 from .limits import Limits
-from .pareto import by_chance, climbs
+from .pareto import Point, by_chance, climbs
 from .record import Entry, Record
 from .strategies import Source
 
@@ -27,6 +28,7 @@ SHRINKS = 16  # steps in which a policy that is over a limit can be made smaller
 ASKS = 32  # proposals over a limit, one after another, until the search gives up
 HOPELESS = 8  # trials that failed, none of them having reached a result: the search ends
 DEATHS = 2  # of its worker, and a policy is not tried again: it may be what kills them
+RECENT = 100  # newest results of a rung that say how long it takes
 SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
 
 
@@ -101,6 +103,9 @@ class Controller:
         self._spent = 0.0
         self._began = clock()
         self._rebuild(record.entries(), reprice)
+        self._points: dict[str, list[Point]] = {
+            rung: [_point(e) for e in self.results(rung) if e["constraint"] <= 0] for rung in RUNGS
+        }  # within the limits; kept, for going through all results for each is slow
 
     # What to try next.
 
@@ -189,11 +194,11 @@ class Controller:
 
     def over(self) -> bool:
         """Whether no more trials begin."""
-        if self.fatal or self.interrupted or self.exhausted:
+        if self.fatal or self.interrupted:
             return True
         if self.remaining() <= 0 or self.hopeless():
             return True
-        return not self._again and len(self.trials) >= self.budget.trials
+        return not self._again and (self.exhausted or len(self.trials) >= self.budget.trials)
 
     def hopeless(self) -> bool:
         """Whether every trial so far failed, and enough did: all there are to be, or HOPELESS and
@@ -205,11 +210,10 @@ class Controller:
         return ends["failed"] >= max(enough, ends[None])
 
     def late(self) -> float:
-        """Seconds by which trials in progress took the search over its time budget, if more than
-        they may: a trial was longer than its rungs before it, or than the budget itself."""
-        if self.budget.seconds is None:
-            return 0.0
-        return max(0.0, -self.remaining() - SLACK * self.budget.seconds)
+        """Seconds by which trials in progress took the search over its time budget; 0 if no more
+        than they may. The budget is less than a trial takes, or a rung took unusually long."""
+        over = 0.0 if self.budget.seconds is None else -self.remaining()
+        return over if over > SLACK * (self.budget.seconds or 0.0) else 0.0
 
     def elapsed(self) -> float:
         """Seconds of search so far, those before a resume included."""
@@ -230,6 +234,8 @@ class Controller:
         trial = self.trials.get(number)
         if trial is None or trial.ended:
             return False  # a result that arrives after the end of its trial changes nothing
+        if outcome["rung"] != trial.next_rung:
+            return True  # nor does one that comes twice
         error = outcome.get("error") or _not_a_number(outcome)
         if error:
             self._end(trial, "failed", error)
@@ -239,6 +245,8 @@ class Controller:
         if not self._append(entry):
             return False
         self._learn(trial, entry)
+        if entry["constraint"] <= 0:
+            self._points[rung].append(_point(entry))
         if self.limits.cost(*_costs(entry)) > 0:
             self._end(trial, "over_limit")
         elif rung == RUNGS[-1]:
@@ -323,7 +331,7 @@ class Controller:
         among the results so far, or ``chance``; None if nothing does. What its results say of the
         limits in the end is a guess that chance must be able to contradict; what it costs is not.
         """
-        earlier = [_point(e) for e in self.results(entry["rung"]) if e["constraint"] <= 0]
+        earlier = self._points[entry["rung"]]
         if not self._doomed(entry) and climbs(earlier, _point(entry), REDUCTION):
             return "rank"
         seed = self.proposals.seed
@@ -381,7 +389,8 @@ class Controller:
         ahead = RUNGS[RUNGS.index(rung) :]
         needed = 0.0
         for each in ahead:
-            durations = [e["rung_seconds"] for e in self.results(each)]
+            newest = islice(reversed(self._reached[each].values()), RECENT)
+            durations = [t.results[each]["rung_seconds"] for t in newest if each in t.results]
             if not durations:
                 return self.remaining() > 0 or not self.results(RUNGS[-1])
             needed += statistics.median(durations)
@@ -440,7 +449,7 @@ def _upper_costs(entry: Entry) -> tuple[float, int, int]:
     return entry["latency_ms"][2], entry["size_bytes"], entry["compressed_bytes"]
 
 
-def _point(entry: Entry) -> tuple[float, float]:
+def _point(entry: Entry) -> Point:
     return entry["loss"], entry["latency_ms"][1]
 
 

@@ -255,8 +255,8 @@ class _Search:
             self.notes.append(f"Every trial failed: {reasons}")
         if late := controller.late():
             self.notes.append(
-                f"The time budget was too short for a trial: what had begun took {late:.0f} s more "
-                "to have something to show"
+                f"The trials in progress took {late:.0f} s longer than the time budget: it is "
+                "short for a trial of this task"
             )
 
     def _measure(self, controller: Controller, header: dict[str, Any]) -> dict[str, Any]:
