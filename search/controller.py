@@ -10,6 +10,7 @@ import math
 import statistics
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from ..compressors import RUNGS
 from ..spaces import Impossible, Policy
 from .limits import Limits
-from .pareto import climbs
+from .pareto import by_chance, climbs
 from .proposals import Proposals
 from .record import Entry, Record
 
@@ -78,6 +79,7 @@ class Controller:
     ) -> None:
         self.proposals, self.limits, self.record, self.budget = proposals, limits, record, budget
         self.trials: dict[int, Trial] = {}
+        self._reached: dict[str, dict[int, Trial]] = {rung: {} for rung in RUNGS}  # as they came
         self._price = price
         self.fatal: OSError | None = None
         self.exhausted = False
@@ -179,9 +181,20 @@ class Controller:
         return not self._again and len(self.trials) >= self.budget.trials
 
     def hopeless(self) -> bool:
-        """Whether every trial so far failed, and enough did."""
-        failed = [t for t in self.trials.values() if t.ended == "failed"]
-        return len(failed) >= HOPELESS and not any(t.results for t in self.trials.values())
+        """Whether every trial so far failed, and enough did: all there are to be, or HOPELESS and
+        no fewer than are running, of whom one bad node that fails at once knows nothing."""
+        if any(t.results for t in self._reached[RUNGS[0]].values()):
+            return False
+        ends = Counter(t.ended for t in self.trials.values())
+        enough = 1 if self.exhausted else min(HOPELESS, self.budget.trials)
+        return ends["failed"] >= max(enough, ends[None])
+
+    def late(self) -> float:
+        """Seconds by which trials in progress took the search over its time budget, if more than
+        they may: a trial was longer than its rungs before it, or than the budget itself."""
+        if self.budget.seconds is None:
+            return 0.0
+        return max(0.0, -self.remaining() - SLACK * self.budget.seconds)
 
     def elapsed(self) -> float:
         """Seconds of search so far, those before a resume included."""
@@ -208,7 +221,6 @@ class Controller:
             return False
         entry = self._entry(trial, outcome)
         rung = entry["rung"]
-        earlier = [_point(e) for e in self.results(rung) if e["constraint"] <= 0]
         if not self._append(entry):
             return False
         self._learn(trial, entry)
@@ -216,7 +228,7 @@ class Controller:
             self._end(trial, "over_limit")
         elif rung == RUNGS[-1]:
             self._end(trial, "finished")
-        elif self._doomed(entry) or not climbs(earlier, _point(entry), REDUCTION):
+        elif entry["through"] is None:
             self._end(trial, "stopped")
         elif self.interrupted:
             self._end(trial, "interrupted")
@@ -252,8 +264,7 @@ class Controller:
 
     def results(self, rung: str) -> list[Entry]:
         """The results of ``rung``, oldest first."""
-        found = [t.results[rung] for t in self.trials.values() if rung in t.results]
-        return sorted(found, key=lambda e: float(e["time"]))
+        return [t.results[rung] for t in self._reached[rung].values() if rung in t.results]
 
     def _entry(self, trial: Trial, outcome: Entry) -> Entry:
         entry = {
@@ -263,18 +274,30 @@ class Controller:
             **outcome,
             "latency_ms": list(trial.price.latency_ms),
         }
-        excess = (
-            self.limits.excess(entry["metric"], *_costs(entry))
-            if entry["rung"] == RUNGS[-1]
-            else self.limits.cost(*_costs(entry))
-        )
-        return {**entry, "constraint": excess}
+        cost = self.limits.cost(*_costs(entry))
+        if entry["rung"] == RUNGS[-1]:
+            excess = self.limits.excess(entry["metric"], *_costs(entry))
+            return {**entry, "constraint": excess, "through": None}
+        return {**entry, "constraint": cost, "through": None if cost > 0 else self._through(entry)}
+
+    def _through(self, entry: Entry) -> str | None:
+        """What lets a trial within the limits on to the next rung, if time allows: its ``rank``
+        among the results so far, or ``chance``; None if nothing does. What its results say of the
+        limits in the end is a guess that chance must be able to contradict; what it costs is not.
+        """
+        earlier = [_point(e) for e in self.results(entry["rung"]) if e["constraint"] <= 0]
+        if not self._doomed(entry) and climbs(earlier, _point(entry), REDUCTION):
+            return "rank"
+        seed = self.proposals.seed
+        return "chance" if by_chance(seed, entry["digest"], entry["rung"]) else None
 
     def _name(self, trial: Trial) -> Entry:
         return {"trial": trial.number, "digest": trial.policy.digest, "time": self._clock()}
 
     def _learn(self, trial: Trial, entry: Entry) -> None:
         trial.results[entry["rung"]] = entry
+        self._reached[entry["rung"]].pop(trial.number, None)  # of a trial that began anew
+        self._reached[entry["rung"]][trial.number] = trial
         self.proposals.tell(
             trial.policy, entry["rung"], entry["loss"], entry["latency_ms"][1], entry["constraint"]
         )
@@ -300,7 +323,7 @@ class Controller:
         if self.limits.max_drop is None:
             return False
         over = 0
-        for trial in self.trials.values():
+        for trial in self._reached[RUNGS[-1]].values():
             full, then = trial.results.get(RUNGS[-1]), trial.results.get(entry["rung"])
             if full is None or then is None:
                 continue

@@ -275,6 +275,11 @@ class _Search:
         if controller.hopeless():
             reasons = "; ".join(f"{n}x {text}" for text, n in failures(self.record.entries()))
             self.notes.append(f"Every trial failed: {reasons}")
+        if late := controller.late():
+            self.notes.append(
+                f"The time budget was too short for a trial: what had begun took {late:.0f} s more "
+                "to have something to show"
+            )
 
     def _measure(self, controller: Controller, header: dict[str, Any]) -> dict[str, Any]:
         """Finalists, alone, in a process of its own; the front and result.json's content."""

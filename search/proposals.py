@@ -40,8 +40,9 @@ class Proposals:
     ) -> None:
         self.space = space
         self._sampler = sampler
+        self.seed = seed  # of the search
         self._rng = random.Random(seed)
-        self._seed = seed
+        self._seed = seed  # of the newest study
         self._queue = list(first)
         self._seen: set[str] = set()
         self._studies = {rung: self._study() for rung in RUNGS}

@@ -21,6 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ..spaces import BadInput
 from . import pareto, progress, record
+from .correlation import Agreement, agreements
 from .limits import limits
 from .mlflow_entries import RUNGS
 from .progress import Figures, Summary
@@ -56,13 +57,15 @@ class Row:
 @dataclass(frozen=True)
 class Run:
     """What a run directory says. result: None while the search runs. failures: reasons with the
-    trials that failed for them. front and others: artifacts, by ascending latency."""
+    trials that failed for them. front and others: artifacts, by ascending latency. agreements: of
+    each rung with the next."""
 
     search: Mapping[str, Any]
     summary: Summary
     front: Sequence[Row]
     others: Sequence[Row]
     failures: Sequence[tuple[str, list[int]]]
+    agreements: Sequence[Agreement]
     result: Mapping[str, Any] | None
 
     @property
@@ -94,11 +97,11 @@ def read_run(run_dir: Path) -> Run:
             summary.add(entry)
         search = next(entry for entry in reversed(entries) if entry["kind"] == "search")
         predicted = [_row(entry, summary) for entry in _at_full(entries)]
-        failures = _failures(entries)
+        failures, agreeing = _failures(entries), agreements(entries)
     path = run_dir / "result.json"
     if not path.exists():
         front, others = _front_so_far(predicted, summary)
-        return Run(search, summary, front, others, failures, None)
+        return Run(search, summary, front, others, failures, agreeing, None)
     with _blaming(path):
         result = json.loads(path.read_text("utf-8"))
         summary.teacher, summary.objective = result["teacher"], result.get("objective") or {}
@@ -106,7 +109,7 @@ def read_run(run_dir: Path) -> Run:
         front = [_measured(model, result, known, summary) for model in result["front"]]
         taken = {row.figures.digest for row in front}
         others = [row for digest, row in known.items() if digest not in taken]
-        return Run(search, summary, front, others, failures, result)
+        return Run(search, summary, front, others, failures, agreeing, result)
 
 
 @contextmanager

@@ -5,7 +5,15 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flyweight.search.pareto import climbs, dominates, front, layers, spread_order
+from flyweight.search.pareto import (
+    CHANCE,
+    by_chance,
+    climbs,
+    dominates,
+    front,
+    layers,
+    spread_order,
+)
 
 COORDINATE = st.integers(0, 6).map(float)  # few values: many ties
 POINT = st.tuples(COORDINATE, COORDINATE)
@@ -55,6 +63,61 @@ def test_spread_order_begins_with_the_most_accurate_and_loses_none(
             return min(abs(points[i][1] - points[j][1]) for j in before)
 
         assert far(found[n]) == max(far(i) for i in found[n:])
+
+
+def climbs_by_definition(
+    earlier: list[tuple[float, float]], new: tuple[float, float], reduction: float
+) -> bool:
+    """Front by front, within a front from pick to pick, everything by comparing all with all."""
+    points = [*earlier, new]
+    left, order = set(range(len(points))), []
+    while left:
+        known = sorted(left)
+        peel = {known[i] for i in brute_front([points[i] for i in known])}
+        left -= peel
+        before = len(order)
+        for _ in range(len(peel)):
+            ranked = sorted(peel - set(order), key=lambda i: (points[i], i))
+            chosen = order[before:]
+
+            def far(i: int, chosen: list[int] = chosen) -> float:
+                return min((abs(points[i][1] - points[j][1]) for j in chosen), default=0.0)
+
+            order.append(max(ranked, key=far))  # the first of those that are as far
+    return order.index(len(points) - 1) < math.ceil(len(points) / reduction)
+
+
+@given(POINTS, POINT, st.sampled_from([1.0, 1.5, 2.0, 3.0, 4.0]))
+def test_climbs_as_defined(
+    earlier: list[tuple[float, float]], new: tuple[float, float], reduction: float
+) -> None:
+    assert climbs(earlier, new, reduction) == climbs_by_definition(earlier, new, reduction)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=60))
+def test_climbs_as_defined_among_many_without_ties(points: list[tuple[float, float]]) -> None:
+    for at in range(0, len(points), 7):
+        args = points[:at], points[at], 2.0
+        assert climbs(*args) == climbs_by_definition(*args)
+
+
+def test_one_long_front_is_climbed_along_latency() -> None:
+    """Nobody dominates anybody: places go to those that fill the widest gap."""
+    points = [(1 - t / 999, t / 999) for t in range(1000)]
+    assert climbs(points[:400] + points[500:], points[450], 2.0)
+    close = [(1 - t / 9e9, t / 9e9) for t in range(1, 999)]
+    assert not climbs([points[0], points[999], *close[1::2]], close[100], 2.0)
+
+
+def test_chance_is_a_share_that_neither_order_nor_rung_moves() -> None:
+    drawn = {(d, r): by_chance(1, f"{d:064x}", r) for d in range(4000) for r in ("short", "full")}
+    for rung in ("short", "full"):
+        share = sum(drawn[d, rung] for d in range(4000)) / 4000
+        assert abs(share - CHANCE) < 3 * (CHANCE / 4000) ** 0.5
+    assert sum(drawn[d, "short"] and drawn[d, "full"] for d in range(4000)) < 4000 * CHANCE / 4
+    assert [by_chance(2, f"{d:064x}", "short") for d in range(4000)] != [
+        drawn[d, "short"] for d in range(4000)
+    ]
 
 
 @given(POINTS, POINT, st.sampled_from([1.0, 1.5, 2.0, 3.0, 4.0]))

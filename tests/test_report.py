@@ -196,10 +196,23 @@ def test_trials_and_failures(page: Page) -> None:
     assert dict(page.tables[3][1:]) == {
         "finished": "5", "stopped": "5", "failed": "3", "over limit": "2",
     }  # fmt: skip
-    assert page.tables[4][1:] == [
+    assert page.tables[5][1:] == [
         ["2", "parity: 97.1% of predictions agree", "12, 14"],
         ["1", "out of memory", "13"],
     ]
+
+
+def test_how_far_rungs_agree(tmp_path: Path, page: Page) -> None:
+    assert page.row(4, "recalibrate, short")[1:] == ["7", "0", "1.00 biased", NONE]
+    assert page.row(4, "short, full")[1:3] == ["5", "0"]
+    known = entries()
+    for entry in known:
+        if entry.get("rung") == "recalibrate":
+            entry |= {"through": "chance", "latency_ms": [0.1, 0.1 + entry["trial"] % 3, 4.0]}
+    known += [result_entry(t, "short", 0.4, 88.0 + t / 10, 700_000) for t in (0, 8, 9, 10, 11)]
+    page = Page(write_report(run_directory(tmp_path / "chance", known)))
+    assert page.row(4, "recalibrate, short")[1:] == ["12", "12", "1.00", "1.00"]
+    assert "Biased: too few went on by chance" in page.text
 
 
 def test_every_version_is_told_once(tmp_path: Path) -> None:

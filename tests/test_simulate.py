@@ -1,0 +1,343 @@
+"""The search on a simulated clock: what repeats, who climbs and why, races, bad ends."""
+
+import itertools
+import random
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flyweight.compressors import RUNGS
+from flyweight.search.controller import (
+    HOPELESS,
+    REDUCTION,
+    SLACK,
+    Budget,
+    Controller,
+    failures,
+)
+from flyweight.search.limits import Limits
+from flyweight.search.pareto import by_chance
+from flyweight.search.proposals import Proposals
+from flyweight.search.record import Entry, MemoryRecord
+from flyweight.search.simulate import Clock, simulate
+from flyweight.spaces import Policy
+
+ONE: dict[str, Any] = {
+    "min_keep": 1.0, "precisions": ("fp32",), "criteria": ("l1",), "reconstruct": (False,),
+    "calibrations": ("minmax",), "qat": (False,), "losses": ("kl",), "temperature": (4.0, 4.0),
+    "alpha": (0.9, 0.9), "learning_rate": (0.02, 0.02),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def toy(load: Callable[[str], ModuleType]) -> ModuleType:
+    """A small space, its price, its results and a controller for it."""
+    return load("tests/test_controller.py")
+
+
+@pytest.fixture(scope="module")
+def brute(load: Callable[[str], ModuleType]) -> ModuleType:
+    """Climbing by its definition."""
+    return load("tests/test_pareto.py")
+
+
+def controller(
+    toy: ModuleType, record: MemoryRecord, clock: Clock, *, trials: int = 100, limits: Any = None,
+    seconds: float | None = None, seed: int = 0, sampler: str = "random", **settings: Any,
+) -> Controller:  # fmt: skip
+    """Random search, where the sampler is not the point: it costs a tenth of TPE."""
+    return Controller(
+        Proposals(toy.space(**settings), sampler, seed), toy.price, limits or toy.NONE, record,
+        Budget(trials, seconds), clock=clock,
+    )  # fmt: skip
+
+
+class Work:
+    """What workers find: noisy, sometimes nothing; how long it takes differs by policy."""
+
+    def __init__(self, toy: ModuleType, seed: int = 0, deaths: float = 0.0) -> None:
+        self.toy, self.seed, self.deaths = toy, seed, deaths
+
+    def __call__(self, policy: Policy, rung: str) -> tuple[Entry | None, float]:
+        rng = random.Random(f"{self.seed}/{policy.digest}/{rung}")
+        seconds = rng.uniform(1.0, 9.0)
+        entry = self.toy.outcome(policy, rung, seconds)
+        entry["loss"] += rng.choice([0.0, 0.5, 1.0])
+        return (None if rng.random() < self.deaths else entry), seconds
+
+
+def results(record: MemoryRecord) -> list[Entry]:
+    return [e for e in record.entries() if e["kind"] == "result"]
+
+
+def check_ends(control: Controller, record: MemoryRecord) -> None:
+    """Every trial ended once, after its last result; nothing is left open."""
+    ended: dict[int, str] = {}
+    for entry in record.entries():
+        if entry["kind"] in ("result", "end"):
+            assert entry["trial"] not in ended
+        if entry["kind"] == "end":
+            ended[entry["trial"]] = entry["reason"]
+    assert ended == {n: t.ended for n, t in control.trials.items()}
+    assert control.proposals.running() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 7])
+def test_a_seed_decides_all(toy: ModuleType, workers: int) -> None:
+    records = []
+    for seed in (3, 3, 4):
+        clock, record = Clock(), MemoryRecord()
+        control = controller(toy, record, clock, trials=40, seed=seed, sampler="tpe")
+        simulate(control, Work(toy, deaths=0.1), workers, clock)
+        check_ends(control, record)
+        records.append(record.entries())
+    assert records[0] == records[1] != records[2]
+
+
+def test_one_worker_does_what_a_loop_does(toy: ModuleType) -> None:
+    loop, record = MemoryRecord(), MemoryRecord()
+    clock = Clock()
+    toy.run(controller(toy, loop, clock, trials=30, sampler="tpe"))
+    control = controller(toy, record, clock, trials=30, sampler="tpe")
+    simulate(control, lambda p, r: (toy.outcome(p, r), 1.0), 1, clock)
+    kept = [[e | {"time": 0} for e in each.entries()] for each in (loop, record)]
+    assert kept[0] == kept[1]
+
+
+@given(st.integers(1, 9), st.integers(1, 30))
+def test_workers_work(toy: ModuleType, workers: int, trials: int) -> None:
+    clock, record = Clock(50.0), MemoryRecord()
+    control = controller(toy, record, clock, trials=trials)
+    out = simulate(control, Work(toy), workers, clock)
+    assert out.busy_s == pytest.approx(sum(e["rung_seconds"] for e in results(record)))
+    assert out.waited_s == out.idle == 0.0
+    assert clock.now == pytest.approx(50.0 + out.seconds)
+    assert out.busy_s / min(workers, trials) <= out.seconds * (1 + 1e-9) <= out.busy_s * (1 + 2e-9)
+    times = [e["time"] for e in record.entries()]
+    assert times == sorted(times)
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_what_the_controller_takes_passes_on_the_clock(toy: ModuleType, workers: int) -> None:
+    clock, ticks = Clock(), itertools.count()
+    control = controller(toy, MemoryRecord(), clock, trials=20)
+    out = simulate(control, Work(toy), workers, clock, lambda: float(next(ticks)))
+    calls = 20 + sum(len(control.results(rung)) for rung in RUNGS)
+    assert sum(out.controller_s.values()) == calls  # a second each
+    if workers == 1:
+        assert clock.now == pytest.approx(out.busy_s + calls)
+        assert out.waited_s == calls - 1  # after the last there is nothing to wait for
+    else:
+        assert out.waited_s > calls / 2  # also for calls on behalf of others
+    assert 0 < out.idle < 1
+
+
+def through_by_definition(entry: Entry, before: list[Entry], limits: Limits, brute: Any) -> Any:
+    """What lets ``entry`` through, from the entries before it alone."""
+    rung = entry["rung"]
+    if rung == RUNGS[-1] or entry["constraint"] > 0:
+        return None
+    points = [
+        (e["loss"], e["latency_ms"][1])
+        for e in before
+        if e["rung"] == rung and e["constraint"] <= 0
+    ]
+    then = {e["trial"]: e["loss"] for e in before if e["rung"] == rung}
+    full = {e["trial"]: e["metric"] for e in before if e["rung"] == RUNGS[-1]}
+    kept = {t: limits.teacher_metric - m <= (limits.max_drop or 0) for t, m in full.items()}
+    no_worse = [t for t in full if not kept[t] and then[t] <= entry["loss"]]
+    hope = [t for t in full if kept[t] and then[t] >= entry["loss"]]
+    doomed = limits.max_drop is not None and len(no_worse) >= 2 and not hope
+    new = (entry["loss"], entry["latency_ms"][1])
+    if not doomed and brute.climbs_by_definition(points, new, REDUCTION):
+        return "rank"
+    return "chance" if by_chance(7, entry["digest"], rung) else None
+
+
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 12),
+    st.sampled_from([Limits(95.0), Limits(95.0, max_drop=1.0), Limits(95.0, 0.7, max_drop=1.2)]),
+)
+def test_who_climbs_hangs_on_the_results_so_far_alone(
+    toy: ModuleType, brute: ModuleType, seed: int, workers: int, limits: Limits
+) -> None:
+    clock, record = Clock(), MemoryRecord()
+    control = controller(toy, record, clock, trials=40, limits=limits, seed=7)
+    simulate(control, Work(toy, seed, deaths=0.05), workers, clock)
+    check_ends(control, record)
+    found = results(record)
+    for at, entry in enumerate(found):
+        assert entry["through"] == through_by_definition(entry, found[:at], limits, brute)
+        if entry["through"]:
+            assert control.trials[entry["trial"]].ended in ("finished", "stopped", "failed")
+        elif entry["rung"] != RUNGS[-1]:
+            assert control.trials[entry["trial"]].ended in ("stopped", "over_limit")
+
+
+def test_a_small_share_goes_on_by_chance(toy: ModuleType) -> None:
+    clock, record = Clock(), MemoryRecord()
+    control = controller(toy, record, clock, trials=600, sparsity=(0.0, 0.5), seed=1)
+    simulate(control, Work(toy), 20, clock)
+    lowest = [e for e in results(record) if e["rung"] == RUNGS[0]]
+    left = [e for e in lowest if e["through"] != "rank"]
+    chance = [e for e in left if e["through"] == "chance"]
+    assert 0.02 < len(chance) / len(left) < 0.09  # 0.05, and three deviations
+    assert all(RUNGS[1] in control.trials[e["trial"]].results for e in chance)
+
+
+# Races.
+
+
+@given(st.integers(0, 10**6), st.integers(2, 9))
+def test_results_of_trials_that_have_ended_change_nothing(
+    toy: ModuleType, seed: int, workers: int
+) -> None:
+    """Nodes are lost while results of theirs are on their way, and results come twice."""
+    clock, record, rng = Clock(), MemoryRecord(), random.Random(seed)
+    control = controller(toy, record, clock, trials=25)
+    work = Work(toy, seed, deaths=0.1)
+
+    def evaluate(policy: Policy, rung: str) -> tuple[Entry | None, float]:
+        lost = rng.choice(list(control.trials.values()))
+        if rng.random() < 0.2:
+            control.failed(lost.number, "its node is gone")
+        ended = [t for t in control.trials.values() if t.ended]
+        if ended and rng.random() < 0.5:
+            late = rng.choice(ended)
+            before = record.entries()
+            assert not control.result(late.number, toy.outcome(late.policy, rng.choice(RUNGS)))
+            assert record.entries() == before
+        return work(policy, rung)
+
+    simulate(control, evaluate, workers, clock)
+    check_ends(control, record)
+    assert len(control.trials) == 25
+
+
+@given(st.integers(0, 60), st.integers(1, 5))
+def test_a_search_that_was_killed_goes_on(toy: ModuleType, calls: int, workers: int) -> None:
+    clock, record, left = Clock(), MemoryRecord(), itertools.count(calls, -1)
+    work = Work(toy)
+
+    def evaluate(policy: Policy, rung: str) -> tuple[Entry | None, float]:
+        if next(left) == 0:
+            raise KeyboardInterrupt
+        return work(policy, rung)
+
+    record.append({"kind": "search", "time": clock.now})
+    try:
+        simulate(controller(toy, record, clock, trials=20), evaluate, workers, clock)
+    except KeyboardInterrupt:
+        record.append({"kind": "search", "time": clock.now})
+    again = controller(toy, record, clock, trials=20)
+    simulate(again, work, workers, clock)
+    assert len(again.trials) == 20
+    assert {t.ended for t in again.trials.values()} <= {"finished", "stopped"}
+    assert again.results(RUNGS[-1])
+    ends = [e["trial"] for e in record.entries() if e["kind"] == "end"]
+    assert len(ends) == len(set(ends))
+    assert again.proposals.running() == 0
+
+
+# Bad ends.
+
+
+@pytest.mark.parametrize("workers", [1, 4, 50])
+def test_a_search_whose_every_trial_fails_stops_early(toy: ModuleType, workers: int) -> None:
+    clock, record, reasons = Clock(), MemoryRecord(), itertools.cycle("abacbad")
+
+    def evaluate(_: Policy, rung: str) -> tuple[Entry | None, float]:
+        return {"error": f"{rung}: reason {next(reasons)}"}, 1.0
+
+    control = controller(toy, record, clock, trials=500)
+    simulate(control, evaluate, workers, clock)
+    check_ends(control, record)
+    assert control.hopeless()
+    assert len(control.trials) <= HOPELESS + 2 * workers
+    assert control.late() == 0.0
+    told = failures(record.entries())
+    assert [text for text, _ in told] == [f"recalibrate: reason {r}" for r in "abc"]
+    assert [n for _, n in told] == sorted((n for _, n in told), reverse=True)
+
+
+def test_a_small_search_whose_every_trial_fails_is_hopeless_too(toy: ModuleType) -> None:
+    for trials, settings in ((3, {}), (100, ONE)):
+        clock = Clock()
+        control = controller(toy, MemoryRecord(), clock, trials=trials, **settings)
+        simulate(control, lambda *_: (None, 1.0), 4, clock)
+        assert control.hopeless()
+
+
+def test_one_bad_node_among_good_ones_is_no_reason_to_give_up(toy: ModuleType) -> None:
+    """It fails at once, over and over, before the others have found anything."""
+    clock, record, begun = Clock(), MemoryRecord(), itertools.count()
+
+    def evaluate(policy: Policy, rung: str) -> tuple[Entry | None, float]:
+        n = next(begun)
+        return (None, 0.5) if n == 0 or 40 <= n < 52 else (toy.outcome(policy, rung), 60.0)
+
+    control = controller(toy, record, clock, trials=100)
+    simulate(control, evaluate, 40, clock)
+    check_ends(control, record)
+    assert sum(t.ended == "failed" for t in control.trials.values()) > HOPELESS
+    assert len(control.trials) == 100
+    assert control.results(RUNGS[-1])
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_losses_that_are_no_numbers(toy: ModuleType, every: int) -> None:
+    clock, record, rng = Clock(), MemoryRecord(), random.Random(0)
+
+    def evaluate(policy: Policy, rung: str) -> tuple[Entry | None, float]:
+        broken = {"loss": float("nan")} if rng.random() < 1 / every else {}
+        return toy.outcome(policy, rung) | broken, 1.0
+
+    control = controller(toy, record, clock, trials=30)
+    simulate(control, evaluate, 4, clock)
+    check_ends(control, record)
+    assert control.hopeless() == (every == 1)
+    assert bool(control.results(RUNGS[-1])) == (every > 1)
+    assert "the loss is nan" in failures(record.entries())[0][0]
+
+
+def test_a_metric_that_is_constant(toy: ModuleType) -> None:
+    clock, record = Clock(), MemoryRecord()
+    control = controller(toy, record, clock, trials=60)
+
+    def evaluate(policy: Policy, rung: str) -> tuple[Entry | None, float]:
+        return toy.outcome(policy, rung) | {"loss": 1.0, "metric": 10.0}, 1.0
+
+    simulate(control, evaluate, 4, clock)
+    check_ends(control, record)
+    assert len(control.trials) == 60
+    full = control.results(RUNGS[-1])
+    assert 0 < len(full) < 40
+    # What is as good is better the faster it is.
+    fastest = min(e["latency_ms"][1] for e in control.results(RUNGS[0]))
+    assert min(e["latency_ms"][1] for e in full) == fastest
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_deadline_shorter_than_one_trial(toy: ModuleType, workers: int) -> None:
+    clock, record = Clock(), MemoryRecord()
+    control = controller(toy, record, clock, trials=100, seconds=5.0)
+    out = simulate(control, lambda p, r: (toy.outcome(p, r, 10.0), 10.0), workers, clock)
+    check_ends(control, record)
+    assert len(control.trials) == workers  # none began after the deadline
+    assert control.results(RUNGS[-1])  # and one ended with something to show
+    assert out.seconds == 30.0
+    assert control.late() == 30.0 - 5.0 * (1 + SLACK)
+
+
+def test_a_space_of_one_policy(toy: ModuleType) -> None:
+    clock, record = Clock(), MemoryRecord()
+    control = controller(toy, record, clock, trials=100, **ONE)
+    simulate(control, Work(toy), 5, clock)
+    check_ends(control, record)
+    assert control.exhausted
+    assert [t.ended for t in control.trials.values()] == ["finished"]
