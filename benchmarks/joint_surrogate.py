@@ -33,6 +33,8 @@ from flyweight.spaces import Blueprint, Policy, blueprint
 
 Array = np.ndarray[Any, Any]
 LEAST_LOSS = 1e-3  # KL below which losses are not told apart
+FOLDS = 10
+NAMES = [f"{rung} {figure}" for rung in RUNGS for figure in ("loss", "error", "seconds")]
 SETTINGS = ("temperature", "alpha", "learning_rate")
 
 
@@ -102,6 +104,8 @@ MODELS: dict[str, Any] = {
         )
     ),
 }
+
+MODEL = "extra trees"
 
 
 class Surrogate:
@@ -196,3 +200,62 @@ def _figures(values: Array) -> dict[str, dict[str, float]]:
         rung: {"loss": float(loss), "metric": float(100 - error), "seconds": float(seconds)}
         for rung, (loss, error, seconds) in zip(RUNGS, by_rung, strict=True)
     }
+
+
+def held_out(rows: Sequence[Row], model: str) -> Array:
+    """``targets`` of each row, predicted by a model that has not seen its policy."""
+    plans = [plan(row.policy) for row in rows]
+    groups = [row.policy.digest for row in rows]
+    inputs, outputs = features([row.policy for row in rows], plans), targets(rows)
+    folds = GroupKFold(min(FOLDS, len(set(groups))), shuffle=True, random_state=0)
+    found: Array = cross_val_predict(MODELS[model](), inputs, outputs, groups=groups, cv=folds)
+    return found
+
+
+def held_out_latency(rows: Sequence[Row]) -> Array:
+    """The latency of each row, predicted from those of other policies."""
+    groups = [row.policy.digest for row in rows]
+    found = np.empty(len(rows))
+    folds = GroupKFold(min(FOLDS, len(set(groups))), shuffle=True, random_state=0)
+    plans = [plan(row.policy) for row in rows]
+    for seen, unseen in folds.split(plans, groups=groups):
+        predictor = latencies([rows[i] for i in seen], [plans[i] for i in seen])
+        found[unseen] = predictor.predict([plans[i] for i in unseen])[:, 1]
+    return found
+
+
+def errors(predicted: Array, true: Array) -> dict[str, float]:
+    """R2, Spearman's rank correlation and the root of the mean square error."""
+    square = float(((predicted - true) ** 2).mean())
+    return {
+        "r2": 1 - square / float(true.var()),
+        "spearman": float(spearmanr(predicted, true).statistic),
+        "rmse": math.sqrt(square),
+    }
+
+
+def main() -> None:
+    rows = [row for row in read() if row.whole]
+    true = targets(rows)
+    figures: dict[str, Any] = {"trials": len(rows), "policies": len(list(by_policy(rows)))}
+    print(f"{len(rows)} trials of {figures['policies']} policies; {len(read()) - len(rows)} failed")
+    print("| model | rung | log loss: R2, Spearman, RMSE | metric: R2, Spearman, RMSE in points |")
+    print("|---|---|---|---|")
+    for model in MODELS:
+        found = held_out(rows, model)
+        for i, rung in enumerate(RUNGS):
+            loss = errors(found[:, 3 * i], true[:, 3 * i])
+            metric = errors(*(100 - np.exp(y[:, 3 * i + 1]) for y in (found, true)))
+            shown = " | ".join(", ".join(f"{v:.2f}" for v in e.values()) for e in (loss, metric))
+            print(f"| {model} | {rung} | {shown} |")
+            figures[f"{model} {rung}"] = {"log loss": loss, "metric": metric}
+    latency = np.array([row.latency for row in rows])
+    figures["latency"] = errors(held_out_latency(rows), latency)
+    figures["seeds"] = dict(zip(NAMES, np.sqrt((deviations(rows) ** 2).mean(0)), strict=True))
+    print("latency:", figures["latency"])
+    print("deviation of seeds (logarithms):", figures["seeds"])
+    print(write("joint_surrogate", figures))
+
+
+if __name__ == "__main__":
+    main()
