@@ -26,6 +26,7 @@ from flyweight.search.controller import Budget, Controller, Price
 from flyweight.search.limits import Limits
 from flyweight.search.pareto import Point, front
 from flyweight.search.proposals import Proposals
+from flyweight.search.ready import RECIPES
 from flyweight.search.record import Entry, MemoryRecord
 from flyweight.search.simulate import Clock, simulate
 from flyweight.spaces import Policy
@@ -44,9 +45,11 @@ class Patient(Controller):
         return "rank"
 
 
-def search(
+def controller(
     proposals: Proposals, surrogate: Surrogate, clock: Clock, budget: Budget, kind: type[Controller]
 ) -> Controller:
+    """Prices are the surrogate's; the limits are the reference point."""
+
     def price(policy: Policy) -> Price:
         size = surrogate.size_bytes(policy)
         return Price(surrogate.latency(policy), size, size)
@@ -56,24 +59,15 @@ def search(
     return kind(proposals, price, limits, MemoryRecord(), budget, clock=clock)
 
 
-def joint(seed: int, surrogate: Surrogate, clock: Clock, budget: Budget) -> Controller:
-    return search(Proposals(space(), "tpe", seed), surrogate, clock, budget, Controller)
+def searching(sampler: str, first: bool, kind: type[Controller]) -> Method:
+    """first: whether the recipes that ``flyweight search`` begins with come first."""
 
+    def method(seed: int, surrogate: Surrogate, clock: Clock, budget: Budget) -> Controller:
+        recipes = [space().uniform(keep, p) for keep in RECIPES for p in ("int8", "fp32")]
+        proposals = Proposals(space(), sampler, seed, recipes if first else ())
+        return controller(proposals, surrogate, clock, budget, kind)
 
-def joint_without_rungs(
-    seed: int, surrogate: Surrogate, clock: Clock, budget: Budget
-) -> Controller:
-    return search(Proposals(space(), "tpe", seed), surrogate, clock, budget, Patient)
-
-
-def random_without_rungs(
-    seed: int, surrogate: Surrogate, clock: Clock, budget: Budget
-) -> Controller:
-    return search(Proposals(space(), "random", seed), surrogate, clock, budget, Patient)
-
-
-def random_with_rungs(seed: int, surrogate: Surrogate, clock: Clock, budget: Budget) -> Controller:
-    return search(Proposals(space(), "random", seed), surrogate, clock, budget, Controller)
+    return method
 
 
 def uniform(seed: int, surrogate: Surrogate, clock: Clock, budget: Budget) -> Controller:
@@ -81,7 +75,7 @@ def uniform(seed: int, surrogate: Surrogate, clock: Clock, budget: Budget) -> Co
     recipes = _recipes(random.Random(seed), budget.trials)
     first = list(dict.fromkeys(recipes))
     budget = Budget(len(first), budget.seconds)
-    return search(Proposals(space(), "random", seed, first), surrogate, clock, budget, Patient)
+    return controller(Proposals(space(), "random", seed, first), surrogate, clock, budget, Patient)
 
 
 def _recipes(rng: random.Random, count: int) -> Iterator[Policy]:
@@ -94,10 +88,12 @@ def _recipes(rng: random.Random, count: int) -> Iterator[Policy]:
 
 
 METHODS: dict[str, Method] = {
-    "joint": joint,
-    "joint without rungs": joint_without_rungs,
-    "random": random_with_rungs,
-    "random without rungs": random_without_rungs,
+    "joint": searching("tpe", True, Controller),  # what `flyweight search` does
+    "joint without rungs": searching("tpe", True, Patient),
+    "joint without recipes": searching("tpe", False, Controller),
+    "TPE": searching("tpe", False, Patient),
+    "random": searching("random", False, Patient),
+    "random with rungs": searching("random", False, Controller),
     "uniform recipes": uniform,
 }
 

@@ -32,7 +32,7 @@ from flyweight.kernels.signature import digest
 from flyweight.spaces import Blueprint, Policy, blueprint
 
 Array = np.ndarray[Any, Any]
-LEAST_LOSS = 1e-3  # KL below which losses are not told apart
+LEAST_LOSS = 1e-4  # KL below which losses are not told apart
 FOLDS = 10
 NAMES = [f"{rung} {figure}" for rung in RUNGS for figure in ("loss", "error", "seconds")]
 SETTINGS = ("temperature", "alpha", "learning_rate")

@@ -49,10 +49,10 @@ def test_the_table_holds_legal_policies_once_a_seed(rows: list[table.Row]) -> No
 
 def test_the_table_is_as_large_as_promised(rows: list[table.Row]) -> None:
     groups = list(table.by_policy(rows))
-    assert len(groups) >= 120
-    assert sum(len(same) == record.SEEDS for same in groups) >= 10
+    assert len(groups) >= 40
+    assert sum(len(same) == record.SEEDS for same in groups) >= 4
     assert {row.source for row in rows} == set(record.SOURCES)
-    assert {row.kind for row in rows} >= set(rungs.KINDS["all"])
+    assert {row.kind for row in rows} >= set(record.KINDS)
     assert table.TABLE.stat().st_size < 300_000
 
 
@@ -169,11 +169,11 @@ def test_curves_are_read_at_a_cost_and_at_a_volume(compare: ModuleType) -> None:
 def test_every_method_is_charged_for_what_it_runs(
     compare: ModuleType, surrogate: fitted.Surrogate
 ) -> None:
-    for method in ("random", "random without rungs", "uniform recipes"):
+    for method in ("random", "random with rungs", "uniform recipes"):
         curve, counts = compare.run(compare.METHODS[method], 0, surrogate, cost=6.0)
         again, _ = compare.run(compare.METHODS[method], 0, surrogate, cost=6.0)
         assert again == curve
         assert counts["recalibrate"] >= counts["full"] > 0
         assert 0 < curve[0][0] < curve[-1][0] < 8
-        if method != "random":
+        if method != "random with rungs":
             assert counts["full"] in range(3, 12)
