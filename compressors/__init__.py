@@ -3,10 +3,11 @@
 from .compress import RUNGS, Candidate, compress
 from .parity import Parity
 from .prepared import Prepared, Schedule, prepare
+from .sensitivity import harm
 from .task import ClassificationTask, Task, load_task
 from .untrained import untrained
 
 __all__ = [
     "RUNGS", "Candidate", "ClassificationTask", "Parity", "Prepared", "Schedule", "Task",
-    "compress", "load_task", "prepare", "untrained",
+    "compress", "harm", "load_task", "prepare", "untrained",
 ]  # fmt: skip
