@@ -1,6 +1,8 @@
-"""Trains a teacher on the official 55,000 / 5,000 split: ``python train_teacher.py [resnet|vit]``.
+"""Trains a teacher on the official 55,000 / 5,000 split.
 
-Writes teacher.safetensors (vit.safetensors), and beside it a JSON with how it was made and what it
+    python train_teacher.py [resnet|vit|twin]
+
+Writes teacher.safetensors (vit, twin), and beside it a JSON with how it was made and what it
 scores. The test set is scored once, after the last epoch; nothing is chosen by it.
 """
 
@@ -68,6 +70,7 @@ def _adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 RECIPES = {
     "resnet": Recipe(ResNet, "teacher", 24, 0.15, _sgd),
+    "twin": Recipe(lambda: ResNet((16, 32, 64)), "twin", 8, 0.15, _sgd),
     "vit": Recipe(ViT, "vit", 8, 0.002, _adamw),
 }
 

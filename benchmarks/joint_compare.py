@@ -1,0 +1,215 @@
+"""Search methods on the surrogate of the recorded benchmark, at equal cost, over seeds.
+
+    python benchmarks/joint_compare.py [--methods joint random ...] [--seeds 20] [--cost 64]
+
+The production controller and proposals run on a simulated clock with one worker. The cost is in
+trials that climb all rungs. What counts is the hypervolume of (latency, points lost) up to the
+teacher's latency and 5 points, as a share of the reference front's: the best that a long search of
+the surrogate without noise finds. A method sees noisy results: its front is what seems
+non-dominated to it, with its true points.
+"""
+
+import argparse
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import moocore
+import numpy as np
+from common import write
+from joint_surrogate import Surrogate
+from joint_table import read, space
+
+from flyweight.compressors import RUNGS
+from flyweight.search.controller import Budget, Controller, Price
+from flyweight.search.limits import Limits
+from flyweight.search.pareto import Point, front
+from flyweight.search.proposals import Proposals
+from flyweight.search.ready import RECIPES
+from flyweight.search.record import Entry, MemoryRecord
+from flyweight.search.simulate import Clock, simulate
+from flyweight.spaces import Policy
+
+MOST_DROP = 5.0  # points of the metric: with the teacher's latency, the reference point
+ENOUGH = 0.95  # of the reference hypervolume
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the cost, at which the curve is read
+
+Method = Callable[[int, Surrogate, Clock, Budget], Controller]
+
+
+class Patient(Controller):
+    """Every trial climbs all rungs."""
+
+    def _through(self, _: Entry) -> str | None:
+        return "rank"
+
+
+def controller(
+    proposals: Proposals, surrogate: Surrogate, clock: Clock, budget: Budget, kind: type[Controller]
+) -> Controller:
+    """Prices are the surrogate's; the limits are the reference point."""
+
+    def price(policy: Policy) -> Price:
+        size = surrogate.size_bytes(policy)
+        return Price(surrogate.latency(policy), size, size)
+
+    metric = float(surrogate.teacher["metric_selection"])
+    limits = Limits(metric, latency_ms=1.0, max_drop=MOST_DROP)
+    return kind(proposals, price, limits, MemoryRecord(), budget, clock=clock)
+
+
+def searching(sampler: str, first: bool, kind: type[Controller]) -> Method:
+    """first: whether the recipes that ``flyweight search`` begins with come first."""
+
+    def method(seed: int, surrogate: Surrogate, clock: Clock, budget: Budget) -> Controller:
+        recipes = [space().uniform(keep, p) for keep in RECIPES for p in ("int8", "fp32")]
+        proposals = Proposals(space(), sampler, seed, recipes if first else ())
+        return controller(proposals, surrogate, clock, budget, kind)
+
+    return method
+
+
+def uniform(seed: int, surrogate: Surrogate, clock: Clock, budget: Budget) -> Controller:
+    """Recipes: one share of channels and one precision for all, settings at random."""
+    recipes = _recipes(random.Random(seed), budget.trials)
+    first = list(dict.fromkeys(recipes))
+    budget = Budget(len(first), budget.seconds)
+    return controller(Proposals(space(), "random", seed, first), surrogate, clock, budget, Patient)
+
+
+def _recipes(rng: random.Random, count: int) -> Iterator[Policy]:
+    shape = ("width/", "precision/")
+    for _ in range(count):
+        values = space().values(space().uniform(rng.uniform(0, 1), rng.choice(("fp32", "int8"))))
+        kept = {name: value for name, value in values.items() if name.startswith(shape)}
+        others = {p.name: p.sample(rng) for p in space().parameters if p.name not in kept}
+        yield space().policy(kept | others)
+
+
+METHODS: dict[str, Method] = {
+    "joint": searching("tpe", True, Controller),  # what `flyweight search` does
+    "joint without rungs": searching("tpe", True, Patient),
+    "joint without recipes": searching("tpe", False, Controller),
+    "TPE": searching("tpe", False, Patient),
+    "random": searching("random", False, Patient),
+    "random with rungs": searching("random", False, Controller),
+    "uniform recipes": uniform,
+}
+
+
+def hypervolume(points: list[Point]) -> float:
+    """Of (latency, points lost), up to the teacher's latency and ``MOST_DROP``."""
+    inside = [p for p in points if p[0] < 1 and p[1] < MOST_DROP]
+    if not inside:
+        return 0.0
+    return float(moocore.hypervolume(np.array(inside), ref=[1.0, MOST_DROP]))
+
+
+def true_point(surrogate: Surrogate, policy: Policy) -> Point:
+    return surrogate.latency(policy)[1], surrogate.drop(policy)
+
+
+def run(
+    method: Method, seed: int, surrogate: Surrogate, cost: float
+) -> tuple[list[tuple[float, float]], dict[str, int]]:
+    """[(cost, hypervolume)] as the front grows, and how many trials finished each rung."""
+    unit, clock = surrogate.trial_seconds, Clock()
+    # The deadline is of no use to who is judged at every moment; trials begin until then.
+    budget = Budget(trials=int(20 * cost), seconds=cost * unit)
+    control = method(seed, surrogate, clock, budget)
+
+    def evaluate(policy: Policy, rung: str) -> tuple[Entry | None, float]:
+        found = surrogate.trial(policy, seed)[rung]
+        size = surrogate.size_bytes(policy)
+        entry = {"loss": found["loss"], "metric": found["metric"], "error": None}
+        return entry | {"size_bytes": size, "compressed_bytes": size}, found["seconds"]
+
+    simulate(control, evaluate, 1, clock)
+    curve: list[tuple[float, float]] = []
+    seen: list[Entry] = []
+    for entry in control.results(RUNGS[-1]):
+        seen.append(entry)
+        ahead = front([(-e["metric"], e["latency_ms"][1]) for e in seen])
+        points = [true_point(surrogate, Policy.from_dict(seen[i]["policy"])) for i in ahead]
+        curve.append((entry["time"] / unit, hypervolume(points)))
+    return curve, {rung: len(control.results(rung)) for rung in RUNGS}
+
+
+def reference(surrogate: Surrogate, rounds: int = 200, each: int = 200) -> list[Policy]:
+    """The front of a long search without noise: steps from what is non-dominated, and others."""
+    rng = random.Random("reference")
+    rows = surrogate.rows
+    known = list({r.policy.digest: r.policy for r in rows}.values())
+    ahead: list[Policy] = known
+    for _ in range(rounds):
+        tried = [_step(rng.choice(ahead), rng, rng.choice(ahead)) for _ in range(each)]
+        surrogate.learn(tried)
+        both = list(dict.fromkeys([*ahead, *tried]))
+        points = [true_point(surrogate, policy) for policy in both]
+        ahead = [both[i] for i in front([(drop, latency) for latency, drop in points])]
+    return ahead
+
+
+def _step(policy: Policy, rng: random.Random, other: Policy) -> Policy:
+    """Some parameters from ``other``, a few drawn anew."""
+    mine, theirs = space().values(policy), space().values(other)
+    share = rng.choice((0.0, 0.2, 0.5))
+    values = {k: theirs[k] if k in theirs and rng.random() < share else v for k, v in mine.items()}
+    for parameter in rng.sample(space().parameters, rng.randint(1, 4)):
+        values[parameter.name] = parameter.sample(rng)
+    return space().policy(values)
+
+
+def at(curve: list[tuple[float, float]], cost: float) -> float:
+    """The hypervolume that was reached with ``cost``."""
+    return next((v for c, v in reversed(curve) if c <= cost), 0.0)
+
+
+def reached(curve: list[tuple[float, float]], volume: float) -> float:
+    """The cost from which on at least ``volume`` was reached; infinite if it never was."""
+    return next((c for c, v in curve if v >= volume), float("inf"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--cost", type=float, default=64.0, help="in trials that climb all rungs")
+    args = parser.parse_args()
+    surrogate = Surrogate(read())
+    best = reference(surrogate)
+    whole = hypervolume([true_point(surrogate, policy) for policy in best])
+    print(f"reference: {len(best)} policies, hypervolume {whole:.3f}\n")
+    costs = [share * args.cost for share in SHARES]
+    heads = "".join(f" {cost:g} |" for cost in costs)
+    print(f"| method |{heads} reaches {ENOUGH:.0%} at | trials |\n|" + "---|" * (len(costs) + 3))
+    figures: dict[str, Any] = {"reference": whole, "seeds": args.seeds}
+    for name in args.methods:
+        runs = [run(METHODS[name], seed, surrogate, args.cost) for seed in range(args.seeds)]
+        curves = [curve for curve, _ in runs]
+        shares = [[at(curve, cost) / whole for curve in curves] for cost in costs]
+        ends = [reached(curve, ENOUGH * whole) for curve in curves]
+        counts = [statistics.mean(n[rung] for _, n in runs) for rung in RUNGS]
+        cells = [*map(quartiles, shares), told(ends), " / ".join(f"{n:.0f}" for n in counts)]
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        figures[name] = {"shares": shares, "reached": ends, "trials": counts}
+    print(write("joint_compare", figures))
+
+
+def quartiles(values: list[float]) -> str:
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return f"{middle:.1%} ({low:.1%}-{high:.1%})"
+
+
+def told(ends: list[float]) -> str:
+    """The median cost, where more than half got there, and how many did."""
+    good = sum(map(np.isfinite, ends))
+    middle = statistics.median(ends)
+    return (
+        f"{middle:.0f} ({good} of {len(ends)})" if np.isfinite(middle) else f"{good} of {len(ends)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
