@@ -4,7 +4,9 @@ All it takes is linear in the pieces but for the variance before anything was ob
 every two pieces of one form contribute. What is linear is worked out once a piece, and added.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,31 +26,19 @@ BY_PLACE = (PARTS.index(PLACE),)
 BUT_PLACE = tuple(p for p in ALL if p not in BY_PLACE)
 
 
+class Process(Protocol):
+    """What learns from sums of pieces."""
+
+    def predict(self, sums: Sequence[Counts]) -> tuple[Array, Array]:
+        """The time of each sum in ms, and the standard deviation of what would be measured."""
+
+
 class Pieces:
-    """Pieces of work with a number each, from 1; ``full`` when there are too many.
+    """Pieces of work with a number each, from 1; ``full`` when there are too many."""
 
-    Most pieces differ from another one in their place only. So a piece has two rows of the process:
-    one of the part that depends on its place, and one of the others.
-    """
-
-    def __init__(self, process: AdditiveProcess) -> None:
-        self._process = process
+    def __init__(self, process: Process) -> None:
+        self._plain = process
         self._numbers: dict[Signature, int] = {}
-        self._seen = 0  # pieces that are in the arrays, [pieces + 1]: number 0 is no piece
-        self._nominal = np.zeros(1)
-        self._places = np.zeros((1, 5))
-        self._values = np.zeros((len(PARTS), 1), np.int64)  # that each part takes
-        self._features = np.zeros((1, 2), np.int64)  # which rows it has; 0 is none
-        self._value_index: list[dict[Hashable, int]] = [{} for _ in PARTS]
-        self._feature_index: dict[Hashable, int] = {}
-        self._sources: list[tuple[Signature, tuple[int, ...]]] = []  # of each feature but 0
-        n = len(process.white)
-        self._blocks = [slice(at, min(at + COLUMNS, n)) for at in range(0, n, COLUMNS)]
-        self._room = max(3, ROWS_BYTES // (8 * n))
-        # Takes no memory until it is written to.
-        self._rows = [np.zeros((self._room, c.stop - c.start)) for c in self._blocks]
-        self._used = 0
-        self._row = np.full(1, -1)  # of each feature, -1 if it is not there
 
     def __iter__(self) -> Iterator[Signature]:
         return iter(self._numbers)
@@ -75,6 +65,37 @@ class Pieces:
     def predict(self, numbers: Ints) -> tuple[Array, Array]:
         """The time of each sum of the pieces ``numbers`` [sums, pieces] in ms, and the standard
         deviation of what would be measured."""
+        pieces = list(self._numbers)
+        return self._plain.predict([Counter(pieces[n - 1] for n in row if n) for row in numbers])
+
+
+class AdditivePieces(Pieces):
+    """The same of an additive process, fast.
+
+    Most pieces differ from another one in their place only. So a piece has two rows of the process:
+    one of the part that depends on its place, and one of the others.
+    """
+
+    def __init__(self, process: AdditiveProcess) -> None:
+        super().__init__(process)
+        self._process = process
+        self._seen = 0  # pieces that are in the arrays, [pieces + 1]: number 0 is no piece
+        self._nominal = np.zeros(1)
+        self._places = np.zeros((1, 5))
+        self._values = np.zeros((len(PARTS), 1), np.int64)  # that each part takes
+        self._features = np.zeros((1, 2), np.int64)  # which rows it has; 0 is none
+        self._value_index: list[dict[Hashable, int]] = [{} for _ in PARTS]
+        self._feature_index: dict[Hashable, int] = {}
+        self._sources: list[tuple[Signature, tuple[int, ...]]] = []  # of each feature but 0
+        n = len(process.white)
+        self._blocks = [slice(at, min(at + COLUMNS, n)) for at in range(0, n, COLUMNS)]
+        self._room = max(3, ROWS_BYTES // (8 * n))
+        # Takes no memory until it is written to.
+        self._rows = [np.zeros((self._room, c.stop - c.start)) for c in self._blocks]
+        self._used = 0
+        self._row = np.full(1, -1)  # of each feature, -1 if it is not there
+
+    def predict(self, numbers: Ints) -> tuple[Array, Array]:
         self._take_in()
         mean, variance = np.zeros(len(numbers)), self._before(numbers)
         # Of so many sums all rows can be there at once.
