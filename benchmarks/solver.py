@@ -70,11 +70,11 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     found = ready(load_spec(given.spec))
 
-    def judge(policies: list) -> list[float | None]:
+    def judge(policies: list, recalibrated: bool = False) -> list[float | None]:
         out: list[float | None] = []
         for policy in policies:
             try:
-                out.append(harm(found.prepared, policy))
+                out.append(harm(found.prepared, policy, recalibrated=recalibrated))
             except Impossible:
                 out.append(None)
         return out

@@ -58,7 +58,7 @@ def harm(space: Space, policy: Policy) -> float:
 
 @pytest.fixture(scope="module")
 def table(space: Space) -> Sensitivity:
-    return measure(space, lambda policies: [harm(space, p) for p in policies])
+    return measure(space, lambda policies, _: [harm(space, p) for p in policies])
 
 
 def test_it_keeps_the_limit_and_beats_the_recipes(space: Space, table: Sensitivity) -> None:
