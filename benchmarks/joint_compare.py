@@ -12,30 +12,74 @@ non-dominated to it, with its true points.
 import argparse
 import random
 import statistics
-from collections.abc import Callable, Iterator
-from typing import Any
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
 
 import moocore
 import numpy as np
+import torch
 from common import write
 from joint_surrogate import Surrogate
-from joint_table import read, space
+from joint_table import read, space, spec
 
 from flyweight.compressors import RUNGS
+from flyweight.compressors.sensitivity import harm
+from flyweight.search.batch import BatchPredictor
 from flyweight.search.controller import Budget, Controller, Price
 from flyweight.search.limits import Limits
 from flyweight.search.pareto import Point, front
-from flyweight.search.proposals import Proposals
-from flyweight.search.ready import RECIPES
+from flyweight.search.preparation import FIRST
+from flyweight.search.ready import RECIPES, prepare_task
 from flyweight.search.record import Entry, MemoryRecord
+from flyweight.search.sensitivity import Sensitivity, measure
 from flyweight.search.simulate import Clock, simulate
+from flyweight.search.strategies import source
+from flyweight.search.warm import warm_start
 from flyweight.spaces import Policy
 
 MOST_DROP = 5.0  # points of the metric: with the teacher's latency, the reference point
 ENOUGH = 0.95  # of the reference hypervolume
+TRIALS_A_COST = 2.4  # that a search with rungs makes, most of which are stopped early
+MOST_TRIALS = 100_000  # the cost ends a search
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the cost, at which the curve is read
 
-Method = Callable[[int, Surrogate, Clock, Budget], Controller]
+
+@dataclass(frozen=True)
+class Bench:
+    """What methods are compared on. table: the sensitivity of the network itself, with the CPU
+    seconds that it took, which a method that uses it pays."""
+
+    surrogate: Surrogate
+    batch: BatchPredictor
+    table: Sensitivity
+    table_seconds: float
+    limits: Limits
+
+    @classmethod
+    def of(cls, surrogate: Surrogate) -> Self:
+        prepared = prepare_task(spec())
+        prepared.input_moments("pruned")  # as every trial of the record found it
+        began = time.process_time()
+        table = measure(
+            space(),
+            lambda some, recalibrated: [
+                harm(prepared, policy, recalibrated=recalibrated) for policy in some
+            ],
+        )
+        seconds = time.process_time() - began
+        batch = BatchPredictor(prepared, space(), surrogate.predictor)
+        metric = float(surrogate.teacher["metric_selection"])
+        return cls(surrogate, batch, table, seconds, Limits(metric, 1.0, MOST_DROP))
+
+    def price(self, policy: Policy) -> Price:
+        size = self.surrogate.size_bytes(policy)
+        return Price(self.surrogate.latency(policy), size, size)
+
+    def solved(self, count: int) -> list[Policy]:
+        """The policies of the warm start."""
+        return warm_start(space(), self.table, self.batch, self.limits, 1.0, count)
 
 
 class Patient(Controller):
@@ -45,56 +89,50 @@ class Patient(Controller):
         return "rank"
 
 
-def controller(
-    proposals: Proposals, surrogate: Surrogate, clock: Clock, budget: Budget, kind: type[Controller]
-) -> Controller:
-    """Prices are the surrogate's; the limits are the reference point."""
-
-    def price(policy: Policy) -> Price:
-        size = surrogate.size_bytes(policy)
-        return Price(surrogate.latency(policy), size, size)
-
-    metric = float(surrogate.teacher["metric_selection"])
-    limits = Limits(metric, latency_ms=1.0, max_drop=MOST_DROP)
-    return kind(proposals, price, limits, MemoryRecord(), budget, clock=clock)
+# Seed, bench, clock and cost in trials that climb all rungs: a search that has not begun.
+Method = Callable[[int, Bench, Clock, float], Controller]
 
 
-def searching(sampler: str, first: bool, kind: type[Controller]) -> Method:
-    """first: whether the recipes that ``flyweight search`` begins with come first."""
+def searching(
+    strategy: str,
+    *,
+    sampler: str = "tpe",
+    rungs: bool = True,
+    warm: bool = True,
+    recipes: bool = True,
+) -> Method:
+    """A strategy of ``flyweight search``, with rungs or without; warm, recipes: what ``joint`` and
+    ``solver`` begin with."""
 
-    def method(seed: int, surrogate: Surrogate, clock: Clock, budget: Budget) -> Controller:
-        recipes = [space().uniform(keep, p) for keep in RECIPES for p in ("int8", "fp32")]
-        proposals = Proposals(space(), sampler, seed, recipes if first else ())
-        return controller(proposals, surrogate, clock, budget, kind)
+    def method(seed: int, bench: Bench, clock: Clock, cost: float) -> Controller:
+        trials = round(cost * (TRIALS_A_COST if rungs else 1))
+        solved: list[Policy] = []
+        if warm and strategy in ("joint", "solver"):
+            solved = bench.solved(max(2, trials // FIRST))
+            clock.now += bench.table_seconds
+        common = [space().uniform(keep, p) for keep in RECIPES for p in ("int8", "fp32")]
+        asked = source(strategy, space(), sampler, seed, trials, solved, common if recipes else ())
+        seconds = cost * bench.surrogate.trial_seconds - clock.now
+        kind = Controller if rungs else Patient
+        return kind(
+            asked, bench.price, bench.limits, MemoryRecord(),
+            Budget(MOST_TRIALS, seconds), clock=clock,
+        )  # fmt: skip
 
     return method
 
 
-def uniform(seed: int, surrogate: Surrogate, clock: Clock, budget: Budget) -> Controller:
-    """Recipes: one share of channels and one precision for all, settings at random."""
-    recipes = _recipes(random.Random(seed), budget.trials)
-    first = list(dict.fromkeys(recipes))
-    budget = Budget(len(first), budget.seconds)
-    return controller(Proposals(space(), "random", seed, first), surrogate, clock, budget, Patient)
-
-
-def _recipes(rng: random.Random, count: int) -> Iterator[Policy]:
-    shape = ("width/", "precision/")
-    for _ in range(count):
-        values = space().values(space().uniform(rng.uniform(0, 1), rng.choice(("fp32", "int8"))))
-        kept = {name: value for name, value in values.items() if name.startswith(shape)}
-        others = {p.name: p.sample(rng) for p in space().parameters if p.name not in kept}
-        yield space().policy(kept | others)
-
-
 METHODS: dict[str, Method] = {
-    "joint": searching("tpe", True, Controller),  # what `flyweight search` does
-    "joint without rungs": searching("tpe", True, Patient),
-    "joint without recipes": searching("tpe", False, Controller),
-    "TPE": searching("tpe", False, Patient),
-    "random": searching("random", False, Patient),
-    "random with rungs": searching("random", False, Controller),
-    "uniform recipes": uniform,
+    "joint": searching("joint"),  # what `flyweight search` does
+    "joint without warm start": searching("joint", warm=False),
+    "joint without rungs": searching("joint", rungs=False),
+    "solver": searching("solver"),
+    "sequential": searching("sequential"),
+    "uniform": searching("uniform"),
+    "TPE": searching("joint", rungs=False, warm=False, recipes=False),
+    "TPE with rungs": searching("joint", warm=False, recipes=False),
+    "random": searching("random", rungs=False),
+    "random with rungs": searching("random"),
 }
 
 
@@ -111,13 +149,12 @@ def true_point(surrogate: Surrogate, policy: Policy) -> Point:
 
 
 def run(
-    method: Method, seed: int, surrogate: Surrogate, cost: float
+    method: Method, seed: int, bench: Bench, cost: float
 ) -> tuple[list[tuple[float, float]], dict[str, int]]:
     """[(cost, hypervolume)] as the front grows, and how many trials finished each rung."""
-    unit, clock = surrogate.trial_seconds, Clock()
-    # The deadline is of no use to who is judged at every moment; trials begin until then.
-    budget = Budget(trials=int(20 * cost), seconds=cost * unit)
-    control = method(seed, surrogate, clock, budget)
+    surrogate, clock = bench.surrogate, Clock()
+    unit = surrogate.trial_seconds
+    control = method(seed, bench, clock, cost)
 
     def evaluate(policy: Policy, rung: str) -> tuple[Entry | None, float]:
         found = surrogate.trial(policy, seed)[rung]
@@ -177,7 +214,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--cost", type=float, default=64.0, help="in trials that climb all rungs")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     surrogate = Surrogate(read())
+    bench = Bench.of(surrogate)
     best = reference(surrogate)
     whole = hypervolume([true_point(surrogate, policy) for policy in best])
     print(f"reference: {len(best)} policies, hypervolume {whole:.3f}\n")
@@ -186,7 +225,7 @@ def main() -> None:
     print(f"| method |{heads} reaches {ENOUGH:.0%} at | trials |\n|" + "---|" * (len(costs) + 3))
     figures: dict[str, Any] = {"reference": whole, "seeds": args.seeds}
     for name in args.methods:
-        runs = [run(METHODS[name], seed, surrogate, args.cost) for seed in range(args.seeds)]
+        runs = [run(METHODS[name], seed, bench, args.cost) for seed in range(args.seeds)]
         curves = [curve for curve, _ in runs]
         shares = [[at(curve, cost) / whole for curve in curves] for cost in costs]
         ends = [reached(curve, ENOUGH * whole) for curve in curves]

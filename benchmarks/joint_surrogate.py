@@ -123,7 +123,7 @@ class Surrogate:
         self._model = MODELS[model]()
         self._model.fit(features([row.policy for row in whole], plans), targets(whole))
         self._deviations = deviations(whole)
-        self._latency = latencies(whole, plans)
+        self.predictor = latencies(whole, plans)
         self._known: dict[str, tuple[Array, tuple[float, float, float], int]] = {}
         #: mean CPU seconds of a trial that climbs all rungs: the unit in which a search is paid
         self.trial_seconds = float(np.mean([_seconds(row) for row in whole]))
@@ -135,7 +135,7 @@ class Surrogate:
             return
         plans = [plan(policy) for policy in new]
         expected = self._model.predict(features(new, plans))
-        ends = self._latency.predict(plans)
+        ends = self.predictor.predict(plans)
         for policy, made, values, (low, middle, high) in zip(
             new, plans, expected, ends.tolist(), strict=True
         ):

@@ -169,11 +169,15 @@ def test_curves_are_read_at_a_cost_and_at_a_volume(compare: ModuleType) -> None:
 def test_every_method_is_charged_for_what_it_runs(
     compare: ModuleType, surrogate: fitted.Surrogate
 ) -> None:
-    for method in ("random", "random with rungs", "uniform recipes"):
-        curve, counts = compare.run(compare.METHODS[method], 0, surrogate, cost=6.0)
-        again, _ = compare.run(compare.METHODS[method], 0, surrogate, cost=6.0)
-        assert again == curve
+    bench = compare.Bench.of(surrogate)
+    assert bench.table_seconds > 0
+    costs = {}
+    for name in ("random", "random with rungs", "uniform", "solver"):
+        curve, counts = compare.run(compare.METHODS[name], 0, bench, cost=6.0)
+        assert compare.run(compare.METHODS[name], 0, bench, cost=6.0) == (curve, counts)
         assert counts["recalibrate"] >= counts["full"] > 0
         assert 0 < curve[0][0] < curve[-1][0] < 8
-        if method != "random with rungs":
-            assert counts["full"] in range(3, 12)
+        costs[name] = curve[0][0], counts
+    assert costs["random"][1]["recalibrate"] == costs["random"][1]["full"]
+    assert costs["random with rungs"][1]["recalibrate"] > costs["random with rungs"][1]["full"]
+    assert costs["solver"][0] > bench.table_seconds / surrogate.trial_seconds
