@@ -12,7 +12,6 @@ non-dominated to it, with its true points.
 import argparse
 import random
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -21,11 +20,11 @@ import moocore
 import numpy as np
 import torch
 from common import write
+from joint_sensitivity import judged
 from joint_surrogate import Surrogate
 from joint_table import read, space, spec
 
 from flyweight.compressors import RUNGS
-from flyweight.compressors.sensitivity import harm
 from flyweight.search.batch import BatchPredictor
 from flyweight.search.controller import Budget, Controller, Price
 from flyweight.search.limits import Limits
@@ -33,7 +32,7 @@ from flyweight.search.pareto import Point, front
 from flyweight.search.preparation import FIRST
 from flyweight.search.ready import RECIPES, prepare_task
 from flyweight.search.record import Entry, MemoryRecord
-from flyweight.search.sensitivity import Sensitivity, measure
+from flyweight.search.sensitivity import Sensitivity
 from flyweight.search.simulate import Clock, simulate
 from flyweight.search.strategies import source
 from flyweight.search.warm import warm_start
@@ -59,17 +58,8 @@ class Bench:
 
     @classmethod
     def of(cls, surrogate: Surrogate) -> Self:
-        prepared = prepare_task(spec())
-        prepared.input_moments("pruned")  # as every trial of the record found it
-        began = time.process_time()
-        table = measure(
-            space(),
-            lambda some, recalibrated: [
-                harm(prepared, policy, recalibrated=recalibrated) for policy in some
-            ],
-        )
-        seconds = time.process_time() - began
-        batch = BatchPredictor(prepared, space(), surrogate.predictor)
+        table, seconds = judged()
+        batch = BatchPredictor(prepare_task(spec()), space(), surrogate.predictor)
         metric = float(surrogate.teacher["metric_selection"])
         return cls(surrogate, batch, table, seconds, Limits(metric, 1.0, MOST_DROP))
 
