@@ -29,13 +29,12 @@ from flyweight.search.batch import BatchPredictor
 from flyweight.search.controller import Budget, Controller, Price
 from flyweight.search.limits import Limits
 from flyweight.search.pareto import Point, front
-from flyweight.search.preparation import FIRST
 from flyweight.search.ready import RECIPES, prepare_task
 from flyweight.search.record import Entry, MemoryRecord
 from flyweight.search.sensitivity import Sensitivity
 from flyweight.search.simulate import Clock, simulate
 from flyweight.search.strategies import source
-from flyweight.search.warm import warm_start
+from flyweight.search.warm import WarmStart
 from flyweight.spaces import Policy
 
 MOST_DROP = 5.0  # points of the metric: with the teacher's latency, the reference point
@@ -67,9 +66,20 @@ class Bench:
         size = self.surrogate.size_bytes(policy)
         return Price(self.surrogate.latency(policy), size, size)
 
-    def solved(self, count: int) -> list[Policy]:
-        """The policies of the warm start."""
-        return warm_start(space(), self.table, self.batch, self.limits, 1.0, count)
+    def warm_start(self, draws: bool) -> WarmStart:
+        """draws: whether it goes on to be asked after its sweep."""
+        found = WarmStart(space(), self.table, self.batch, self.limits, 1.0)
+        return found if draws else SweepAlone(found)
+
+
+class SweepAlone(WarmStart):
+    """A warm start that only is one."""
+
+    def __init__(self, known: WarmStart) -> None:
+        self.__dict__ = known.__dict__
+
+    def draw(self, _: random.Random) -> None:
+        return None
 
 
 class Patient(Controller):
@@ -89,19 +99,20 @@ def searching(
     sampler: str = "tpe",
     rungs: bool = True,
     warm: bool = True,
+    draws: bool = True,
     recipes: bool = True,
 ) -> Method:
     """A strategy of ``flyweight search``, with rungs or without; warm, recipes: what ``joint`` and
-    ``solver`` begin with."""
+    ``solver`` begin with; draws: whether ``joint`` goes on to draw from the warm start."""
 
     def method(seed: int, bench: Bench, clock: Clock, cost: float) -> Controller:
         trials = round(cost * (TRIALS_A_COST if rungs else 1))
-        solved: list[Policy] = []
+        start = None
         if warm and strategy in ("joint", "solver"):
-            solved = bench.solved(max(2, trials // FIRST))
+            start = bench.warm_start(draws)
             clock.now += bench.table_seconds
         common = [space().uniform(keep, p) for keep in RECIPES for p in ("int8", "fp32")]
-        asked = source(strategy, space(), sampler, seed, trials, solved, common if recipes else ())
+        asked = source(strategy, space(), sampler, seed, trials, start, common if recipes else ())
         seconds = cost * bench.surrogate.trial_seconds - clock.now
         kind = Controller if rungs else Patient
         return kind(
@@ -114,6 +125,7 @@ def searching(
 
 METHODS: dict[str, Method] = {
     "joint": searching("joint"),  # what `flyweight search` does
+    "joint without draws": searching("joint", draws=False),
     "joint without warm start": searching("joint", warm=False),
     "joint without rungs": searching("joint", rungs=False),
     "solver": searching("solver"),

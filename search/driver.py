@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ray import tune
 
 from ..compressors import RUNGS
 from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
-from ..spaces import BadInput, FlyweightError, Policy
+from ..spaces import BadInput, FlyweightError
 from .controller import Budget, Controller, failures
 from .explain import explanation
 from .explained import EXPLANATION
@@ -51,6 +51,7 @@ from .strategies import source
 from .tracking import MemoryTracker, Status, Tracker
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
+from .warm import WarmStart
 from .workers import CompressionTrial, Job, start_meter
 
 
@@ -125,12 +126,12 @@ class _Search:
             price = predicted(self.ready.prepared, self.predictor, limits)
         header["predicted_by"] = "timing" if self.predictor is None else "profile"
         self.record.append(header)  # its time is from before the profile, which so counts
-        solved = self._solved(limits)
+        warm = self._warm_start(limits)
         torch.set_num_threads(os.cpu_count() or 1)
         self.answers = teacher_answers(self.ready.prepared)
         torch.set_num_threads(1)  # from here on the trials have the cores
         tracker = self._tracker(header)
-        controller = self._controller(limits, tracker, price, solved)
+        controller = self._controller(limits, tracker, price, warm)
         self._trials(controller, header)
         ray.kill(meter)
         self._note_end(controller)
@@ -171,11 +172,12 @@ class _Search:
             self.spec = self.spec.model_copy(update={"target": target})
             write_whole(self.run_dir / "spec.yaml", self.spec.to_yaml().encode())
 
-    def _solved(self, limits: Limits) -> list[Policy]:
-        """The policies of the warm start, where there is one."""
+    def _warm_start(self, limits: Limits) -> WarmStart | None:
+        """Where the first policies come from, where it is worth it."""
         if self.predictor is None or not worth_preparing(self.ready):
-            return []
-        return self.preparation.first(self.preparation.table(), self.predictor, limits)
+            return None
+        table = self.preparation.table()
+        return self.preparation.warm_start(table, self.predictor, limits)
 
     def _check_limits(self, price: Pricing, limits: Limits) -> None:
         cases: list[dict[str, float]] = []
@@ -197,7 +199,7 @@ class _Search:
         limits: Limits,
         tracker: Tracker,
         price: Pricing,
-        solved: Sequence[Policy],
+        warm: WarmStart | None,
     ) -> Controller:
         search = self.spec.search
         self.progress = Progress(
@@ -216,7 +218,7 @@ class _Search:
             listen(entry)
         proposals = source(
             search.strategy, self.ready.space, search.sampler, search.seed, search.trials,
-            solved, self.ready.recipes(),
+            warm, self.ready.recipes(),
         )  # fmt: skip
         budget = Budget(search.trials, search.time_budget)
         return Controller(
