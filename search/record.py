@@ -11,8 +11,8 @@ from typing import Any, Protocol
 from ..spaces import BadInput
 
 Entry = dict[str, Any]
-# What is synced. The rest can be had again: a trial that began, a rejection; that a trial ended
-# follows from its last result.
+# What is synced. The rest can be had again: a trial that began, a rejection; where its end is lost
+# a trial climbs once more.
 SYNCED = ("search", "result", "measured")
 
 

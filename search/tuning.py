@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ray import cloudpickle, tune
-from ray.exceptions import RayActorError
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import RayActorError, RayTaskError
+from ray.tune.execution import tune_controller
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -77,6 +79,23 @@ class ControlledScheduler(_Unpickled, FIFOScheduler):
             controller.failed(number, reason)
 
 
+class OutlivingActors(RayActorManager):
+    """Ray's memory monitor ends a worker with an error that Tune 2.60 does not expect of one, and
+    ends the whole search for it. Here it is the death of a worker as any other."""
+
+    def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
+        super()._actor_task_failed(tracked_actor_task, _as_death(exception))
+
+    def _actor_start_failed(self, tracked_actor: Any, exception: Exception) -> None:
+        super()._actor_start_failed(tracked_actor, _as_death(exception))
+
+
+def _as_death(error: Exception) -> Exception:
+    if isinstance(error, RayActorError | RayTaskError):
+        return error
+    return RayActorError(error_msg=str(error).partition("\n")[0] or type(error).__name__)
+
+
 def _error(trial: Any) -> Any:
     """What ended ``trial``, as Tune has just noted it. (``get_pickled_error`` looks in a place to
     which that is copied later.)"""
@@ -105,6 +124,7 @@ def run_trials(
     request: dict[str, Any] = dict(resources)
     if accelerator:
         request[f"accelerator_type:{accelerator}"] = 0.001
+    tune_controller.RayActorManager = OutlivingActors  # type: ignore[attr-defined]  # an import
     scratch = tempfile.mkdtemp(prefix="flyweight-tune-")
     try:
         tune.Tuner(
