@@ -4,10 +4,11 @@ from .checkpoint import load_candidate, save_candidate
 from .compress import RUNGS, Candidate, compress
 from .parity import Parity
 from .prepared import Prepared, Schedule, prepare
+from .sensitivity import harm
 from .task import ClassificationTask, Task, load_task
 from .untrained import untrained
 
 __all__ = [
     "RUNGS", "Candidate", "ClassificationTask", "Parity", "Prepared", "Schedule", "Task",
-    "compress", "load_candidate", "load_task", "prepare", "save_candidate", "untrained",
+    "compress", "harm", "load_candidate", "load_task", "prepare", "save_candidate", "untrained",
 ]  # fmt: skip

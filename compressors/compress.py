@@ -154,7 +154,7 @@ def prune(prepared: Prepared, policy: Policy, plan: Blueprint) -> fx.GraphModule
 
 
 def statistics_items(prepared: Prepared) -> Items:
-    return _first(prepared.splits.train, STATISTICS)
+    return prepared.splits.train.first(STATISTICS)
 
 
 def quantize(
@@ -166,19 +166,15 @@ def quantize(
         return folded
     how, items = policy.quantize.calibration, prepared.splits.calibration
     if how == "fitted":
-        folded = equalize(folded, plan.network, plan, _first(items, EQUALIZED))
+        folded = equalize(folded, plan.network, plan, items.first(EQUALIZED))
     quantized = insert_quantizers(folded, plan, how)
     _let_go(folded)
     del folded
     calibrate(quantized, items, how)
     if how == "fitted":
-        correct_(quantized, _first(items, FITTED))
+        correct_(quantized, items.first(FITTED))
     settle_biases(quantized, plan.network, plan)
     return quantized
-
-
-def _first(items: Items, count: int) -> Items:
-    return items.take(torch.arange(min(count, len(items))))
 
 
 def _train(

@@ -55,6 +55,10 @@ class Items:
             tree_map(lambda t: t[index], self.inputs), tree_map(lambda t: t[index], self.targets)
         )
 
+    def first(self, count: int) -> "Items":
+        """The first ``count`` items, or all where there are fewer."""
+        return self.take(torch.arange(min(count, len(self))))
+
     def to(self, device: torch.device) -> "Items":
         """The items on ``device``; the same tensors where they are there already."""
         return Items(

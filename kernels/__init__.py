@@ -7,11 +7,12 @@ what networks took on a device; from it the ``LatencyPredictor`` says what a blu
 Nothing here needs torch.
 """
 
+from .batch import Batch, Known
 from .device import saturates
 from .executed import float_layers, int8_layers, optimized_kernels
 from .measuring import MeasuringProcess
 from .onnxruntime import OnnxRuntime
-from .predictor import LatencyPredictor, predictor_for
+from .predictor import KernelTime, LatencyPredictor, predictor_for
 from .probe import measured_weight_bits
 from .profile import DeviceProfile, Timed
 from .runtime import RUNTIMES, Array, Executed, Inputs, Runtime, Session, make_runtime
@@ -22,9 +23,12 @@ from .twin import SimulatedClock, SimulatedRuntime, SimulatedSession
 __all__ = [
     "RUNTIMES",
     "Array",
+    "Batch",
     "DeviceProfile",
     "Executed",
     "Inputs",
+    "KernelTime",
+    "Known",
     "LatencyPredictor",
     "MeasuringProcess",
     "OnnxRuntime",

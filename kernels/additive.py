@@ -14,7 +14,6 @@ tells apart.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +41,12 @@ class Part:
     start: float
     octaves: float | None = None
 
+    def alike(self, squares: Array) -> Array:
+        """Gaussian correlation of values at ``places`` that are so far apart, squared."""
+        assert self.octaves is not None
+        correlation: Array = np.exp(squares * (-0.5 / self.octaves**2))
+        return correlation
+
 
 def _form(s: Signature) -> Hashable:
     return s.kind, s.form
@@ -51,11 +56,12 @@ def _sizes(s: Signature) -> Hashable:
     return s.kind, s.form, s.sizes
 
 
+PLACE = Part(lambda s: (s.kind, s.form, s.place), 0.3)
 PARTS = (
     Part(lambda _: None, 1.0),
     Part(lambda s: s.kind, 0.7),
     Part(_form, 0.7),
-    Part(lambda s: (s.kind, s.form, s.place), 0.3),
+    PLACE,
     Part(_sizes, 0.3, octaves=2.0),
     Part(_sizes, 0.2, octaves=0.7),
     Part(_sizes, 0.05),
@@ -63,163 +69,190 @@ PARTS = (
 NOISE = 0.01  # relative to a sum, before it is fitted
 
 
-class _Table:
+def places(pieces: Sequence[Signature]) -> Array:
+    """[pieces, 5]: where each lies: its sizes in octaves, and what is over of their blocks, so
+    that a whole block more or less counts as two octaves."""
+    out = np.zeros((len(pieces), 5))
+    for row, s in zip(out, pieces, strict=True):
+        row[: len(s.sizes)] = np.log2(s.sizes)
+        over = [2 * (size % BLOCK) / BLOCK for size in s.sizes[:2]]
+        row[3 : 3 + len(over)] = over
+    return out
+
+
+class Table:
     """The values that a part takes in the sums of one set of observations."""
 
     def __init__(self, part: Part, sums: Sequence[Counts]) -> None:
         self.part = part
-        index: dict[Hashable, int] = {}
-        self.examples: list[Signature] = []
+        self.index: dict[Hashable, int] = {}
+        examples: list[Signature] = []
         rows, columns, weights = [], [], []
         for row, counts in enumerate(sums):
             for s, count in counts.items():
                 key = part.key(s)
-                if key not in index:
-                    index[key] = len(index)
-                    self.examples.append(s)
+                if key not in self.index:
+                    self.index[key] = len(self.index)
+                    examples.append(s)
                 rows.append(row)
-                columns.append(index[key])
+                columns.append(self.index[key])
                 weights.append(count * s.nominal_ms)
-        self.index = index
-        shape = (len(sums), len(index))
-        self.weights = sparse.csr_array((weights, (rows, columns)), shape=shape)
+        shape = (len(sums), len(self.index))
+        self.weights = sparse.csc_array((weights, (rows, columns)), shape=shape)
+        self._places = places(examples)
+        self._forms = _by_form(examples)  # columns
 
-    @cached_property
-    def forms(self) -> dict[Hashable, NDArray[np.int64]]:
-        """The columns of each form."""
-        out: dict[Hashable, list[int]] = {}
-        for column, s in enumerate(self.examples):
-            out.setdefault(_form(s), []).append(column)
-        return {form: np.array(columns) for form, columns in out.items()}
-
-    @cached_property
-    def places(self) -> Array:
-        """[columns, 5]: where each value lies: sizes in octaves, what is over of their blocks."""
-        out = np.zeros((len(self.examples), 5))
-        for row, s in enumerate(self.examples):
-            out[row, : len(s.sizes)] = np.log2(s.sizes)
-            over = [size % BLOCK / BLOCK for size in s.sizes[:2]]
-            out[row, 3 : 3 + len(over)] = over
-        return out
-
-    def columns(self, columns: NDArray[np.int64]) -> Array:
-        """Of every sum the weights of ``columns``, dense."""
-        dense: Array = self.weights[:, columns].toarray()
-        return dense
-
-    def covariance(self, other: "_Table") -> Array:
-        """Between every sum of this table and of ``other``, for a standard deviation of 1."""
-        out = np.zeros((self.weights.shape[0], other.weights.shape[0]))
+    def covariance(self) -> Array:
+        """Between every two sums, for a standard deviation of 1."""
         if self.part.octaves is None:
-            common = [key for key in self.index if key in other.index]
-            mine = [self.index[key] for key in common]
-            theirs = [other.index[key] for key in common]
-            out += self.weights[:, mine] @ other.weights[:, theirs].T
+            out: Array = (self.weights @ self.weights.T).toarray()
             return out
-        for form, columns in self.forms.items():
-            if form in other.forms:
-                others = other.forms[form]
-                alike = _alike(self.places[columns], other.places[others], self.part.octaves)
-                out += self.columns(columns) @ alike @ other.columns(others).T
+        out = np.zeros((self.weights.shape[0],) * 2)
+        for columns in self._forms.values():
+            dense = self.weights[:, columns].toarray()
+            out += dense @ self._alike(self._places[columns], columns) @ dense.T
         return out
 
-    def variance(self) -> Array:
-        """Of every sum, for a standard deviation of 1."""
-        out = np.zeros(self.weights.shape[0])
+    def rows(self, pieces: Sequence[Signature]) -> Array:
+        """[pieces, sums]: the same between every piece, at a nominal time of 1, and every sum."""
+        out = np.zeros((len(pieces), self.weights.shape[0]))
         if self.part.octaves is None:
-            out += self.weights.power(2).sum(axis=1)
+            found = {i: self.index.get(self.part.key(s)) for i, s in enumerate(pieces)}
+            known = {i: column for i, column in found.items() if column is not None}
+            out[list(known)] = self.weights[:, list(known.values())].toarray().T
             return out
-        for columns in self.forms.values():
-            alike = _alike(self.places[columns], self.places[columns], self.part.octaves)
-            dense = self.columns(columns)
-            out += ((dense @ alike) * dense).sum(1)
+        for form, at in _by_form(pieces).items():
+            if form in self._forms:
+                columns = self._forms[form]
+                alike = self._alike(places([pieces[i] for i in at]), columns)
+                out[at] = (self.weights[:, columns].tocsr() @ alike.T).T
         return out
 
+    def _alike(self, a: Array, columns: NDArray[np.int64]) -> Array:
+        return self.part.alike(cdist(a, self._places[columns], "sqeuclidean"))
 
-def _alike(a: Array, b: Array, octaves: float) -> Array:
-    """Gaussian correlation of values at ``a`` and ``b``. A whole block more or less, which is 1 in
-    ``places``, counts as two octaves."""
-    scale = octaves * np.array([1, 1, 1, 0.5, 0.5])
-    correlation: Array = np.exp(-0.5 * cdist(a / scale, b / scale, "sqeuclidean"))
-    return correlation
+
+def _by_form(pieces: Sequence[Signature]) -> dict[Hashable, NDArray[np.int64]]:
+    """The indices of the pieces of each form."""
+    out: dict[Hashable, list[int]] = {}
+    for i, s in enumerate(pieces):
+        out.setdefault(_form(s), []).append(i)
+    return {form: np.array(at) for form, at in out.items()}
 
 
 class AdditiveProcess:
-    """Learns from sums and the times they took.
+    """Learns from sums and the times they took; ``Pieces`` predict from it.
 
     Times are divided by those observed, so that every observation counts by its relative error.
     """
 
     def __init__(self, sums: Sequence[Counts], ms: Sequence[float]) -> None:
-        if len(sums) != len(ms) or not sums:
-            raise ValueError(f"one time for each sum is needed, but got {len(sums)} and {len(ms)}")
-        self.ms = np.asarray(ms, float)
-        if not (np.isfinite(self.ms) & (self.ms > 0)).all():
-            raise ValueError("times must be above 0")
+        self.sums, self.ms = list(sums), checked(sums, ms)
         # How fast the device is beside the nominal one: parts are deviations around that.
-        self._pace = float(np.median(self.ms / [nominal_ms(counts) for counts in sums]))
-        self._units = self.ms / self._pace
-        self._tables = [_Table(part, sums) for part in PARTS]
+        self.pace = float(np.median(self.ms / [nominal_ms(counts) for counts in sums]))
+        self._units = self.ms / self.pace
+        self._tables = [Table(part, sums) for part in PARTS]
         over = np.outer(self._units, self._units)
-        parts = np.stack([t.covariance(t) / over for t in self._tables])
+        parts = np.stack([t.covariance() / over for t in self._tables])
         some = np.linspace(0, len(ms) - 1, min(len(ms), FIT_ON)).astype(int)
-        self.deviations, self.noise = _fitted(parts[:, some][:, :, some])
-        self._root = _root(parts, self.deviations, self.noise)
-        self._solved: Array = cho_solve((self._root, True), np.ones(len(ms)))
+        start = np.log([*(part.start for part in PARTS), NOISE])
+        self.deviations, self.noise = fitted(parts[:, some][:, :, some], start)
+        self._root = cholesky_root(parts, self.deviations, self.noise)
+        # The observations, which are all 1, whitened as ``rows`` are.
+        self.white: Array = solve_triangular(self._root, np.ones(len(ms)), lower=True)
+
+    def rows(self, pieces: Sequence[tuple[Signature, Sequence[int]]]) -> Array:
+        """[pieces, observations]: the covariance of every piece, at a nominal time of 1, with the
+        observations, as far as it comes from those of the ``PARTS`` that are named by their index;
+        whitened: the inner product of two rows is what observing takes from their covariance, and
+        that with ``white`` the mean (Rasmussen & Williams 2006, algorithm 2.1)."""
+        out = np.zeros((len(pieces), len(self.sums)))
+        for p, (table, deviation) in enumerate(zip(self._tables, self.deviations, strict=True)):
+            at = [i for i, (_, parts) in enumerate(pieces) if p in parts]
+            out[at] += deviation**2 * table.rows([pieces[i][0] for i in at])
+        out /= self._units
+        white: Array = solve_triangular(self._root, out.T, lower=True).T
+        return white
 
     def predict(self, sums: Sequence[Counts]) -> tuple[Array, Array]:
-        """The time of each sum in ms, and the standard deviation of what would be measured."""
-        cross = np.zeros((len(sums), len(self.ms)))
-        variance = np.zeros(len(sums))
-        for deviation, known, part in zip(self.deviations, self._tables, PARTS, strict=True):
-            table = _Table(part, sums)
-            cross += deviation**2 * table.covariance(known)
-            variance += deviation**2 * table.variance()
-        cross /= self._units
-        mean = cross @ self._solved
-        rest = solve_triangular(self._root, cross.T, lower=True)
-        variance = np.maximum(variance - (rest**2).sum(0), 0) + (self.noise * mean) ** 2
-        return self._pace * mean, self._pace * np.sqrt(variance)
+        """The time of each sum in ms, and the standard deviation of what would be measured; counts
+        may be below 0. (``Pieces`` do the same for many sums of few pieces.)"""
+        distinct = list(dict.fromkeys(s for counts in sums for s in counts))
+        rows = self.rows([(s, range(len(PARTS))) for s in distinct])
+        weights = np.array([[counts.get(s, 0) * s.nominal_ms for s in distinct] for counts in sums])
+        added = weights @ rows
+        mean = added @ self.white
+        variance = sum(
+            deviation**2 * np.diag(Table(part, sums).covariance())
+            for part, deviation in zip(PARTS, self.deviations, strict=True)
+        )
+        variance = np.maximum(variance - (added**2).sum(1), 0) + (self.noise * mean) ** 2
+        return self.pace * mean, self.pace * np.sqrt(variance)
 
     def left_out(self, groups: Sequence[Hashable]) -> tuple[Array, Array]:
         """Each observation as those of other groups predict it, with the same deviations: time in
         ms and standard deviation (Rasmussen & Williams 2006, 5.4.2, for blocks)."""
-        inverse = cho_solve((self._root, True), np.eye(len(self.ms)))
+        n = len(self.ms)
+        inverse = cho_solve((self._root[-n:, -n:], True), np.eye(n))
+        solved = solve_triangular(self._root, self.white, lower=True, trans="T")[-n:]
         mean, variance = np.empty(len(self.ms)), np.empty(len(self.ms))
         for group in dict.fromkeys(groups):
             at = np.array([i for i, g in enumerate(groups) if g == group])
             block = np.linalg.inv(inverse[np.ix_(at, at)])
-            mean[at], variance[at] = 1 - block @ self._solved[at], np.diag(block)
+            mean[at], variance[at] = 1 - block @ solved[at], np.diag(block)
         return mean * self.ms, np.sqrt(variance) * self.ms
 
 
-def _root(parts: Array, deviations: Array, noise: float) -> Array:
+def checked(sums: Sequence[Counts], ms: Sequence[float]) -> Array:
+    """The times. Raises ValueError unless there is one above 0 for each sum."""
+    if len(sums) != len(ms) or not sums:
+        raise ValueError(f"one time for each sum is needed, but got {len(sums)} and {len(ms)}")
+    times = np.asarray(ms, float)
+    if not (np.isfinite(times) & (times > 0)).all():
+        raise ValueError("times must be above 0")
+    return times
+
+
+def cholesky_root(
+    parts: Array, deviations: Array, noise: float, known: Array | float = 0.0
+) -> Array:
     """The Cholesky root of the covariance of observations, which are all 1 (the time over itself)
-    and have independent ``noise``."""
-    total = np.tensordot(deviations**2, parts, 1)
+    and have independent ``noise``. known: covariance besides that of the parts."""
+    total = np.tensordot(deviations**2, parts, 1) + known
     total[np.diag_indices_from(total)] += noise**2
     root: Array = cholesky(total, lower=True)
     return root
 
 
-def _fitted(parts: Array) -> tuple[Array, float]:
+def fitted(
+    parts: Array,
+    start: Array,
+    trust: float = 0.0,
+    mean: Array | float = 0.0,
+    known: Array | float = 0.0,
+) -> tuple[Array, float]:
     """Standard deviations of the parts and the noise, by maximum marginal likelihood.
 
-    parts: [parts, observations, observations], the covariance of each for a deviation of 1.
+    parts: [parts, observations, observations], the covariance of each for a deviation of 1. start:
+    [parts + 1], the logarithms of all to begin with; with ``trust`` also what they are taken to be
+    before anything is observed, as surely as a standard deviation of 1 / sqrt(trust) says. mean,
+    known: of the observations, which are all 1, and covariance of them, that are not fitted.
     """
     n = parts.shape[1]
-    target = np.ones(n)
+    target = np.ones(n) - mean
 
     def loss(logs: Array) -> tuple[float, Array]:
         deviations, noise = np.exp(logs[:-1]), float(np.exp(logs[-1]))
-        root = _root(parts, deviations, noise)
+        root = cholesky_root(parts, deviations, noise, known)
         solved = cho_solve((root, True), target)
         value = 0.5 * target @ solved + np.log(np.diag(root)).sum()
         outer = cho_solve((root, True), np.eye(n)) - np.outer(solved, solved)
         slopes = deviations**2 * np.tensordot(parts, outer, 2)
-        return value, np.array([*slopes, noise**2 * np.trace(outer)])
+        off = logs - start
+        return value + trust / 2 * off @ off, (
+            np.array([*slopes, noise**2 * np.trace(outer)]) + trust * off
+        )
 
-    start = np.log([*(part.start for part in PARTS), NOISE])
     found = optimize.minimize(
         loss, start, jac=True, method="L-BFGS-B",
         bounds=[(LEAST, MOST)] * len(start), options={"maxiter": 60},

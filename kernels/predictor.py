@@ -1,32 +1,59 @@
 """The latency predictor: blueprint to milliseconds with an interval, from a device profile."""
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
+from typing import Self
 
 import numpy as np
 
 from ..spaces.blueprint import Blueprint
 from ..spaces.errors import BadInput
 from .additive import AdditiveProcess, Array, Counts
+from .pieces import Ints, Pieces
 from .profile import DeviceProfile, Timed
-from .signature import signature
+from .signature import SESSION, pieces, signature
+from .transfer import TransferredProcess
 
 LEVEL = 0.9
 LEAST = 20  # networks without which nothing can be said
-SESSIONS = 3  # of at least LEAST networks: fewer say nothing of how they differ
+LEAST_LIKE = 8  # the same where another device says most
+SESSIONS = 3  # of at least so many networks: fewer say nothing of how they differ
 # How much wider intervals are then. On the digits one session of 96 networks held 82% instead of
 # 90% of those of other sessions: 1.23 times too narrow, were errors Gaussian.
 ALONE = 1.25
 FOREIGN = 3.0  # how much wider intervals are for a device that was not measured
 
 
-def large_sessions(timed: Sequence[Timed]) -> set[int]:
+def least(profile: DeviceProfile) -> int:
+    """The networks without which ``profile`` says nothing, or one session of it."""
+    return LEAST if profile.like is None else LEAST_LIKE
+
+
+def large_sessions(timed: Sequence[Timed], enough: int) -> set[int]:
     """The sessions of enough networks to say how sessions differ; that takes ``SESSIONS``."""
     sizes = Counter(t.session for t in timed)
-    return {session for session, size in sizes.items() if size >= LEAST}
+    return {session for session, size in sizes.items() if size >= enough}
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """What one kernel takes, the handing over of its output included.
+
+    name: the kernel's, "" for what a call takes whatever the network is. kind: of its work, "conv"
+    or "depthwise". work: its signatures. deviation_ms: the standard deviation of ``ms``.
+    """
+
+    name: str
+    kind: str
+    precision: str
+    work: Counts
+    ms: float
+    deviation_ms: float
 
 
 class LatencyPredictor:
@@ -40,7 +67,8 @@ class LatencyPredictor:
     hold 90% of the networks of each session of the profile, predicted from the other sessions. So
     what differs from one process to the next (memory, neighbours) is in them; with fewer than
     ``SESSIONS`` of them that can only be allowed for. They widen by themselves where the profile
-    knows little.
+    knows little. A profile that leans on another device's is learned together with that, and needs
+    ``LEAST_LIKE`` networks of its own, by which its intervals are scaled.
 
     Raises BadInput for a profile of too few networks.
     """
@@ -49,9 +77,10 @@ class LatencyPredictor:
         self, profile: DeviceProfile, teacher_ms: float | None = None, widen: float = 1.0
     ) -> None:
         self._timed = [t for t in profile.timed if t.ms is not None]
-        if len(self._timed) < LEAST:
+        self._least = least(profile)
+        if len(self._timed) < self._least:
             raise BadInput(
-                f"a device profile needs at least {LEAST} timed networks, but this one has "
+                f"a device profile needs at least {self._least} timed networks, but this one has "
                 f"{len(self._timed)}; let `flyweight profile` go on with it"
             )
         self._unavailable = profile.unavailable()
@@ -65,12 +94,18 @@ class LatencyPredictor:
         self._pace = self.teacher_ms / usual
         # Latencies as they would be if the teacher always took its usual time.
         ms = [t.ms * usual / self._sessions[t.session] for t in self._timed if t.ms]
-        self._process = AdditiveProcess([t.counts for t in self._timed], ms)
+        sums = [t.counts for t in self._timed]
+        self._process: AdditiveProcess = (
+            AdditiveProcess(sums, ms)
+            if profile.like is None
+            else TransferredProcess(sums, ms, LatencyPredictor(profile.like)._process)
+        )
+        self._pieces = self.pieces()
 
     @cached_property
     def _deviations(self) -> float:
         """Standard deviations from the middle of an interval to its ends."""
-        large = large_sessions(self._timed)
+        large = large_sessions(self._timed, self._least)
         across = len(large) >= SESSIONS
         groups = [t.session if across else i for i, t in enumerate(self._timed)]
         mean, deviation = self._process.left_out(groups)
@@ -87,15 +122,68 @@ class LatencyPredictor:
 
     def predict_work(self, sums: Sequence[Counts]) -> Array:
         """The same for the signatures of plans."""
-        if not sums:
-            return np.zeros((0, 3))
-        mean, deviation = self._process.predict(sums)
+        if self._pieces.full:
+            self._pieces = self.pieces()
+        return self.predict_pieces(self._pieces, self._pieces.numbers(sums))
+
+    def pieces(self) -> Pieces:
+        """What ``predict_pieces`` takes numbers of, still empty."""
+        return Pieces(self._process)
+
+    def predict_pieces(self, pieces: Pieces, numbers: Ints) -> Array:
+        """The same for plans of the ``pieces`` with the ``numbers`` [plans, pieces]; 0 is none."""
+        mean, deviation = pieces.predict(numbers)
         half = self._deviations * deviation
         out = self._pace * np.maximum(np.stack([mean - half, mean, mean + half], 1), 0)
         if self._unavailable:
-            deadly = [any((s.kind, s.form) in self._unavailable for s in c) for c in sums]
-            out[deadly] = np.inf
+            deadly = [(s.kind, s.form) in self._unavailable for s in pieces]
+            out[np.array([False, *deadly])[numbers].any(1)] = np.inf
         return out
+
+    def parts(self, plan: Blueprint) -> list[KernelTime]:
+        """What each kernel takes, in execution order, behind what a call takes by itself. Together
+        they are the middle of the prediction. No kernel was timed alone: what is known of one is
+        known from networks that differ in it, so its deviation may be large where that of the
+        whole is not."""
+        heads = [("", "session", "", Counter([SESSION]))]
+        for kernel, work, handover in pieces(plan):
+            kind = work.kind.rpartition(" ")[0]
+            heads.append((kernel.name, kind, kernel.precision, Counter([work, handover])))
+        times = self.times([work for *_, work in heads]).tolist()
+        return [KernelTime(*head, *time) for head, time in zip(heads, times, strict=True)]
+
+    def changes(self, pairs: Sequence[tuple[Blueprint, Blueprint]]) -> Array:
+        """[pairs, 2]: how many ms the second of each takes more than the first, and the standard
+        deviation of that, to which what both have in common adds nothing. Infinite where either has
+        work that the runtime is known to die of."""
+        if not pairs:
+            return np.zeros((0, 2))
+        sums = [(signature(before), signature(after)) for before, after in pairs]
+        out = self.times([_more(before, after) for before, after in sums])
+        out[[any(map(self._deadly, pair)) for pair in sums]] = np.inf
+        return out
+
+    def times(self, sums: Sequence[Counts]) -> Array:
+        """[sums, 2]: what some of the work of a network takes in ms, and the standard deviation."""
+        mean, deviation = self._process.predict(sums)
+        return self._pace * np.stack([mean, self._widen * deviation], 1)
+
+    def beside(self, teacher_ms: float) -> Self:
+        """The same predictor for a machine on which the teacher takes ``teacher_ms``."""
+        other = copy.copy(self)
+        other._pace *= teacher_ms / self.teacher_ms
+        other.teacher_ms = teacher_ms
+        return other
+
+    def _deadly(self, counts: Counts) -> bool:
+        return any((s.kind, s.form) in self._unavailable for s in counts)
+
+
+def _more(before: Counts, after: Counts) -> Counts:
+    """The work of ``after`` that ``before`` has not, and with counts below 0 the reverse."""
+    difference = Counter(after)
+    difference.subtract(before)
+    return {s: n for s, n in difference.items() if n}
 
 
 def predictor_for(
@@ -112,7 +200,8 @@ def predictor_for(
         known = ", ".join(f"{k}={v}" for k, v in profile.device.items())
         raise BadInput(
             f"the profile is of device {profile.fingerprint} ({known}), but the target is "
-            f"{fingerprint}; make one on the target with `flyweight profile` (`flyweight predict` "
-            "takes this one with --allow-foreign, for wider intervals that promise nothing)"
+            f"{fingerprint}; make one on the target with `flyweight profile`, where a few networks "
+            "are enough with --like this one (`flyweight predict` takes this one with "
+            "--allow-foreign, for wider intervals that promise nothing)"
         )
     return LatencyPredictor(profile, teacher_ms, FOREIGN)

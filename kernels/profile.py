@@ -2,21 +2,22 @@
 
 JSON lines. The first says what device it was; each further one is a network that was timed, by the
 signatures of its work, so that nothing but this file is needed to predict. Appended as they are
-measured: a profile that was interrupted is a profile of fewer networks.
+measured: a profile that was interrupted is a profile of fewer networks. A profile of few networks
+may lean on that of another device, whose networks then stand in the file too.
 """
 
 import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from ..spaces.errors import BadInput
 from .signature import Signature
 
-VERSION = 1
+VERSION, LEANING = 1, 2  # of a file; the second holds another device's networks too
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,15 @@ class Timed:
 @dataclass
 class DeviceProfile:
     """device, fingerprint: as the runtime tells them. request: shape of each input, by name.
-    network: digest of the teacher's work, whose time is the unit of all others."""
+    network: digest of the teacher's work, whose time is the unit of all others. like: the profile
+    of another device, for the same requests and network, that this one leans on."""
 
     device: Mapping[str, str]
     fingerprint: str
     request: Mapping[str, tuple[int, ...]]
     network: str
     timed: list[Timed] = field(default_factory=list)
+    like: "DeviceProfile | None" = None
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -66,30 +69,42 @@ class DeviceProfile:
         if not entries or not isinstance(entries[0], dict) or "fingerprint" not in entries[0]:
             raise BadInput(f"{path} is no device profile; `flyweight profile` makes one")
         head = entries[0]
-        if head.get("version") != VERSION:
+        if head.get("version") not in (VERSION, LEANING):
             raise BadInput(
-                f"{path} is a device profile of version {head.get('version')!r}, but {VERSION} is "
-                "needed; make it again with `flyweight profile`"
+                f"{path} is a device profile of version {head.get('version')!r}, but {VERSION} or "
+                f"{LEANING} is needed; make it again with `flyweight profile`"
             )
         try:
             request = {str(k): tuple(map(int, v)) for k, v in head["request"].items()}
             found = cls(dict(head["device"]), head["fingerprint"], request, head["network"])
+            if other := head.get("like"):
+                found.like = replace(
+                    found, device=dict(other["device"]), fingerprint=other["fingerprint"], timed=[]
+                )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{path}, line 1: no head of a device profile: {error!r}") from error
         for number, entry in enumerate(entries[1:], 2):
             try:
-                found.timed.append(_timed(entry))
-            except (KeyError, TypeError, ValueError) as error:
+                of = found.like if entry.get("like") else found
+                if of is None:
+                    raise ValueError("line 1 names no other device")
+                of.timed.append(_timed(entry))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise BadInput(f"{path}, line {number}: no timed network: {error!r}") from error
         return found
 
     def create(self, path: Path) -> None:
         """Writes the profile anew. Raises OSError."""
-        head = {
+        head: dict[str, Any] = {
             "version": VERSION, "fingerprint": self.fingerprint, "device": dict(self.device),
             "request": {k: list(v) for k, v in self.request.items()}, "network": self.network,
         }  # fmt: skip
-        lines = [json.dumps(head), *(json.dumps(_plain(t)) for t in self.timed)]
+        entries = [_plain(t) for t in self.timed]
+        if self.like is not None:
+            other = {"fingerprint": self.like.fingerprint, "device": dict(self.like.device)}
+            head |= {"version": LEANING, "like": other}
+            entries = [*(_plain(t) | {"like": True} for t in self.like.timed), *entries]
+        lines = [json.dumps(head), *(json.dumps(entry) for entry in entries)]
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(f"{line}\n" for line in lines))
         os.replace(partial, path)
@@ -102,9 +117,12 @@ class DeviceProfile:
 
     def unavailable(self) -> frozenset[tuple[str, str]]:
         """Kinds and forms of work that the runtime dies of: in networks that it died of, and in no
-        other."""
+        other. What the device that this profile leans on dies of, this one has to show that it can
+        do."""
         died = {(s.kind, s.form) for t in self.timed if t.ms is None for s in t.counts}
         lived = {(s.kind, s.form) for t in self.timed if t.ms is not None for s in t.counts}
+        if self.like is not None:
+            died |= self.like.unavailable()
         return frozenset(died - lived)
 
 

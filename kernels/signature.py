@@ -9,7 +9,7 @@ Two pieces with the same signature are taken to take the same time.
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..spaces.blueprint import Blueprint, Kernel
@@ -46,20 +46,34 @@ SESSION = Signature("session", "", "", (), NOMINAL_SESSION_MS)
 
 def signature(plan: Blueprint) -> Counter[Signature]:
     """Every piece of work of one request, with how often it occurs."""
+    found = Counter([SESSION])
+    for _, work, handover in pieces(plan):
+        found.update((work, handover))
+    return found
+
+
+def pieces(plan: Blueprint) -> Iterator[tuple[Kernel, Signature, Signature]]:
+    """Each kernel, in execution order, with its work and the handing over of what it makes."""
     readers: dict[str, list[Kernel]] = {}
     makers = {kernel.output: kernel for kernel in plan.kernels}
     for kernel in plan.kernels:
         for value in kernel.inputs:
             readers.setdefault(value, []).append(kernel)
-    found = Counter([SESSION])
     for kernel in plan.kernels:
-        read_by = readers.get(kernel.output, [])
-        quantized = kernel.output in plan.quantized
-        after = _names(read_by) + (" q" if quantized else "")
-        before = _names(makers[v] for v in kernel.inputs if v in makers)
-        found[_work(kernel, f"{before} > {after}")] += 1
-        found[_handover(kernel, after)] += 1
-    return found
+        made = [makers[value] for value in kernel.inputs if value in makers]
+        read = readers.get(kernel.output, [])
+        yield kernel, *pieces_of(kernel, made, read, kernel.output in plan.quantized)
+
+
+def pieces_of(
+    kernel: Kernel, makers: Iterable[Kernel], readers: Iterable[Kernel], quantized: bool
+) -> tuple[Signature, Signature]:
+    """The work of ``kernel``, and the handing over of what it makes.
+
+    makers: of its inputs. readers: of its output, which may be quantized.
+    """
+    after = _names(readers) + (" q" if quantized else "")
+    return _work(kernel, f"{_names(makers)} > {after}"), _handover(kernel, after)
 
 
 def digest(counts: Mapping[Signature, int]) -> str:
@@ -96,10 +110,13 @@ def _work(kernel: Kernel, place: str) -> Signature:
         macs, sizes = made * inner, (inner, made)
     window = "x".join(map(str, kernel.kernel))
     stride = "x".join(map(str, kernel.stride))
+    dilated = ""
+    if any(step > 1 for step in kernel.dilation):
+        dilated = "d" + "x".join(map(str, kernel.dilation))
     grouped = f"g{kernel.groups}" if _plain(kernel) == "grouped" else ""
     return Signature(
         kind=f"{_plain(kernel)} {kernel.precision}",
-        form=" ".join(part for part in (window, stride, kernel.act, grouped) if part),
+        form=" ".join(part for part in (window, stride, dilated, kernel.act, grouped) if part),
         place=place,
         sizes=sizes,
         nominal_ms=NOMINAL_CALL_MS

@@ -154,7 +154,16 @@ def search(spec: Path, out: Path | None, resume: bool, address: str | None, as_j
 @click.option(
     "-o", "out", type=click.Path(path_type=Path), default=Path("profile.jsonl"), show_default=True
 )
-@click.option("--networks", type=click.IntRange(1), help="Networks to time at most [default: 960].")
+@click.option(
+    "--like",
+    type=click.Path(path_type=Path),
+    help="The profile of another device for the same SPEC, to need few networks of this one.",
+)
+@click.option(
+    "--networks",
+    type=click.IntRange(1),
+    help="Networks to time at most [default: 960, with --like 24].",
+)
 @click.option(
     "--minutes",
     default=15.0,
@@ -165,22 +174,28 @@ def search(spec: Path, out: Path | None, resume: bool, address: str | None, as_j
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of policies.")
 @answers
 def profile(
-    spec: Path, runtime: str | None, threads: int | None, out: Path, networks: int | None,
-    minutes: float, seed: int,
+    spec: Path, runtime: str | None, threads: int | None, out: Path, like: Path | None,
+    networks: int | None, minutes: float, seed: int,
 ) -> None:  # fmt: skip
     """Time networks of SPEC's space on this device, so that latencies can be predicted.
 
     Ends when predictions are good to a few per cent, or at a limit. Begun again, it goes on with
     the file. Let nothing else run on the device meanwhile. Name the file in the spec's
     target.profile and a search will predict instead of timing each policy.
+
+    \b
+    A second device (another machine, number of threads, or version of the runtime):
+      flyweight profile --spec SPEC --like first.jsonl -o second.jsonl
+    times a few networks there and learns how it differs from the first. second.jsonl holds what it
+    needs of first.jsonl.
     """
     from rich.console import Console
 
     from .predict import profile as run
 
     made = run(
-        spec, out, runtime=runtime, threads=threads, networks=networks, minutes=minutes, seed=seed,
-        console=Console(stderr=True),
+        spec, out, like=like, runtime=runtime, threads=threads, networks=networks, minutes=minutes,
+        seed=seed, console=Console(stderr=True),
     )  # fmt: skip
     click.echo(
         f"Wrote {out}: {len(made.timed)} networks on device {made.fingerprint}. For searches:"
@@ -217,6 +232,34 @@ def predict(
     for path, case in zip(policies, found, strict=True):
         low, middle, high = case["predicted_latency_ms"]
         click.echo(f"{path}: {middle:.4f} ms ({low:.4f} to {high:.4f})")
+
+
+@main.command()
+@click.argument("policy", type=click.Path(path_type=Path))
+@click.option("--spec", required=True, type=click.Path(path_type=Path), help="The search.yaml.")
+@click.option("--profile", "profile_path", type=click.Path(path_type=Path),
+              help="A device profile [default: the spec's target.profile].")  # fmt: skip
+@click.option("--allow-foreign", is_flag=True, help="Use a profile of another device.")
+@JSON
+@answers
+def explain(
+    policy: Path, spec: Path, profile_path: Path | None, allow_foreign: bool, as_json: bool
+) -> None:
+    """Say where the time of POLICY (a JSON file) goes, and what other choices would change.
+
+    For each kernel its width, precision and time, beside the teacher's; for each group of channels
+    what the next legal width down and up would change; and at which widths a layer is slower in
+    int8 than in fp32, the rest of the policy being as it is. It needs a device profile, as
+    `flyweight profile` makes it: no kernel can be timed alone where it stands in a network, so what
+    each takes is learned from whole networks, and said with how sure that is.
+
+    In a run directory, `--json > explain.json` puts it into the report.
+    """
+    from .explain import explain as run
+    from .explained import print_explanation
+
+    found = run(policy, spec, profile_path, allow_foreign=allow_foreign)
+    click.echo(json.dumps(found, indent=2)) if as_json else print_explanation(found)
 
 
 @main.command()

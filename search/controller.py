@@ -20,8 +20,8 @@ from ..compressors import RUNGS
 from ..spaces import Impossible, Policy
 from .limits import Limits
 from .pareto import Point, by_chance, climbs
-from .proposals import Proposals
 from .record import Entry, Record
+from .strategies import Source
 
 REDUCTION = 2.0  # one in so many climbs from rung to rung
 SHRINKS = 16  # steps in which a policy that is over a limit can be made smaller
@@ -71,12 +71,13 @@ class Controller:
     cannot be written, or a meter that is gone, ends the search with ``fatal`` set.
 
     look_ahead: a thread finds and prices the next policy while trials run, so that nobody waits
-    for it; it then knows all results but those of the last moment.
+    for it; it then knows all results but those of the last moment. reprice: what the record knows
+    is priced anew, for a target or a profile that has changed.
     """
 
     def __init__(
         self,
-        proposals: Proposals,
+        proposals: Source,
         price: Callable[[Policy], Price],
         limits: Limits,
         record: Record,
@@ -85,6 +86,7 @@ class Controller:
         clock: Callable[[], float] = time.time,
         listen: Sequence[Callable[[Entry], None]] = (),
         look_ahead: bool = False,
+        reprice: bool = False,
     ) -> None:
         self.proposals, self.limits, self.record, self.budget = proposals, limits, record, budget
         self.trials: dict[int, Trial] = {}
@@ -99,11 +101,11 @@ class Controller:
         self._ahead: Future[tuple[Policy, Price] | None] | None = None
         self._again: list[Trial] = []  # whose worker died, or that an earlier session left
         self._spent = 0.0
-        self._rebuild(record.entries())
+        self._began = clock()
+        self._rebuild(record.entries(), reprice)
         self._points: dict[str, list[Point]] = {
             rung: [_point(e) for e in self.results(rung) if e["constraint"] <= 0] for rung in RUNGS
         }  # within the limits; kept, for going through all results for each is slow
-        self._began = clock()
 
     # What to try next.
 
@@ -312,11 +314,16 @@ class Controller:
             **outcome,
             "latency_ms": list(trial.price.latency_ms),
         }
-        cost = self.limits.cost(*_costs(entry))
+        excess = self._excess(entry)
+        over = self.limits.cost(*_costs(entry)) > 0
+        through = None if over or entry["rung"] == RUNGS[-1] else self._through(entry)
+        return {**entry, "constraint": excess, "through": through}
+
+    def _excess(self, entry: Entry) -> float:
+        """How far a result is over the limits; the metric counts where training has ended."""
         if entry["rung"] == RUNGS[-1]:
-            excess = self.limits.excess(entry["metric"], *_costs(entry))
-            return {**entry, "constraint": excess, "through": None}
-        return {**entry, "constraint": cost, "through": None if cost > 0 else self._through(entry)}
+            return self.limits.excess(entry["metric"], *_costs(entry))
+        return self.limits.cost(*_costs(entry))
 
     def _through(self, entry: Entry) -> str | None:
         """What lets a trial within the limits on to the next rung, if time allows: its ``rank``
@@ -388,7 +395,7 @@ class Controller:
             needed += statistics.median(durations)
         return needed <= self.remaining() + SLACK * self.budget.seconds
 
-    def _rebuild(self, entries: list[Entry]) -> None:
+    def _rebuild(self, entries: list[Entry], reprice: bool) -> None:
         began = last = 0.0
         for entry in entries:
             if entry["kind"] == "search":
@@ -399,13 +406,20 @@ class Controller:
             if entry["kind"] == "begin":
                 policy = Policy.from_dict(entry["policy"])
                 sizes = entry["size_bytes"], entry["compressed_bytes"]
-                price = Price(tuple(entry["latency_ms"]), *sizes)
+                latency_ms = tuple(entry["latency_ms"])
+                if reprice:
+                    latency_ms = self._price(policy).latency_ms
+                price = Price(latency_ms, *sizes)
                 self.trials[entry["trial"]] = Trial(entry["trial"], policy, price)
                 self.proposals.claim(policy)
             elif entry["kind"] == "rejected":
-                self.proposals.claim(Policy.from_dict(entry["policy"]))
+                # Over a limit that may have been changed since.
+                if "latency_ms" not in entry or self.limits.cost(*_upper_costs(entry)) > 0:
+                    self.proposals.claim(Policy.from_dict(entry["policy"]))
             elif entry["kind"] == "result":
-                self._learn(self.trials[entry["trial"]], entry)
+                trial = self.trials[entry["trial"]]
+                entry = {**entry, "latency_ms": list(trial.price.latency_ms)}
+                self._learn(trial, {**entry, "constraint": self._excess(entry)})
                 if entry["rung"] == RUNGS[-1]:
                     self.trials[entry["trial"]].ended = "finished"
             elif entry["kind"] == "died":
@@ -413,6 +427,8 @@ class Controller:
             elif entry["kind"] == "end" and entry["reason"] != "interrupted":
                 self.trials[entry["trial"]].ended = entry["reason"]
         self._spent += last - began
+        if entries and entries[-1]["kind"] == "search":  # what came before its trials counts
+            self._began = last
         self._again = [t for t in self.trials.values() if not t.ended]
 
 
@@ -426,6 +442,10 @@ def _not_a_number(outcome: Entry) -> str | None:
 
 def _costs(entry: Entry) -> tuple[float, int, int]:
     return entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
+
+
+def _upper_costs(entry: Entry) -> tuple[float, int, int]:
+    return entry["latency_ms"][2], entry["size_bytes"], entry["compressed_bytes"]
 
 
 def _point(entry: Entry) -> Point:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,15 +21,18 @@ import torch
 from ray import tune
 
 from ..compressors import RUNGS
-from ..kernels import DeviceProfile, Timed, Timing, disturbed, signature
-from ..spaces import BadInput, FlyweightError
+from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
+from ..spaces import BadInput, FlyweightError, Policy
+from .cache import key_of
 from .controller import Budget, Controller, failures
+from .explain import explanation
+from .explained import EXPLANATION
 from .limits import Limits
 from .predict import given_profile, predictor_of
+from .preparation import PROFILE, Preparation, worth_preparing
 from .pricing import Pricing, predicted, timed
 from .profiling import check_profile, empty_profile, plan_of
 from .progress import Progress
-from .proposals import Proposals
 from .ready import (
     Ready,
     check_reachable,
@@ -51,6 +54,7 @@ from .store import (
     write_json,
     write_whole,
 )
+from .strategies import source
 from .tracking import MemoryTracker, Status, Tracker
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
@@ -143,27 +147,36 @@ class _Search:
         self.spec, self.run_dir, self.record, self.ready = spec, run_dir, record, prepared
         self.console, self.began = console, began
         self.notes: list[str] = []
-        self.resumed = bool(record.entries())
         self.profile = profile
+        self.preparation = Preparation(prepared, run_dir, console, self.notes)
+        self.predictor: LatencyPredictor | None = None
 
     def run(self) -> Outcome:
         meter = start_meter(self.ready)
         header = self._header(ray.get(meter.alone.remote()))
-        limits = self.ready.limits(header["teacher"]["latency_ms"])
-        price = self._pricing(meter, header["teacher"]["latency_ms"], limits)
-        if not self.resumed:
+        teacher_ms = header["teacher"]["latency_ms"]
+        limits = self.ready.limits(teacher_ms)
+        price = timed(self.ready.prepared, meter)
+        if self._asks_anew(header):
             self._check_limits(price, limits)
+        self.predictor = self._predictor(meter, teacher_ms)
+        if self.predictor is not None:
+            price = predicted(self.ready.prepared, self.predictor, limits)
+        header["predicted_by"] = "timing" if self.predictor is None else "profile"
+        self.record.append(header)  # its time is from before the profile, which so counts
+        solved = self._solved(limits)
         torch.set_num_threads(os.cpu_count() or 1)
-        self.answers = teacher_answers(self.ready.prepared)  # before the time budget begins
+        self.answers = teacher_answers(self.ready.prepared)
         torch.set_num_threads(1)  # from here on the trials have the cores
         tracker = self._tracker(header)
-        controller = self._controller(limits, tracker, header, price)
+        controller = self._controller(limits, tracker, price, solved)
         self._trials(controller, header)
         ray.kill(meter)
         self._note_end(controller)
         found = self._measure(controller, header)
         found |= {"mlflow_run_id": tracker.wait_run_id(30.0)}
         write_json(self.run_dir / "result.json", found)
+        self._explain(controller, found)
         write_report(self.run_dir)
         self._finish(tracker, controller)
         failed = bool(controller.fatal) or controller.hopeless()
@@ -190,6 +203,7 @@ class _Search:
             "teacher": teacher,
             "versions": versions(spec.target.runtime),
             "data_digest": data_digest(self.ready.prepared),
+            "capabilities": key_of(repr(runtime.capabilities)),
             "groups": {name: group.width for name, group in network.groups.items()},
             "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
             "layers": len(network.layers),
@@ -201,8 +215,8 @@ class _Search:
                 raise BadInput(
                     "--resume: an earlier flyweight wrote this record; begin a new search"
                 )
-            for key in ("resolved_task", "data_digest"):
-                if earlier[0][key] != header[key]:
+            for key in ("resolved_task", "data_digest", "capabilities"):
+                if earlier[0].get(key) != header[key]:
                     raise BadInput(
                         f"--resume: {key} is {header[key]}, but the search began with "
                         f"{earlier[0][key]}; begin a new search with another --out"
@@ -212,15 +226,44 @@ class _Search:
             header["task"] = earlier[0]["task"]  # RUN_DIR/spec.yaml says it by its path
         return header
 
-    def _pricing(self, meter: Any, teacher_ms: float, limits: Limits) -> Pricing:
+    def _predictor(self, meter: Any, teacher_ms: float) -> LatencyPredictor | None:
+        """The predictor for the target, from the given device profile or one that is made now;
+        None where each policy is timed instead."""
         prepared = self.ready.prepared
-        if self.profile is None:
-            return timed(prepared, meter)
         device = ray.get(meter.fingerprint.remote())  # the target's, which may be another node
-        predictor = predictor_of(
+        if self.profile is None and worth_preparing(self.ready):
+            if device == prepared.runtime.fingerprint:
+                self.profile = self.preparation.profile()
+                self._name_profile()
+            else:
+                self.notes.append(
+                    "Each policy is timed on the target: make a device profile there with "
+                    "`flyweight profile` and name it as target.profile"
+                )
+        if self.profile is None:
+            return None
+        return predictor_of(
             self.spec, prepared, self.profile, fingerprint=device, teacher_ms=teacher_ms
         )
-        return predicted(prepared, predictor, limits)
+
+    def _name_profile(self) -> None:
+        """Lets the spec of the run name the profile that was made for it."""
+        if self.profile is not None:
+            path = str(self.run_dir / PROFILE)
+            target = self.spec.target.model_copy(update={"profile": path})
+            self.spec = self.spec.model_copy(update={"target": target})
+            write_whole(self.run_dir / "spec.yaml", self.spec.to_yaml().encode())
+
+    def _solved(self, limits: Limits) -> list[Policy]:
+        """The policies of the warm start, where there is one."""
+        if self.predictor is None or not worth_preparing(self.ready):
+            return []
+        return self.preparation.first(self.preparation.table(), self.predictor, limits)
+
+    def _asks_anew(self, header: dict[str, Any]) -> bool:
+        """Whether the limits are other than those that the record's last session began with."""
+        earlier = [e["objective"] for e in self.record.entries() if e["kind"] == "search"]
+        return not earlier or earlier[-1] != header["objective"]
 
     def _check_limits(self, price: Pricing, limits: Limits) -> None:
         cases: list[dict[str, float]] = []
@@ -241,8 +284,8 @@ class _Search:
         self,
         limits: Limits,
         tracker: Tracker,
-        header: dict[str, Any],
         price: Pricing,
+        solved: Sequence[Policy],
     ) -> Controller:
         search = self.spec.search
         self.progress = Progress(
@@ -257,15 +300,17 @@ class _Search:
                 remove_checkpoints(self.run_dir, entry["digest"])
             self.progress.entry(entry)
 
-        self.record.append(header)
         for entry in self.record.entries():  # of a resumed search also what came before
             listen(entry)
-        first = self.ready.recipes()
-        proposals = Proposals(self.ready.space, search.sampler, search.seed, first)
+        proposals = source(
+            search.strategy, self.ready.space, search.sampler, search.seed, search.trials,
+            solved, self.ready.recipes(),
+        )  # fmt: skip
         budget = Budget(search.trials, search.time_budget)
         return Controller(
-            proposals, price, limits, self.record, budget, listen=[listen], look_ahead=True
-        )
+            proposals, price, limits, self.record, budget, listen=[listen], look_ahead=True,
+            reprice=self.predictor is not None,
+        )  # fmt: skip
 
     def _trials(self, controller: Controller, header: dict[str, Any]) -> None:
         facts = facts_of(self.spec, self.ready.prepared.runtime.fingerprint)
@@ -342,11 +387,11 @@ class _Search:
 
     def _feed_back(self, controller: Controller, timings: Mapping[str, Timing]) -> None:
         """Adds the finalists to the device profile, which they make better where it matters."""
-        path = self.spec.target.profile
-        if path is None or self.profile is None or disturbed(timings):
+        if self.profile is None or self.spec.target.profile is None or disturbed(timings):
             return
+        path = Path(self.spec.target.profile)
         try:
-            profile = DeviceProfile.load(Path(path))  # another search may have added to it
+            profile = DeviceProfile.load(path)  # another search may have added to it
             known = {t.policy for t in profile.timed}
             session = 1 + max((t.session for t in profile.timed), default=-1)
             for trial in controller.trials.values():
@@ -355,9 +400,23 @@ class _Search:
                     counts = signature(plan_of(self.ready.prepared, trial.policy))
                     took, teacher = timings[digest].median_ms, timings["teacher"].median_ms
                     profile.timed.append(Timed(counts, took, teacher, session, digest))
-            profile.create(Path(path))
+            profile.create(path)
         except (BadInput, OSError) as error:
             self.notes.append(f"the finalists were not added to the device profile: {error}")
+
+    def _explain(self, controller: Controller, found: Mapping[str, Any]) -> None:
+        """Why the best takes its time, for the report, on the machine as fast as it is now."""
+        digest = found["best"] or found["nearest_miss"]
+        if self.predictor is None or digest is None:
+            return
+        policies = (trial.policy for trial in controller.trials.values())
+        policy = next(policy for policy in policies if policy.digest == digest)
+        predictor = self.predictor.beside(found["teacher"]["latency_ms"])
+        try:
+            why = explanation(self.ready.prepared, self.ready.space, predictor, policy)
+            write_json(self.run_dir / EXPLANATION, why)
+        except (FlyweightError, OSError) as error:
+            self.notes.append(f"the report does not say where the time goes: {error}")
 
     def _append(self, entry: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # a full disk was told already; result.json will tell

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..compressors import Prepared, untrained
 from ..kernels import DeviceProfile, LatencyPredictor, predictor_for
 from ..spaces import BadInput, Impossible, Policy
+from .counting import counting
 from .meter import Meter
-from .profiling import NETWORKS, check_profile, empty_profile, make_profile, plan_of
+from .profiling import FEW, NETWORKS, check_profile, empty_profile, make_profile, plan_of
 from .ready import prepare_task, ready, request_of
 from .spec import Spec, load_spec
 from .store import read_policy
@@ -22,6 +22,7 @@ def profile(
     spec_path: Path,
     out: Path,
     *,
+    like: Path | None = None,
     runtime: str | None = None,
     threads: int | None = None,
     networks: int | None = None,
@@ -29,8 +30,10 @@ def profile(
     seed: int = 0,
     console: Console,
 ) -> DeviceProfile:
-    """Makes the device profile ``out`` for the space of a spec, or goes on with it."""
+    """Makes the device profile ``out`` for the space of a spec, or goes on with it. like: the
+    profile of another device, which it leans on."""
     spec = load_spec(spec_path)
+    other = None if like is None else DeviceProfile.load(like)
     if out.is_dir():
         raise BadInput(f"{out} is a folder; name a file in it with -o")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -39,14 +42,12 @@ def profile(
     spec = spec.model_copy(update={"target": spec.target.model_copy(update=changes)})
     torch.set_num_threads(1)  # what builds the networks must not spin while they are timed
     console.print(f"Checking {spec.task} and tracing its model", markup=False)
-    found, most = ready(spec), networks or NETWORKS
-    columns = (TextColumn("Networks timed"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=most)
+    found, most = ready(spec), networks or (NETWORKS if other is None else FEW)
+    with counting("Networks timed", most, console) as count:
         try:
             return make_profile(
-                found, out, networks=most, seconds=60 * minutes, seed=seed, say=console.print,
-                count=lambda timed: progress.update(bar, completed=timed),
+                found, out, like=other, networks=most, seconds=60 * minutes, seed=seed,
+                say=console.print, count=count,
             )  # fmt: skip
         except KeyboardInterrupt:
             console.print(f"{out} holds what was timed; the same command goes on with it")

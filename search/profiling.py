@@ -21,7 +21,7 @@ from ..kernels import (
     disturbed,
     signature,
 )
-from ..kernels.predictor import LEAST, SESSIONS, large_sessions
+from ..kernels.predictor import LEAST, SESSIONS, large_sessions, least
 from ..kernels.signature import digest
 from ..kernels.timing import MOST_WAITING, TEACHER
 from ..spaces import BadInput, Blueprint, FlyweightError, Impossible, Policy, Space, blueprint
@@ -32,6 +32,7 @@ GROUP = 8  # networks timed side by side
 SESSION = 12  # groups timed in one process at most; the next has other memory
 NARROW = 0.06  # the median width of an interval, relative, at which a profile is good enough
 NETWORKS = 960  # at most
+FEW = 24  # at most, of a device that is profiled like another
 UNSEEN = 99  # networks whose intervals are looked at
 AGAIN = 3  # times that a group is timed while the machine is not quiet
 QUIET = 1.1  # times the teacher's fastest group
@@ -72,6 +73,7 @@ def make_profile(
     ready: Ready,
     path: Path,
     *,
+    like: DeviceProfile | None = None,
     networks: int = NETWORKS,
     seconds: float = math.inf,
     narrow: float = NARROW,
@@ -81,26 +83,33 @@ def make_profile(
 ) -> DeviceProfile:
     """Times networks of the space of ``ready`` into ``path`` until the median width of an interval
     is ``narrow``, or ``networks`` are timed, or ``seconds`` are over, or the space has no others.
-    Goes on with what is in ``path`` already. count: told how many are timed.
+    Goes on with what is in ``path`` already. count: told how many are timed. like: the profile of
+    another device, which tells most: ``FEW`` networks are enough then.
 
     Nothing else may run on the device meanwhile. Raises BadInput if ``path`` is of another device,
-    request or network, FlyweightError if the machine is too busy to be profiled.
+    request or network or ``like`` cannot be leaned on, FlyweightError if the machine is too busy to
+    be profiled.
     """
     profile = empty_profile(ready.spec, ready.prepared)
     if path.exists():
         found = DeviceProfile.load(path)
         check_profile(found, profile)
         profile = found
+    if like is not None:
+        lean(profile, like)
     profile.create(path)  # without a line that was cut off
     ends = time.monotonic() + seconds
     policies = _unseen(ready, profile, seed)
     groups = max(LEAST // GROUP + 1, min(SESSION, networks // (GROUP * SESSIONS)))
+    if profile.like is not None:
+        # What the other profile does not know is to show, and what is one process's not to count.
+        policies, groups = _unseen(ready, profile, -2 - seed), 1
     session = max((t.session for t in profile.timed), default=-1)
     quiet = _Quiet()
     while len(profile.timed) < networks and _wide(ready, profile, seed, narrow, say):
         session += 1
         quiet.begin()
-        target, before = ready.spec.target, len(profile.timed)
+        target = ready.spec.target
         with MeasuringProcess(
             target.runtime, target.threads, ready.teacher, ready.request()
         ) as process:
@@ -112,7 +121,7 @@ def make_profile(
                     profile.append(path, timed)
                 count(len(profile.timed))
         quiet.check()
-        if len(profile.timed) == before:
+        if not group and len(profile.timed) < networks and time.monotonic() <= ends:
             say("The space has no further networks")
             break
         if time.monotonic() > ends:
@@ -128,10 +137,37 @@ def empty_profile(spec: Spec, prepared: Prepared) -> DeviceProfile:
     return DeviceProfile(runtime.device, runtime.fingerprint, shapes, digest(teacher))
 
 
+def lean(profile: DeviceProfile, like: DeviceProfile) -> None:
+    """``profile`` leans on ``like`` from now on. Raises BadInput where it cannot."""
+    check_profile(like, profile, device=False)
+    if like.fingerprint == profile.fingerprint:
+        raise BadInput(
+            f"the profile to be like is of this device itself, {like.fingerprint} "
+            f"({_told(like)}): go on with it, `flyweight profile -o` its file"
+        )
+    if like.like is not None:
+        raise BadInput(
+            f"the profile to be like is itself made like that of {like.like.fingerprint} "
+            f"({_told(like.like)}): name that one"
+        )
+    if profile.like is not None and profile.like.fingerprint != like.fingerprint:
+        raise BadInput(
+            f"this profile was begun like that of {profile.like.fingerprint} "
+            f"({_told(profile.like)}), not {like.fingerprint} ({_told(like)}); write to another "
+            "file"
+        )
+    if (count := sum(t.ms is not None for t in like.timed)) < LEAST:
+        raise BadInput(
+            f"the profile to be like needs at least {LEAST} timed networks, but has {count}; let "
+            "`flyweight profile` go on with it on its own device"
+        )
+    profile.like = like
+
+
 def _unseen(ready: Ready, profile: DeviceProfile, seed: int) -> Iterator[tuple[str, Network]]:
     """Policies whose work is in neither ``profile`` nor before, until none are found, by digest."""
     known = {frozenset(t.counts.items()) for t in profile.timed}
-    misses = 0
+    misses = -len(known)  # those of ``profile`` come first, if its seed was this one
     for policy in mixed_policies(ready.space, seed):
         misses += 1
         if misses > MISSES:
@@ -164,7 +200,7 @@ class _Quiet:
         return took <= QUIET * self.fastest and not disturbed(timings, most_waiting=most_waiting)
 
     def check(self) -> None:
-        if self.noisy > NOISY * self.groups:
+        if self.noisy > NOISY * max(self.groups, SESSIONS):  # one group says little
             raise FlyweightError(
                 f"this machine is too busy to be profiled: in {self.noisy} of {self.groups} groups "
                 f"the teacher took more than {QUIET:g} x its fastest ({self.fastest:.4f} ms), or "
@@ -205,7 +241,7 @@ def _time(
 
 def _wide(ready: Ready, profile: DeviceProfile, seed: int, narrow: float, say: Say) -> bool:
     """Whether intervals of networks that are not in the profile are wider than is wanted."""
-    if not narrow or len(large_sessions(profile.timed)) < SESSIONS:
+    if not narrow or len(large_sessions(profile.timed, least(profile))) < SESSIONS:
         return True
     unseen = islice(mixed_policies(ready.space, seed - 1), UNSEEN)
     ends = LatencyPredictor(profile).predict([plan_of(ready.prepared, p) for p in unseen])
@@ -234,6 +270,6 @@ def check_profile(found: DeviceProfile, wanted: DeviceProfile, device: bool = Tr
         )
     if found.network != wanted.network:
         raise BadInput(
-            "the profile was made for another network than this task's; make another with "
-            "`flyweight profile -o FILE`"
+            f"the profile was made for another network ({found.network}) than this task's "
+            f"({wanted.network}); make another with `flyweight profile -o FILE`"
         )

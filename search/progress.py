@@ -290,17 +290,19 @@ def closing_table(result: Mapping[str, Any]) -> Table:
     packed = (result.get("objective") or {}).get("compressed_bytes") is not None
     bytes_ = "compressed_bytes" if packed else "size_bytes"
     table = Table(title="Teacher and front", title_justify="left", title_style="bold")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     sizes = "compressed" if packed else "size"
     for name in ("speed-up", "lost", "on test", "ms", "predicted", sizes):
         table.add_column(name, justify="right")
     table.add_column("")
+    summary = Summary(teacher, result.get("objective") or {})
     table.add_row(
         "teacher", "1.00", "", "", f"{teacher['latency_ms']:.3f}", "", size(teacher[bytes_])
     )
     for model in result["front"]:
         best = model["digest"] == result.get("best")
         nearest = model["digest"] == result.get("nearest_miss")
+        outside = summary.misses(front_figures(model, teacher))
         table.add_row(
             model["digest"][:10],
             f"{teacher['latency_ms'] / model['latency_ms']:.2f}",
@@ -309,7 +311,7 @@ def closing_table(result: Mapping[str, Any]) -> Table:
             f"{model['latency_ms']:.3f}",
             f"{model['predicted_latency_ms'][1]:.3f}",
             size(model[bytes_]),
-            "best" if best else "nearest miss" if nearest else "",
+            "best" if best else "nearest miss" if nearest else "outside" if outside else "",
             style="bold" if best else None,
         )
     return table

@@ -33,13 +33,21 @@ class Proposals:
     Fidelities are never mixed: a study holds results of its own rung alone. ``tell`` takes every
     result; a trial asked from a study is told when its own rung's result arrives and failed when
     it ends before.
+
+    sampler: "tpe", "random", or None for ``first`` alone. fixed: values of every other policy.
     """
 
     def __init__(
-        self, space: Space, sampler: str = "tpe", seed: int = 0, first: Sequence[Policy] = ()
+        self,
+        space: Space,
+        sampler: str | None = "tpe",
+        seed: int = 0,
+        first: Sequence[Policy] = (),
+        fixed: Mapping[str, Any] | None = None,
     ) -> None:
         self.space = space
         self._sampler = sampler
+        self._fixed = dict(fixed or {})
         self.seed = seed  # of the search
         self._rng = random.Random(seed)
         self._seed = seed  # of the newest study
@@ -53,12 +61,14 @@ class Proposals:
     def ask(self) -> Policy | None:
         """A policy that was not proposed before; None when none is found any more."""
         for _ in range(TRIES):
+            if not self._queue and self._sampler is None:
+                return None
             policy = self._next()
             if self.claim(policy):
                 return policy
-        near = [p for p in self.space.neighbours(policy) if self._new(p)]
+        near = [p for p in self.space.neighbours(policy) if self._new(p) and self._keeps(p)]
         # A sampler that has settled is surrounded by what it tried: the rest of the space is not.
-        anywhere = (self.space.sample(self._rng) for _ in range(0 if near else DRAWS))
+        anywhere = (self._anywhere() for _ in range(0 if near else DRAWS))
         found = self._rng.choice(near) if near else next(filter(self._new, anywhere), None)
         if found is not None:
             self.claim(found)
@@ -66,6 +76,16 @@ class Proposals:
 
     def _new(self, policy: Policy) -> bool:
         return policy.digest not in self._seen
+
+    def _keeps(self, policy: Policy) -> bool:
+        """Whether ``policy`` has the fixed values, as far as they act in it."""
+        values = self.space.values(policy)
+        return all(values.get(name, value) == value for name, value in self._fixed.items())
+
+    def _anywhere(self) -> Policy:
+        """A policy at random with the fixed values."""
+        drawn = {p.name: p.sample(self._rng) for p in self.space.parameters}
+        return self.space.policy(drawn | self._fixed)
 
     def claim(self, policy: Policy) -> bool:
         """Marks ``policy`` as proposed; whether it was new."""
@@ -116,8 +136,11 @@ class Proposals:
         rung = next((r for r in reversed(RUNGS) if len(self._completed(r)) >= ENOUGH), RUNGS[0])
         study = self._studies[rung]
         trial = study.ask()
-        values = self._inherited(rung) | self._suggest(trial, rung)
-        policy = self.space.policy(values)
+        suggested = self._suggest(trial, rung)
+        if suggested:
+            policy = self.space.policy(self._inherited(rung) | suggested | self._fixed)
+        else:  # nothing that is free acts at this rung
+            policy = self._anywhere()
         if policy.digest in self._seen:
             study.tell(trial, state=TrialState.FAIL)
         else:
@@ -144,12 +167,15 @@ class Proposals:
                 continue
             if not _acts(parameter, rung) or len(parameter.choices) == 1:
                 continue
+            if parameter.name in self._fixed:
+                values[parameter.name] = self._fixed[parameter.name]
+                continue
             if parameter.needs and not self._active(parameter.needs, values):
                 continue
             if any(values.get(drop) for drop in parameter.unless):
                 continue
             values[parameter.name] = _draw(trial, parameter)
-        return values
+        return {name: value for name, value in values.items() if name not in self._fixed}
 
     def _active(self, part: str, values: Mapping[str, Any]) -> bool:
         full = {f"width/{n}": group.width for n, (_, group) in self.space.groups.items()}
@@ -165,7 +191,8 @@ class Proposals:
         known = self.space.values(policy)
         axes = [
             p for p in self.space.parameters
-            if p.name in known and _acts(p, rung) and len(p.choices) != 1
+            if p.name in known and p.name not in self._fixed
+            and _acts(p, rung) and len(p.choices) != 1
         ]  # fmt: skip
         self._studies[rung].add_trial(
             optuna.create_trial(
@@ -189,7 +216,7 @@ class Proposals:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler: optuna.samplers.BaseSampler = (
                 optuna.samplers.RandomSampler(seed=self._seed)
-                if self._sampler == "random"
+                if self._sampler != "tpe"
                 else optuna.samplers.TPESampler(
                     multivariate=True, group=True, n_startup_trials=ENOUGH, seed=self._seed
                 )

@@ -13,28 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib as mpl
 from markupsafe import Markup
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.axes import Axes
 
 from ..spaces import BadInput
 from . import pareto, progress, record
 from .correlation import Agreement, agreements
+from .drawing import BEST, FRONT, INK, LIMIT, svg
+from .explained import EXPLANATION, Explained, bars_svg, explained
 from .limits import limits
 from .mlflow_entries import RUNGS
 from .progress import Figures, Summary
 
-# Placeholders in the figure that become CSS variables: one drawing serves light and dark mode.
-_INK, _FRONT, _BEST, _LIMIT = "#0000f1", "#0000f2", "#0000f3", "#0000f4"
-_VARIABLES = {_INK: "ink", _FRONT: "front", _BEST: "best", _LIMIT: "limit"}
 _REASONS = 40  # of failure that are listed
 _COLUMNS = (
     "digest", "mark", "speedup", "latency_ms", "measured", "latency_spread", "predicted_low_ms",
     "predicted_ms", "predicted_high_ms", "metric", "metric_test", "drop", "drop_test",
     "size_bytes", "compressed_bytes", "mean_kept_width", "sparsity", "dropped_blocks",
-    "int8_layers", "criterion", "calibration", "qat",
+    "int8_layers", "criterion", "calibration", "qat", "misses",
 )  # fmt: skip
 
 Policy = Mapping[str, Any]
@@ -42,7 +38,8 @@ Policy = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One artifact. predicted_ms: lower, mean, upper. spread: share of the latency."""
+    """One artifact. predicted_ms: lower, mean, upper. spread: share of the latency. misses: the
+    limits that it breaks, in words."""
 
     figures: Figures
     drop: float
@@ -52,13 +49,15 @@ class Row:
     predicted_ms: Sequence[float] | None = None
     policy: Policy | None = None
     mark: str = ""  # best or nearest miss
+    misses: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Run:
     """What a run directory says. result: None while the search runs. failures: reasons with the
     trials that failed for them. front and others: artifacts, by ascending latency. agreements: of
-    each rung with the next."""
+    each rung with the next. why: what ``flyweight explain`` says, None without a device profile;
+    bars: its figure."""
 
     search: Mapping[str, Any]
     summary: Summary
@@ -67,6 +66,8 @@ class Run:
     failures: Sequence[tuple[str, list[int]]]
     agreements: Sequence[Agreement]
     result: Mapping[str, Any] | None
+    why: Explained | None
+    bars: str
 
     @property
     def chosen(self) -> Row | None:
@@ -98,10 +99,15 @@ def read_run(run_dir: Path) -> Run:
         search = next(entry for entry in reversed(entries) if entry["kind"] == "search")
         predicted = [_row(entry, summary) for entry in _at_full(entries)]
         failures, agreeing = _failures(entries), agreements(entries)
+    path, why, bars = run_dir / EXPLANATION, None, ""
+    if path.exists():
+        with _blaming(path):
+            found = json.loads(path.read_text("utf-8"))
+            why, bars = explained(found), bars_svg(found)
     path = run_dir / "result.json"
     if not path.exists():
         front, others = _front_so_far(predicted, summary)
-        return Run(search, summary, front, others, failures, agreeing, None)
+        return Run(search, summary, front, others, failures, agreeing, None, why, bars)
     with _blaming(path):
         result = json.loads(path.read_text("utf-8"))
         summary.teacher, summary.objective = result["teacher"], result.get("objective") or {}
@@ -109,7 +115,7 @@ def read_run(run_dir: Path) -> Run:
         front = [_measured(model, result, known, summary) for model in result["front"]]
         taken = {row.figures.digest for row in front}
         others = [row for digest, row in known.items() if digest not in taken]
-        return Run(search, summary, front, others, failures, agreeing, result)
+        return Run(search, summary, front, others, failures, agreeing, result, why, bars)
 
 
 @contextmanager
@@ -132,7 +138,10 @@ def _row(entry: record.Entry, summary: Summary) -> Row:
     figures = summary.results[RUNGS[-1]][entry["digest"]]
     low, mean, high = (float(ms) for ms in entry["latency_ms"])
     drop = summary.drop(figures)
-    return Row(figures, drop, predicted_ms=(low, mean, high), policy=entry.get("policy"))
+    return Row(
+        figures, drop, predicted_ms=(low, mean, high), policy=entry.get("policy"),
+        misses=summary.misses(figures),
+    )  # fmt: skip
 
 
 def _front_so_far(rows: Sequence[Row], summary: Summary) -> tuple[list[Row], list[Row]]:
@@ -142,7 +151,7 @@ def _front_so_far(rows: Sequence[Row], summary: Summary) -> tuple[list[Row], lis
     front = []
     for row in (rows[i] for i in inside):
         chosen = best is not None and row.figures.digest == best.digest
-        mark = "nearest miss" if summary.misses(row.figures) else "best"
+        mark = "nearest miss" if row.misses else "best"
         front.append(replace(row, mark=mark if chosen else ""))
     return front, [row for i, row in enumerate(rows) if i not in inside]
 
@@ -162,6 +171,7 @@ def _measured(
         [float(ms) for ms in model["predicted_latency_ms"]],
         known[figures.digest].policy if figures.digest in known else None,
         marks.get(figures.digest, ""),
+        summary.misses(figures),
     )
 
 
@@ -228,6 +238,7 @@ def front_csv(run: Run) -> str:
             f.digest, row.mark, f.speedup, f.latency_ms, f.measured, row.spread, low, mean, high,
             f.metric, row.metric_test, row.drop, row.drop_test, f.size_bytes, f.compressed_bytes,
             t.kept, t.zeros, t.dropped, t.int8, t.criterion, t.calibration, t.qat,
+            "; ".join(row.misses),
         ])  # fmt: skip
     return out.getvalue()
 
@@ -243,7 +254,7 @@ def render(run: Run) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"size": progress.size, "lost": progress.lost, "speed": progress.speed}
-    svg, hidden = front_svg(run)
+    drawn, hidden = front_svg(run)
     return environment.get_template("report.html").render(
         run=run,
         summary=run.summary,
@@ -257,7 +268,10 @@ def render(run: Run) -> str:
         unlisted=sum(len(trials) for _, trials in run.failures[_REASONS:]),
         traits=lambda row: traits(row.policy, run.search),
         rungs=RUNGS,
-        svg=Markup(svg),  # made by us from numbers alone
+        svg=Markup(drawn),  # made by us from numbers alone
+        bars=Markup(run.bars),  # and from names, escaped where they are drawn
+        predicted_by=run.search.get("predicted_by"),
+        explanation=EXPLANATION,
         hidden=hidden,
     )
 
@@ -276,59 +290,39 @@ def front_svg(run: Run) -> tuple[str, int]:
     shown = [row for row in run.others if row.figures.metric >= bottom]
     widest = max([teacher["latency_ms"], *(r.figures.latency_ms for r in [*run.front, *shown])])
 
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "flyweight", "font.size": 10}
-    style |= {name: _INK for name in ("text.color", "axes.labelcolor", "axes.edgecolor",
-                                      "xtick.color", "ytick.color")}  # fmt: skip
-    with mpl.rc_context(style):
-        room = ConstrainedLayoutEngine(w_pad=0.14)  # letters are drawn larger on a phone
-        figure = Figure(figsize=(6.4, 4.0), layout=room)
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+    def draw(axes: Axes) -> None:
         axes.set(xlabel="latency, ms")
         # Not along the axis: on a phone, where letters are drawn larger, it would meet the ticks.
         axes.set_title("metric on selection validation", loc="left", fontsize=10)
         axes.set(xlim=(0, 1.08 * widest), ylim=(bottom, top))
-        axes.spines[["top", "right"]].set_visible(False)
         if least is not None:
-            axes.axhline(least, color=_LIMIT, linestyle="--", linewidth=1.5)
+            axes.axhline(least, color=LIMIT, linestyle="--", linewidth=1.5)
         if bounds.latency_ms is not None:
-            axes.axvline(bounds.latency_ms, color=_LIMIT, linestyle="--", linewidth=1.5)
-        _points(axes, shown, marker="o", s=22, facecolors="none", edgecolors=_INK, alpha=0.5)
+            axes.axvline(bounds.latency_ms, color=LIMIT, linestyle="--", linewidth=1.5)
+        _points(axes, shown, marker="o", s=22, facecolors="none", edgecolors=INK, alpha=0.5)
         ordered = sorted(run.front, key=lambda row: row.figures.latency_ms)
         axes.plot(
             [row.figures.latency_ms for row in ordered],
             [row.figures.metric for row in ordered],
-            color=_FRONT,
+            color=FRONT,
             linewidth=1.2,
         )
-        _points(axes, ordered, marker="o", s=42, color=_FRONT, zorder=3)
+        inside = [row for row in ordered if not row.misses]
+        outside = [row for row in ordered if row.misses]
+        _points(axes, inside, marker="o", s=42, color=FRONT, zorder=3)
+        _points(axes, outside, marker="x", s=42, color=FRONT, zorder=3)
         axes.scatter(
-            [teacher["latency_ms"]], [teacher["metric"]], marker="D", s=60, color=_INK, zorder=4
+            [teacher["latency_ms"]], [teacher["metric"]], marker="D", s=60, color=INK, zorder=4
         )
         if best is not None:
-            _points(axes, [best], marker="*", s=240, color=_BEST, zorder=5)
-        out = io.StringIO()
-        figure.savefig(
-            out,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    return _inline(out.getvalue()), len(rows) - len(run.front) - len(shown)
+            _points(axes, [best], marker="*", s=240, color=BEST, zorder=5)
+
+    label = "Metric against latency; the tables say the same"
+    return svg(draw, (6.4, 4.0), label), len(rows) - len(run.front) - len(shown)
 
 
-def _points(axes: Any, rows: Sequence[Row], **how: Any) -> None:
+def _points(axes: Axes, rows: Sequence[Row], **how: Any) -> None:
     axes.scatter([r.figures.latency_ms for r in rows], [r.figures.metric for r in rows], **how)
-
-
-def _inline(svg: str) -> str:
-    """Without what belongs to a file of its own, and with the page's colours."""
-    svg = svg[svg.index("<svg") :].replace(
-        "<svg ", '<svg role="img" aria-label="Metric against latency; the tables say the same" ', 1
-    )
-    for placeholder, name in _VARIABLES.items():
-        svg = svg.replace(placeholder, f"var(--{name})")
-    return svg
 
 
 def _replace(path: Path, text: str) -> None:

@@ -90,6 +90,7 @@ def result(
         "objective": header["objective"],
         "trials": {rung: counts.get(rung, 0) for rung in RUNGS},
         "target": header["target"],
+        "predicted_by": header["predicted_by"],
         "teacher": teacher,
         "front": rows,
         "best": best,

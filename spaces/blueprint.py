@@ -5,9 +5,10 @@ every value that is quantized, and which values share a scale.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import and_, or_
 
 from .capabilities import Capabilities
 from .errors import Impossible, nearest
@@ -41,6 +42,7 @@ class Kernel:
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     groups: int = 1
+    dilation: tuple[int, ...] = ()
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -96,15 +98,14 @@ def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> B
     network = without_blocks(network, policy)
     widths = _widths(network, policy)
     precision = _precision(network, policy, capabilities)
-    fused = _fuse(network, precision)
-    quantized = _quantize(network, fused, precision, capabilities)
-    if alone := _signed(network, fused, precision, quantized):
-        fused = _fuse(network, precision, alone)
-        quantized = _quantize(network, fused, precision, capabilities)
+    int8 = {name: int(chosen == "int8") for name, chosen in precision.items()}
+    decided = Decisions(network, capabilities, int8)
     kernels = tuple(
-        _kernel(network, run, widths, precision, quantized, capabilities) for run in fused
+        kernel_of(network, run, widths, "int8" if decided.in_int8(run, rows) else "fp32")
+        for run, rows in decided.runs
     )
-    rounded = _rounded(network, fused, kernels, quantized)
+    quantized = decided.scales()
+    rounded = _rounded(network, [run for run, _ in decided.runs], kernels, quantized)
     return Blueprint(
         policy, widths, precision, kernels, quantized, rounded, capabilities.weight_bits, network
     )
@@ -159,84 +160,171 @@ def _precision(network: Network, policy: Policy, capabilities: Capabilities) -> 
 
 
 Run = tuple[Op, ...]  # operations that become one kernel
+Rows = int  # some of the policies that are worked out at once: the i-th is bit i
 
 
-def _fuse(
-    network: Network, precision: Mapping[str, str], alone: frozenset[str] = frozenset()
-) -> list[Run]:
-    """The kernels, each a run of operations; those in ``alone`` are fused behind nothing."""
-    runs: list[list[Op]] = []
-    ends: dict[str, list[Op]] = {}  # value at the end of a run that may grow
-    for op in network.ops:
-        if op.kind in ("input", "output") or not op.shape or not op.inputs:
-            continue  # a size or a constant is no kernel
-        before = op.inputs[0]
-        run = ends.get(before)
-        if run and op.name not in alone and _fuses(network, precision, run[-1], op):
-            run.append(op)
-        else:
-            run = [op]
-            runs.append(run)
-        if op.kind in _BEHIND and run[0].kind != "norm":
-            ends[op.name] = run
-    return [tuple(run) for run in runs]
+class Decisions:
+    """What precisions decide, whatever the widths: kernels and quantized values.
 
+    For many policies of one network at once: a set of them is a whole number (``Rows``), and ``&``,
+    ``|`` and ``& ~`` decide for all. A blueprint is made of the decisions for a single one.
 
-def _fuses(network: Network, precision: Mapping[str, str], before: Op, op: Op) -> bool:
-    """Whether ``op``, which reads ``before``, becomes part of its kernel."""
-    if op.kind not in _BEHIND[before.kind] or len(network.consumers[before.name]) > 1:
-        return False
-    if op.kind != "norm" or network.folded.get(before.module) == op.module:
-        return True
-    # A convolution with a norm of its own for each use: in float the runtime folds each by itself.
-    return before.kind == "conv" and precision[before.module] == "fp32"
-
-
-def _signed(
-    network: Network, fused: list[Run], precision: Mapping[str, str], quantized: Mapping[str, str]
-) -> frozenset[str]:
-    """Activations behind an int8 layer that share a scale with values of either sign.
-
-    An integer kernel ends in an activation only by clipping at its zero point, which is then not
-    0: it must end before the activation, or ONNX Runtime runs the layer in float.
-    """
-    positive = {op.name for op in network.ops if op.kind == "act"}
-    for op in network.ops:
-        if op.kind in (*_PASSES, "concat") and positive.issuperset(op.inputs):
-            positive.add(op.name)
-    signed = {scale for value, scale in quantized.items() if value not in positive}
-    ends = {run[-1] for run in fused if precision.get(run[0].module) == "int8"}
-    acts = (op.name for op in ends if op.kind == "act")
-    return frozenset(name for name in acts if quantized.get(name) in signed)
-
-
-def _quantize(
-    network: Network, fused: list[Run], precision: Mapping[str, str], capabilities: Capabilities
-) -> dict[str, str]:
-    """The values that are quantized.
-
-    A value is quantized if an int8 layer reads it, or if an int8 layer makes it whose kernel
-    exists only with a quantized output. An add whose inputs are all quantized runs in int8 too
-    where somebody reads its result in int8, and a concatenation likewise; an operation that only
-    moves values passes the scale on. The network's answer is never quantized.
+    int8: for each layer the policies that run it so. everyone: all policies. runs: every run of
+    operations that becomes a kernel, in execution order, with the policies in which it does.
+    quantized: for each value the policies in which it is, if there are any.
     """
 
-    def int8(run: Run) -> bool:
-        return precision.get(run[0].module) == "int8"
+    def __init__(
+        self,
+        network: Network,
+        capabilities: Capabilities,
+        int8: Mapping[str, Rows],
+        everyone: Rows = 1,
+    ) -> None:
+        self._network, self._capabilities = network, capabilities
+        self._int8, self._everyone = int8, everyone
+        self._work_out({})
+        if alone := self._signed():
+            self._work_out(alone)
 
-    wanted = {run[0].inputs[0] for run in fused if int8(run)}
-    made = (run for run in fused if int8(run))
-    wanted |= {run[-1].name for run in made if _ends_in_int8(network, run, capabilities)}
-    wanted.discard(network.output)
-    carriers = [run for run in fused if _carries(run, capabilities)]
-    able = set(wanted)  # what could be quantized without a kernel of its own
-    for run in carriers:
-        if able.issuperset(run[0].inputs):
-            able.add(run[-1].name)
-    for run in reversed(carriers):  # from the end, so that a chain is wanted as a whole
-        if run[-1].name in wanted and able.issuperset(run[0].inputs):
-            wanted.update(run[0].inputs)
-    return _scales(network, carriers, wanted, precision)
+    def _work_out(self, alone: Mapping[str, Rows]) -> None:
+        self.runs = self._fuse(alone)
+        self._carriers = [(r, rows) for r, rows in self.runs if _carries(r, self._capabilities)]
+        self.quantized = {value: rows for value, rows in self._quantize().items() if rows}
+
+    def in_int8(self, run: Run, rows: Rows) -> Rows:
+        """Those of ``rows``, for which ``run`` is a kernel, in which it runs in int8."""
+        head, end = run[0], run[-1]
+        if head.module in self._int8:
+            return rows & self._int8[head.module]
+        if not _carries(run, self._capabilities):
+            return 0
+        return rows & _all(self.quantized, (*_values(self._network, head), end.name))
+
+    def scales(self) -> dict[str, str]:
+        """Of the first policy: for each quantized value the first value, in execution order, of
+        those on its scale."""
+        named = (op.name for op in self._network.ops)
+        scale = {value: value for value in named if self.quantized.get(value, 0) & 1}
+        order = {value: i for i, value in enumerate(scale)}
+        for values, rows in self._alike():
+            if rows & 1:
+                joined = {scale[v] for v in values}
+                first = min(joined, key=lambda v: order[v])
+                scale = {v: first if s in joined else s for v, s in scale.items()}
+        return scale
+
+    def _fuse(self, alone: Mapping[str, Rows]) -> list[tuple[Run, Rows]]:
+        """The kernels; an operation in ``alone`` is fused behind nothing there."""
+        runs: dict[str, list[tuple[Run, Rows]]] = {}  # by the first operation
+        ends: dict[str, Run] = {}  # value -> the run that it ends and that may grow
+        for op in self._network.ops:
+            if op.kind in ("input", "output") or not op.shape or not op.inputs:
+                continue  # a size or a constant is no kernel
+            rest = self._everyone
+            if before := ends.get(op.inputs[0]):
+                same = runs[before[0].name]
+                run, rows = same[-1]
+                grows = rows & self._fuses(run[-1], op) & ~alone.get(op.name, 0)
+                if grows:
+                    same[-1:] = [(run, rows & ~grows)] if rows & ~grows else []
+                    same.append(((*run, op), grows))
+                    rest &= ~grows
+                    ends[op.name] = (*run, op)
+            if rest:
+                runs[op.name] = [((op,), rest)]
+                if op.kind in _BEHIND and op.kind != "norm":
+                    ends[op.name] = (op,)
+        return [found for same in runs.values() for found in same]
+
+    def _fuses(self, before: Op, op: Op) -> Rows:
+        """Where ``op``, which reads ``before``, becomes part of its kernel."""
+        network = self._network
+        if op.kind not in _BEHIND.get(before.kind, ()) or len(network.consumers[before.name]) > 1:
+            return 0
+        if op.kind != "norm" or network.folded.get(before.module) == op.module:
+            return self._everyone
+        # A convolution with a norm of its own for each use: in float the runtime folds each by
+        # itself.
+        return ~self._int8[before.module] if before.kind == "conv" else 0
+
+    def _signed(self) -> dict[str, Rows]:
+        """Activations behind an int8 layer that share a scale with values of either sign.
+
+        An integer kernel ends in an activation only by clipping at its zero point, which is then
+        not 0: it must end before the activation, or ONNX Runtime runs the layer in float.
+        """
+        alike = self._alike()
+        if not alike:
+            return {}
+        ops = self._network.ops
+        positive = {op.name for op in ops if op.kind == "act"}
+        for op in ops:
+            if op.kind in (*_PASSES, "concat") and positive.issuperset(op.inputs):
+                positive.add(op.name)
+        signed = {v: 0 if v in positive else rows for v, rows in self.quantized.items()}
+        before = None
+        while signed != before:
+            before = dict(signed)
+            for values, rows in alike:
+                found = rows & _any(signed, values)
+                signed.update({v: signed[v] | found for v in values})
+        acts = {
+            run[-1].name: self.in_int8(run, rows) & signed.get(run[-1].name, 0)
+            for run, rows in self.runs
+            if run[-1].kind == "act" and run[0].module in self._int8
+        }
+        return {name: rows for name, rows in acts.items() if rows}
+
+    def _quantize(self) -> dict[str, Rows]:
+        """The values that are quantized.
+
+        A value is quantized if an int8 layer reads it, or if an int8 layer makes it whose kernel
+        exists only with a quantized output. An add whose inputs are all quantized runs in int8 too
+        where somebody reads its result in int8, and a concatenation likewise; an operation that
+        only moves values passes the scale on. The network's answer is never quantized.
+        """
+        wanted: dict[str, Rows] = {op.name: 0 for op in self._network.ops}
+        for run, rows in self.runs:
+            if int8 := rows & self._int8.get(run[0].module, 0):
+                wanted[run[0].inputs[0]] |= int8
+                if _ends_in_int8(self._network, run, self._capabilities):
+                    wanted[run[-1].name] |= int8
+        wanted[self._network.output] = 0
+        able = dict(wanted)  # what could be quantized without a kernel of its own
+        for run, rows in self._carriers:
+            able[run[-1].name] |= rows & _all(able, run[0].inputs)
+        for run, rows in reversed(self._carriers):  # from the end: a chain is wanted as a whole
+            if carried := rows & wanted[run[-1].name] & _all(able, run[0].inputs):
+                for value in run[0].inputs:
+                    wanted[value] |= carried
+        return wanted
+
+    def _alike(self) -> list[tuple[set[str], Rows]]:
+        """Values that share one scale, with the policies in which they do."""
+        # A concatenation in int8 copies, as does what only moves values: all share one scale.
+        found = [
+            ({*run[0].inputs, run[-1].name}, rows)
+            for run, rows in self._carriers
+            if run[0].kind != "add"
+        ]
+        # So do the inputs of a layer that runs several times: its bias is an integer in steps of
+        # input scale x weight scale, and it has one bias.
+        found += [
+            ({use.inputs[0] for use in uses}, self._int8[name])
+            for name, uses in self._network.uses.items()
+            if len(uses) > 1
+        ]
+        shared = ((values, rows & _all(self.quantized, values)) for values, rows in found)
+        return [(values, rows) for values, rows in shared if rows]
+
+
+def _all(of: Mapping[str, Rows], values: Iterable[str]) -> Rows:
+    return reduce(and_, (of.get(value, 0) for value in values))
+
+
+def _any(of: Mapping[str, Rows], values: Iterable[str]) -> Rows:
+    return reduce(or_, (of.get(value, 0) for value in values))
 
 
 def _ends_in_int8(network: Network, run: Run, capabilities: Capabilities) -> bool:
@@ -255,27 +343,9 @@ def _carries(run: Run, capabilities: Capabilities) -> bool:
     return run[0].kind in (*_PASSES, "concat")
 
 
-def _scales(
-    network: Network, carriers: list[Run], quantized: set[str], precision: Mapping[str, str]
-) -> dict[str, str]:
-    """For each quantized value the first value, in execution order, of those on its scale."""
-    scale = {op.name: op.name for op in network.ops if op.name in quantized}
-    order = {value: i for i, value in enumerate(scale)}
-    # A concatenation in int8 copies, as does what only moves values: all share one scale.
-    alike = [{*run[0].inputs, run[-1].name} for run in carriers if run[0].kind != "add"]
-    # So do the inputs of a layer that runs several times: its bias is an integer in steps of
-    # input scale x weight scale, and it has one bias.
-    alike += [
-        {use.inputs[0] for use in uses}
-        for name, uses in network.uses.items()
-        if precision[name] == "int8"
-    ]
-    for values in alike:
-        if quantized.issuperset(values):
-            joined = {scale[v] for v in values}
-            first = min(joined, key=lambda v: order[v])
-            scale = {v: first if s in joined else s for v, s in scale.items()}
-    return scale
+def _values(network: Network, head: Op) -> list[str]:
+    """The values that a kernel reads."""
+    return [value for value in head.inputs if network.op[value].shape]
 
 
 def _rounded(
@@ -295,19 +365,12 @@ def _rounded(
     }
 
 
-def _kernel(
-    network: Network,
-    run: Run,
-    widths: Mapping[str, int],
-    precision: Mapping[str, str],
-    quantized: Mapping[str, str],
-    capabilities: Capabilities,
-) -> Kernel:
+def kernel_of(network: Network, run: Run, widths: Mapping[str, int], precision: str) -> Kernel:
+    """The kernel that ``run`` becomes."""
     head, end = run[0], run[-1]
     layer = network.layers.get(head.module)
     act = next((op.detail for op in run if op.kind == "act"), "") if len(run) > 1 else ""
-    values = [i for i in head.inputs if network.op[i].shape]
-    in_int8 = _carries(run, capabilities) and all(v in quantized for v in (*values, end.name))
+    values = _values(network, head)
     groups = layer.groups if layer else 1
     if layer and groups > 1 and groups == layer.in_channels:  # depthwise: as many as channels
         groups = network.channels(head.inputs[0], widths)
@@ -319,9 +382,10 @@ def _kernel(
         output=end.name,
         in_shapes=tuple(network.shape(v, widths) for v in values),
         out_shape=network.shape(end.name, widths),
-        precision=precision[layer.name] if layer else ("int8" if in_int8 else "fp32"),
+        precision=precision,
         act=act,
         kernel=layer.kernel if layer else (),
         stride=layer.stride if layer else (),
         groups=groups,
+        dilation=layer.dilation if layer else (),
     )

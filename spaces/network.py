@@ -34,8 +34,9 @@ class Layer:
     """One convolution or linear layer: the unit that gets a precision.
 
     op: name of its operation, the first if it runs several times (``Network.uses`` has them all).
-    out_group: the group its output channels belong to, None if fixed. kernel, stride: spatial, ()
-    for a linear layer. parameters and macs, of all its operations, are those at full width.
+    out_group: the group its output channels belong to, None if fixed. kernel, stride, dilation:
+    spatial, () for a linear layer. parameters and macs, of all its operations, are those at full
+    width.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Layer:
     out_group: str | None
     parameters: int
     macs: int
+    dilation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

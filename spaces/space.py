@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -186,6 +186,22 @@ class Space:
             if owner == student and block is not what and _takes(block, what)
         ]
         return tuple(name for _, name in sorted(around))
+
+    @cached_property
+    def axes(self) -> tuple[Parameter, ...]:
+        """The parameters that decide latency, all of them choices."""
+        decide = ("student", "drop", "width", "precision")
+        return tuple(p for p in self.parameters if p.name.split("/")[0] in decide)
+
+    def point(self, policy: Policy) -> list[int]:
+        """For each of the ``axes`` the index of what ``policy`` chooses, or of the default where
+        that is inert. The policy must be one of this space."""
+        values = self.defaults | self.values(policy)
+        return [axis.choices.index(values[axis.name]) for axis in self.axes]
+
+    def values_at(self, point: Iterable[int]) -> dict[str, Any]:
+        """The values of the ``axes`` at ``point``, for ``policy``."""
+        return {a.name: a.choices[i] for a, i in zip(self.axes, point, strict=True)}
 
     @cached_property
     def defaults(self) -> dict[str, Any]:

@@ -230,4 +230,5 @@ def _layer(graph: fx.GraphModule, uses: list[Op], group: str | None) -> Layer:
         out_group=group,
         parameters=sum(p.numel() for p in module.parameters()),
         macs=module.weight.numel() * positions,
+        dilation=tuple(module.dilation) if conv else (),
     )

@@ -26,8 +26,10 @@ def test_help(name: str | None) -> None:
 
 def test_the_commands_of_the_design_that_are_built() -> None:
     assert {"init", "plan", "search", "sample", "replay", "report", "deploy", "serve", "rollback",
-            "submit", "status", "logs", "stop", "profile", "predict"} >= set(main.commands) >= {
+            "submit", "status", "logs", "stop", "profile", "predict",
+            "explain"} >= set(main.commands) >= {
         "init", "plan", "search", "sample", "replay", "report", "deploy", "profile", "predict",
+        "explain",
     }  # fmt: skip
     assert "0." in run("--version").output
 
@@ -59,6 +61,7 @@ def test_bad_input_is_one_line_and_code_2(tmp_path: Path) -> None:
         ("plan", missing), ("search", missing), ("search", bad), ("plan", bad),
         ("sample", "--spec", missing, "-n", 1), ("sample", "--spec", bad, "-n", 0),
         ("replay", tmp_path / "p.json", "--spec", bad), ("report", tmp_path), ("deploy", tmp_path),
+        ("explain", tmp_path / "p.json", "--spec", bad), ("explain", bad),
         ("serch",), ("search",),
     ):  # fmt: skip
         found = run(*words)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -398,6 +399,61 @@ def test_concurrent_trials_in_any_order() -> None:
             running.pop(at)
     assert all(t.ended for t in control.trials.values())
     assert control.proposals.running() == 0
+
+
+def test_a_changed_limit_judges_what_is_known_anew() -> None:
+    record = MemoryRecord()
+    strict = Limits(95.0, latency_ms=0.4)
+    run(controller(record, limits=strict))
+    known = {e["digest"]: e for e in kinds(record, "result") if e["rung"] == "full"}
+    loose = Limits(95.0, latency_ms=0.9, max_drop=0.5)
+    after = controller(record, limits=loose)
+    for entry in after.results("full"):
+        excess = loose.excess(
+            entry["metric"], entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
+        )
+        assert entry["constraint"] == excess
+        assert entry["digest"] in known
+    assert any(e["constraint"] > 0 for e in after.results("full"))  # now over max_drop
+    assert after.over()  # the trials it may have were had: nothing is trained again
+
+
+def test_what_an_old_limit_rejected_may_be_proposed_under_a_new_one() -> None:
+    record = MemoryRecord()
+    run(controller(record, limits=Limits(95.0, latency_ms=0.3), trials=3))
+    rejected = [Policy.from_dict(e["policy"]) for e in kinds(record, "rejected")]
+    assert rejected
+    strict = controller(record, limits=Limits(95.0, latency_ms=0.3), trials=20)
+    assert not any(strict.proposals.claim(policy) for policy in rejected)
+    loose = controller(record, limits=Limits(95.0, latency_ms=2.0), trials=20)
+    assert all(loose.proposals.claim(policy) for policy in rejected)
+
+
+def test_what_comes_before_the_trials_of_a_session_is_part_of_its_time() -> None:
+    clock = Clock()
+    record = MemoryRecord([{"kind": "search", "time": clock.now}])
+    clock.now += 30  # a profile, a table
+    control = controller(record, clock=clock, seconds=100)
+    assert control.elapsed() == 30
+    assert control.remaining() == 70
+
+
+def test_a_changed_target_prices_what_is_known_anew() -> None:
+    record = MemoryRecord()
+    run(controller(record, limits=Limits(95.0, latency_ms=0.6)))
+
+    def slower(policy: Policy) -> Price:
+        known = price(policy)
+        return replace(known, latency_ms=tuple(2 * ms for ms in known.latency_ms))
+
+    limits = Limits(95.0, latency_ms=0.6)
+    after = Controller(
+        Proposals(space()), slower, limits, record, Budget(12), clock=Clock(), reprice=True
+    )
+    for entry in after.results("full"):
+        policy = Policy.from_dict(entry["policy"])
+        assert entry["latency_ms"] == list(slower(policy).latency_ms)
+    assert any(e["constraint"] > 0 for e in after.results("full"))
 
 
 def test_a_trial_whose_worker_died_goes_on_from_its_last_rung() -> None:

@@ -1,19 +1,36 @@
 """Device profiles: nothing lost, nothing foreign; and what is predicted from them."""
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
-from flyweight.kernels import DeviceProfile, LatencyPredictor, Signature, Timed, predictor_for
+from flyweight.kernels import (
+    DeviceProfile,
+    LatencyPredictor,
+    Signature,
+    Timed,
+    predictor_for,
+    signature,
+)
 from flyweight.kernels.predictor import LEAST
 from flyweight.kernels.signature import SESSION
-from flyweight.spaces import BadInput
+from flyweight.spaces import (
+    BadInput,
+    Blueprint,
+    Capabilities,
+    Network,
+    Settings,
+    Space,
+    blueprint,
+)
 
 DEVICE = {"cpu": "a CPU", "runtime": "onnxruntime", "threads": "1"}
 
@@ -36,6 +53,23 @@ def measured(device: ModuleType, seed: int, n: int, speed: float = 1.0) -> list[
 
 def profile(timed: list[Timed]) -> DeviceProfile:
     return DeviceProfile(DEVICE, "0123456789abcdef", {"input": (1, 3, 8, 8)}, "a network", timed)
+
+
+def took(s: Signature) -> float:
+    """What a piece of a traced network takes on a made-up device, in ms."""
+    return s.nominal_ms * (3.0 if "int8" in s.kind else 4.0) + 0.001
+
+
+def random_plans(network: Network, capabilities: Capabilities, n: int) -> list[Blueprint]:
+    space, rng = Space(network, capabilities, Settings()), random.Random(0)
+    return [blueprint(network, space.sample(rng), capabilities) for _ in range(n)]
+
+
+def timed_plans(plans: list[Blueprint]) -> list[Timed]:
+    return [
+        Timed(counts, sum(n * took(s) for s, n in counts.items()), 0.5, 0)
+        for counts in map(signature, plans)
+    ]
 
 
 def test_a_profile_comes_back_from_its_file(device: ModuleType, tmp_path: Path) -> None:
@@ -61,7 +95,7 @@ def test_a_last_line_that_was_cut_off_is_left_out(device: ModuleType, tmp_path: 
         ("", ["no device profile", "flyweight profile"]),
         ("{}", ["no device profile"]),
         ("not json\n{}", ["line 1", "not JSON"]),
-        ('{"fingerprint": "0", "version": 9}', ["version 9", "1 is"]),
+        ('{"fingerprint": "0", "version": 9}', ["version 9", "1 or 2 is"]),
         ('{"fingerprint": "0", "version": 1}', ["line 1", "device"]),
         ('{"fingerprint": "0", "version": 1, "device": {}, "request": []}', ["line 1"]),
         (
@@ -149,6 +183,59 @@ def test_work_that_kills_the_runtime_is_never_predicted_to_end(device: ModuleTyp
     assert made.unavailable() == {("conv int8", "7x7")}
     ends = LatencyPredictor(made).predict_work([good, Counter({SESSION: 1, deadly: 1})])
     assert np.isfinite(ends).all(axis=1).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("name", ["plain", "separable", "concat", "gated"])
+def test_a_prediction_is_the_sum_of_its_kernels(
+    name: str, traced: Callable[[str], Any], capabilities: Capabilities
+) -> None:
+    plans = random_plans(traced(name), capabilities, 60)
+    predictor = LatencyPredictor(profile(timed_plans(plans[:40])), teacher_ms=0.7)
+    for plan, (_, middle, _) in zip(plans, predictor.predict(plans), strict=True):
+        session, *kernels = predictor.parts(plan)
+        assert session.name == ""
+        assert [(k.name, k.precision) for k in kernels] == [
+            (k.name, k.precision) for k in plan.kernels
+        ]
+        assert sum(part.ms for part in (session, *kernels)) == pytest.approx(middle, rel=1e-9)
+
+
+def test_a_change_is_known_better_than_what_changes(
+    traced: Callable[[str], Any], capabilities: Capabilities
+) -> None:
+    network = traced("plain")
+    plans = random_plans(network, capabilities, 60)
+    predictor = LatencyPredictor(profile(timed_plans(plans[:40])), teacher_ms=0.7)
+    space = Space(network, capabilities, Settings())
+    pairs = [
+        (plan, blueprint(network, policy, capabilities))
+        for plan in plans[40:]
+        for policy in space.neighbours(plan.policy)
+    ]
+    before, after = (predictor.predict([pair[i] for pair in pairs])[:, 1] for i in (0, 1))
+    changes = predictor.changes(pairs)
+    np.testing.assert_allclose(changes[:, 0], after - before, atol=1e-9)
+    back = predictor.changes([(after, before) for before, after in pairs])
+    np.testing.assert_allclose(back, changes * (-1, 1), atol=1e-9)
+    assert predictor.changes([(plans[0], plans[0])]).tolist() == [[0, 0]]
+    assert predictor.changes([]).shape == (0, 2)
+
+    apart = [predictor.times([signature(pair[i]) for pair in pairs])[:, 1] for i in (0, 1)]
+    assert (changes[:, 1] < np.hypot(*apart)).mean() > 0.95
+    sums = [[sum(n * took(s) for s, n in signature(p).items()) for p in pair] for pair in pairs]
+    true = 0.7 / 0.5 * np.diff(sums)[:, 0]
+    assert (np.abs(changes[:, 0] - true) < 3 * changes[:, 1] + 1e-9).mean() > 0.9
+
+
+def test_a_predictor_beside_another_teacher(device: ModuleType) -> None:
+    usual, unseen = LatencyPredictor(profile(measured(device, 3, 120))), device.networks(4, 20)
+    before, slow = usual.predict_work(unseen), usual.beside(2 * usual.teacher_ms)
+    np.testing.assert_allclose(slow.predict_work(unseen), 2 * before)
+    np.testing.assert_allclose(usual.predict_work(unseen), before)
+
+
+def test_of_no_plans_nothing_is_said(device: ModuleType) -> None:
+    assert LatencyPredictor(profile(measured(device, 3, 60))).predict([]).shape == (0, 3)
 
 
 def test_too_few_networks_say_nothing(device: ModuleType) -> None:

@@ -2,13 +2,25 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from flyweight.kernels import signature
 from flyweight.kernels.signature import SESSION, nominal_ms
-from flyweight.spaces import Capabilities, Policy, Prune, Quantize, Settings, Space, blueprint
+from flyweight.spaces import (
+    Capabilities,
+    Policy,
+    Prune,
+    Quantize,
+    Settings,
+    Space,
+    blueprint,
+    trace,
+)
 
 NAMES = ["plain", "separable", "concat", "grouped", "gated", "inverted"]
 
@@ -52,6 +64,17 @@ def test_fewer_channels_are_less_nominal_work(
     assert nominal_ms(signature(half)) < nominal_ms(signature(full))
     (sizes,) = [s.sizes for s in signature(half) if s.kind == "conv fp32" and s.sizes[0] == 3]
     assert sizes == (3, 8, 64)  # channels read and made, and 8 x 8 positions
+
+
+def test_a_dilated_window_is_another_form_of_the_same_size(capabilities: Capabilities) -> None:
+    plain, dilated = (
+        signature(blueprint(trace(model.eval(), torch.rand(1, 3, 8, 8)), Policy(), capabilities))
+        for step in (1, 2)
+        for model in [nn.Sequential(nn.Conv2d(3, 8, 3, padding=step, dilation=step), nn.ReLU())]
+    )
+    (one,), (other,) = plain - dilated, dilated - plain
+    assert (one.form, other.form) == ("3x3 1x1 relu", "3x3 1x1 d2x2 relu")
+    assert replace(one, form="") == replace(other, form="")
 
 
 def test_the_bytes_of_the_weights(traced: Callable[[str], Any], capabilities: Capabilities) -> None:

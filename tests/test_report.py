@@ -161,6 +161,42 @@ class Page(HTMLParser):
         return [" ".join(cell.split()) for cell in found]
 
 
+def explanation(name: str = "body.0.c1", kernels: int = 3) -> dict:
+    """What `flyweight explain --json` says of trial 1: a session of 0.01 ms, then kernels."""
+    case = {"width": 16, "change_ms": 0.002, "deviation_ms": 0.0005}
+    rows = [
+        {
+            "name": f"{name}.{i}", "kind": "conv", "width": 24, "full_width": 32,
+            "precision": "int8" if i % 2 else "fp32", "ms": 0.03 + i / 1000,
+            "deviation_ms": 0.001, "teacher_ms": 0.08 + i / 1000, "teacher_deviation_ms": 0.002,
+        }
+        for i in range(kernels)
+    ]  # fmt: skip
+    session = rows[0] | {
+        "name": "", "kind": "session", "width": None, "full_width": None, "precision": "",
+        "ms": 0.01, "teacher_ms": 0.01,
+    }  # fmt: skip
+    gone = rows[0] | {"name": f"{name}.gone", "ms": None, "precision": None, "width": None}
+    return {
+        "digest": digest(1), "predicted_latency_ms": [0.30, 0.32, 0.34],
+        "teacher_predicted_latency_ms": [0.78, 0.80, 0.82], "kernels": [session, *rows, gone],
+        "kinds": [rows[0] | {"precision": "int8", "ms": 0.2, "teacher_ms": 0.0}],
+        "groups": [
+            {"name": name, "width": 24, "full_width": 32, "narrower": case, "wider": None},
+        ],
+        "layers": [
+            {"name": name, "group": name, "width": 24, "precision": "int8",
+             "widths": [case, case | {"width": 24, "change_ms": -0.004}]},
+        ],
+    }  # fmt: skip
+
+
+def explained_run(folder: Path, **how) -> Path:
+    run_directory(folder, entries(predicted_by="profile"), result(predicted_by="profile"))
+    (folder / "explain.json").write_text(json.dumps(explanation(**how)))
+    return folder
+
+
 @pytest.fixture
 def page(tmp_path: Path) -> Page:
     return Page(write_report(run_directory(tmp_path, entries(), result())))
@@ -185,7 +221,7 @@ def test_front_table(page: Page) -> None:
 
 
 def test_everything_drawn_is_in_a_table(page: Page) -> None:
-    others = [row[0] for row in page.tables[1][2:]]
+    others = [row[0][:10] for row in page.tables[1][2:]]
     assert sorted(others) == sorted(digest(t)[:10] for t in (4, 5))
     assert page.row(1, digest(4)[:10])[2] == NONE  # not measured
     assert "1 other artifact lies below the figure" in page.text
@@ -354,6 +390,86 @@ def test_what_a_user_supplies_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in page.source
     assert page.source.count("&lt;script&gt;") >= 5
     assert evil in page.text
+
+
+def test_what_breaks_a_limit_is_told_apart(tmp_path: Path) -> None:
+    page = Page(write_report(run_directory(tmp_path, entries(), result())))
+    outside = "outside the limits"
+    assert [page.row(0, digest(t)[:10])[0] for t in (1, 2, 3)] == [
+        f"{digest(1)[:10]} best", f"{digest(2)[:10]} {outside}", f"{digest(3)[:10]} {outside}",
+    ]  # fmt: skip
+    assert "front, outside the limits" in page.text
+    rows = list(csv.DictReader((tmp_path / "front.csv").open()))
+    assert {r["digest"]: r["misses"] for r in rows} == {
+        digest(1): "", digest(2): "0.90 points lost, the limit is 0.5",
+        digest(3): "1.95 times faster, the limit is 2.5",
+    }  # fmt: skip
+    free = {"size_bytes": 800_000}
+    run_directory(tmp_path, entries(objective=free), result(objective=free))
+    assert outside not in Page(write_report(tmp_path)).text
+
+
+def test_where_the_time_goes(tmp_path: Path) -> None:
+    page = Page(write_report(explained_run(tmp_path)))
+    headline = "0.3200 ms predicted (0.3000 to 0.3400) against 0.8000 ms of the teacher: 2.50 times"
+    assert headline in page.text
+    kernels, kinds, groups = page.tables[2:5]
+    assert kernels[1:3] == [
+        ["(each call)", "session", "", "0.010 ±0.004", "0.010 ±0.002", "3.1%"],
+        ["body.0.c1.0", "conv fp32", "24/32", "0.080 ±0.004", "0.030 ±0.002", "9.4%"],
+    ]
+    assert kernels[-2:] == [
+        ["body.0.c1.gone", "conv gone", "", "0.080 ±0.004", "", ""],
+        ["all", "", "", "0.800", "0.320", ""],
+    ]
+    assert kinds[1] == ["conv int8", "", "0.200 ±0.002", "62.5%"]
+    assert groups[1] == ["body.0.c1", "24/32", "16: +0.002 ±0.001", ""]
+    line = "body.0.c1: int8 is slower at 16 channels and below; it is int8 at 24, where int8 takes"
+    assert f"{line} -0.004 ±0.001 ms" in page.text
+    assert "predicted from a device profile" in page.text
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert not re.search("#0000f[1-4]", page.source)
+
+
+def test_many_kernels_are_drawn_in_one_figure(tmp_path: Path) -> None:
+    page = Page(write_report(explained_run(tmp_path, kernels=60)))
+    # The first 40 of 60, the session, and one that only the teacher has.
+    assert "42 others: 1.990 ms, teacher 4.070 ms" in page.text
+    assert len(page.tables[2]) == 64
+    assert page.source.count("body.0.c1.59 24/32 int8") == 1
+    assert "body.0.c1.2 24/32" not in page.source
+
+
+def test_without_a_device_profile_it_says_how_to_get_one(tmp_path: Path) -> None:
+    run_directory(tmp_path, entries(predicted_by="timing"), result(predicted_by="timing"))
+    page = Page(write_report(tmp_path))
+    assert "timed untrained" in page.text
+    assert "Timed untrained, ms" in page.tables[0][0]
+    command = f"flyweight explain artifacts/{digest(1)}/policy.json --spec spec.yaml"
+    assert "flyweight profile --spec spec.yaml -o profile.jsonl" in page.text
+    assert f"{command} --profile profile.jsonl --json > explain.json" in page.text
+    run_directory(tmp_path, entries(predicted_by="profile"), result(predicted_by="profile"))
+    text = Page(write_report(tmp_path)).text  # interrupted before it was explained
+    assert f"{command} --json > explain.json" in text
+    assert "flyweight profile" not in text
+    assert "Where the time goes" not in Page(
+        write_report(run_directory(tmp_path, entries(), result(front=[], best=None)))
+    ).text  # fmt: skip
+
+
+def test_names_of_kernels_are_escaped(tmp_path: Path) -> None:
+    page = Page(write_report(explained_run(tmp_path, name="<script>$x$</script>")))
+    assert "script" not in page.tags
+    assert "<script" not in page.source
+    assert "<script>$x$</script>.0 24/32 fp32" in page.text
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"kernels": 1}', "{"])
+def test_damaged_explanation(tmp_path: Path, content: str) -> None:
+    (explained_run(tmp_path) / "explain.json").write_text(content)
+    with pytest.raises(BadInput, match=r"explain\.json"):
+        write_report(tmp_path)
 
 
 def test_missing_record(tmp_path: Path) -> None:

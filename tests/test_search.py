@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow  # each starts a local Ray and trains
 
 KEYS = {
     "flyweight", "task", "seed", "wall_s", "objective", "trials", "target", "teacher", "front",
-    "best", "nearest_miss", "mlflow_run_id",
+    "best", "nearest_miss", "mlflow_run_id", "predicted_by",
 }  # fmt: skip
 ROW = {
     "digest", "metric", "metric_test", "latency_ms", "latency_spread", "predicted_latency_ms",
@@ -128,6 +128,7 @@ def test_a_search_from_init_to_an_artifact_that_runs_bare(starter: Path, tmp_pat
     result = json.loads((run / "result.json").read_text())
     assert json.loads(done.stdout) == result
     assert result.keys() == KEYS
+    assert result["predicted_by"] == "timing"
     assert result["trials"]["recalibrate"] == 4
     assert result["front"]
     assert result["mlflow_run_id"]
@@ -388,8 +389,15 @@ def test_a_device_profile_predicts_and_prices_a_search(starter: Path, tmp_path: 
 
     done = flyweight("search", spec, "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    front = json.loads((tmp_path / "run" / "result.json").read_text())["front"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    front = result["front"]
     assert front
+    assert result["predicted_by"] == "profile"
+    why = json.loads((tmp_path / "run" / "explain.json").read_text())
+    assert why["digest"] == (result["best"] or result["nearest_miss"])
+    (row,) = [row for row in front if row["digest"] == why["digest"]]
+    assert why["predicted_latency_ms"] == pytest.approx(row["predicted_latency_ms"], rel=1e-6)
+    assert "Where the time goes" in (tmp_path / "run" / "report.html").read_text()
     for row in front:
         low, middle, high = row["predicted_latency_ms"]
         assert low < middle < high
@@ -411,6 +419,23 @@ def test_a_device_profile_predicts_and_prices_a_search(starter: Path, tmp_path: 
     done = flyweight("profile", "--spec", spec, "-o", path, cwd=tmp_path)
     assert done.returncode == 2
     assert "write to another file" in done.stderr
+
+    here = ("profile", "--spec", spec, "--networks", 8, "-o", "second.jsonl", "--like")
+    done = flyweight(*here, path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "second.jsonl").read_text().splitlines()) == len(lines) + 8
+    path.unlink()  # the new file holds what it needs
+    done = flyweight("predict", *policies, "--profile", "second.jsonl", "--spec", spec, "--json",
+                     cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for case in json.loads(done.stdout):
+        low, middle, high = case["predicted_latency_ms"]
+        assert 0 <= low < middle < high
+    path.write_text("\n".join(lines) + "\n")
+    done = flyweight(*here[:-3], "-o", "third.jsonl", "--like", path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "this device itself" in done.stderr
+    assert not (tmp_path / "third.jsonl").exists()
 
 
 def test_a_limit_out_of_reach_costs_nothing(starter: Path, tmp_path: Path) -> None:

@@ -1,0 +1,28 @@
+"""How much one policy harms a network that is not trained afterwards, cheaply."""
+
+import torch
+
+from ..spaces import Impossible, Policy, blueprint
+from .compress import prune, quantize
+from .distill import kl_divergence
+from .parity import run_module
+from .prepared import Prepared
+
+ITEMS = 512  # of search validation: single choices differ by far more than so many leave open
+
+
+def harm(prepared: Prepared, policy: Policy, seed: int = 0) -> float:
+    """KL(teacher || student) on search validation, in nats, of the student that ``policy`` starts
+    its training from: pruned, recalibrated and quantized as at the lowest rung.
+
+    Forward only and in PyTorch: nothing is trained, exported or loaded into a runtime. Raises
+    Impossible if the policy cannot be built or its student answers NaN.
+    """
+    plan = blueprint(prepared.start(policy).network, policy, prepared.runtime.capabilities)
+    torch.manual_seed(seed)
+    student = quantize(prepared, policy, plan, prune(prepared, policy, plan))
+    some = prepared.splits.search.first(ITEMS)
+    found = kl_divergence(run_module(student, some), prepared.search_answers[: len(some)]).item()
+    if not found < float("inf"):
+        raise Impossible(f"the student's answers are not finite (KL {found})")
+    return max(found, 0.0)

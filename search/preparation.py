@@ -1,0 +1,111 @@
+"""What a search finds out before its first trial, so that its trials are worth their training: a
+device profile, the sensitivity table, and the policies that these two give."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ..kernels import DeviceProfile, LatencyPredictor
+from ..spaces import BadInput, FlyweightError, Policy
+from .batch import BatchPredictor
+from .cache import cache_folder, key_of
+from .counting import counting
+from .judges import Judges
+from .limits import Limits
+from .profiling import check_profile, empty_profile, make_profile
+from .ready import Ready
+from .sensitivity import Sensitivity, measure
+from .store import write_json, write_whole
+from .warm import warm_start
+
+PROFILE = "profile.jsonl"  # in the run directory
+WORTH = 15  # trials, from which on a search is worth preparing: fewer cost less themselves
+# Shares of the time budget that the profile and the table may take; seconds where there is none.
+PROFILE_SHARE, PROFILE_S = 0.1, 300.0
+TABLE_SHARE, TABLE_S = 0.08, 300.0
+NETWORKS = 4  # in the profile, for each trial
+FIRST = 8  # one in so many trials is a policy of the warm start
+
+
+def worth_preparing(ready: Ready) -> bool:
+    """Whether the search is long enough for what it learns beforehand to pay."""
+    search = ready.spec.search
+    return search.strategy in ("joint", "solver") and search.trials >= WORTH
+
+
+@dataclass
+class Preparation:
+    """Finds out what can be, in the time that there is, and says in ``notes`` what could not."""
+
+    ready: Ready
+    run_dir: Path
+    console: Console | None
+    notes: list[str] = field(default_factory=list)
+
+    def profile(self) -> DeviceProfile | None:
+        """The device profile of this device, gone on with from the cache; None if none can be made.
+        It lies in the run directory, and in the cache for the next search."""
+        spec, path = self.ready.spec, self.run_dir / PROFILE
+        wanted = empty_profile(spec, self.ready.prepared)
+        name = key_of(
+            wanted.fingerprint, {k: list(v) for k, v in wanted.request.items()}, wanted.network
+        )
+        kept = cache_folder(spec) / f"profile-{name}.jsonl"
+        torch.set_num_threads(1)  # what builds the networks must not spin while they are timed
+        networks = NETWORKS * spec.search.trials
+        try:
+            if not path.exists() and (earlier := _earlier(kept, wanted)):
+                earlier.create(path)
+            with counting("Timing networks for the device profile", networks, self.console) as bar:
+                found = make_profile(
+                    self.ready, path, networks=networks,
+                    seconds=self._seconds(PROFILE_SHARE, PROFILE_S), seed=0,
+                    say=lambda _: None, count=bar,
+                )  # fmt: skip
+            LatencyPredictor(found)  # raises if it is too small
+        except (FlyweightError, OSError) as error:
+            self.notes.append(f"No device profile: {error}. Each policy is timed instead.")
+            return None
+        try:
+            write_whole(kept, path.read_bytes())
+        except OSError as error:
+            self.notes.append(f"The device profile is not kept for the next search: {error}")
+        return found
+
+    def table(self) -> Sensitivity:
+        """The sensitivity table, as far as it gets; also in RUN_DIR/sensitivity.json."""
+        began = time.monotonic()
+        with counting("Judging single choices", None, self.console) as bar:
+            judges = Judges(self.ready, self._seconds(TABLE_SHARE, TABLE_S), bar)
+            try:
+                table = measure(self.ready.space, judges)
+            finally:
+                judges.close()
+        seconds = time.monotonic() - began
+        write_json(self.run_dir / "sensitivity.json", table.to_dict() | {"seconds": seconds})
+        return table
+
+    def first(
+        self, table: Sensitivity, predictor: LatencyPredictor, limits: Limits
+    ) -> list[Policy]:
+        """The policies that the table and the predictor give, within the limits."""
+        batch = BatchPredictor(self.ready.prepared, self.ready.space, predictor)
+        count = max(2, self.ready.spec.search.trials // FIRST)
+        return warm_start(self.ready.space, table, batch, limits, predictor.teacher_ms, count)
+
+    def _seconds(self, share: float, otherwise: float) -> float:
+        budget = self.ready.spec.search.time_budget
+        return otherwise if budget is None else share * budget
+
+
+def _earlier(path: Path, wanted: DeviceProfile) -> DeviceProfile | None:
+    """The profile that an earlier search left, if it is what is wanted."""
+    try:
+        found = DeviceProfile.load(path)
+        check_profile(found, wanted)
+    except BadInput:
+        return None
+    return found

@@ -1,0 +1,82 @@
+"""The solver against every combination."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from flyweight.search.solver import Solver
+
+AXES, CHOICES = 5, 4
+
+
+class Device:
+    """Latency: a sum over axes, times products of neighbours for ``coupled``."""
+
+    def __init__(self, rng: np.random.Generator, coupled: float) -> None:
+        self.alone = np.sort(rng.random((AXES, CHOICES)) + 0.1, axis=1)
+        self.coupled = coupled
+
+    def __call__(self, points: NDArray[np.int64]) -> NDArray[np.float64]:
+        taken = self.alone[np.arange(AXES), points]
+        return taken.sum(1) + self.coupled * (taken[:, 1:] * taken[:, :-1]).sum(1)
+
+
+def case(seed: int, coupled: float) -> tuple[Solver, Device, NDArray[np.int64]]:
+    rng = np.random.default_rng(seed)
+    device = Device(rng, coupled)
+    harms = -np.sort(-rng.random((AXES, CHOICES)), axis=1)  # the faster, the more harm
+    harms[:, -1] = 0
+    every = np.array(list(itertools.product(range(CHOICES), repeat=AXES)))
+    return Solver(list(harms), device, [True] * AXES), device, every
+
+
+STARTS = [np.full(AXES, CHOICES - 1), np.zeros(AXES, int)]
+
+
+@given(st.integers(0, 10_000), st.floats(0.1, 1.0))
+def test_where_latency_is_a_sum_the_answer_is_the_best_there_is(seed: int, share: float) -> None:
+    solver, device, every = case(seed, 0.0)
+    ms = device(every)
+    limit = ms.min() + share * (ms.max() - ms.min())
+    best = min(solver.harm(p) for p in every[ms <= limit])
+    found = solver.solve(limit, STARTS)
+    assert found is not None
+    assert device(found[None])[0] <= limit
+    assert solver.harm(found) == pytest.approx(best, abs=1e-3)
+
+
+def test_where_choices_act_together_it_is_nearly_the_best() -> None:
+    beaten = []
+    for seed in range(40):
+        solver, device, every = case(seed, 1.0)
+        ms = device(every)
+        limit = ms.min() + 0.4 * (ms.max() - ms.min())
+        found = solver.solve(limit, STARTS)
+        assert found is not None
+        assert device(found[None])[0] <= limit
+        harms = np.array([solver.harm(p) for p in every[ms <= limit]])
+        beaten.append((harms < solver.harm(found) - 1e-9).sum() / len(every))
+    assert np.mean(beaten) < 0.005
+
+
+def test_a_limit_out_of_reach_has_no_answer() -> None:
+    solver, device, every = case(3, 1.0)
+    assert solver.solve(0.99 * device(every).min(), STARTS) is None
+
+
+def test_what_is_impossible_is_never_the_answer() -> None:
+    solver, device, every = case(5, 0.5)
+    best: Any = solver.solve(device(every).mean(), STARTS)
+    forbidden = best.copy()
+
+    def latency(points: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.where((points == forbidden).all(1), np.inf, device(points))
+
+    found = Solver(solver.harms, latency, solver.ordered).solve(device(every).mean(), STARTS)
+    assert found is not None
+    assert (found != forbidden).any()

@@ -1,0 +1,81 @@
+"""Where the policies of each strategy come from."""
+
+from collections.abc import Callable
+
+import pytest
+
+from flyweight.compressors import RUNGS
+from flyweight.search.strategies import STAGES, STRATEGIES, source
+from flyweight.spaces import Capabilities, Network, Policy, Settings, Space
+
+BOTH = ("fp32", "int8")
+
+
+@pytest.fixture(scope="module")
+def space(traced: Callable[[str], Network]) -> Space:
+    target = Capabilities({"conv": BOTH, "linear": BOTH}, width_multiple=1)
+    settings = Settings(
+        min_keep=0.25, criteria=("l1", "taylor"), reconstruct=(True, False), qat=(True, False),
+        calibrations=("minmax", "mse"), temperature=(1.0, 8.0), alpha=(0.5, 1.0),
+        learning_rate=(0.001, 0.1),
+    )  # fmt: skip
+    return Space(traced("separable"), target, settings)
+
+
+def loss(policy: Policy) -> float:
+    return sum(1 / w for w in policy.prune.width.values()) + len(policy.quantize.precision) / 100
+
+
+def drawn(space: Space, strategy: str, count: int, seed: int = 0) -> list[Policy]:
+    solved, recipes = [space.uniform(0.6)], [space.uniform(0.5, "int8")]
+    found = source(strategy, space, "tpe", seed, count, solved, recipes)
+    out = []
+    for _ in range(count):
+        policy = found.ask()
+        if policy is None:
+            break
+        out.append(policy)
+        for rung in RUNGS:
+            found.tell(policy, rung, loss(policy), 1.0, -1.0)
+        found.fail(policy)
+    return out
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_proposes_legal_policies_once(space: Space, strategy: str) -> None:
+    found = drawn(space, strategy, 45)
+    assert found
+    assert len({p.digest for p in found}) == len(found)
+    assert all(space.contains(p) for p in found)
+    assert found == drawn(space, strategy, 45)
+
+
+def test_what_is_solved_comes_first(space: Space) -> None:
+    assert drawn(space, "joint", 12)[:2] == [space.uniform(0.6), space.uniform(0.5, "int8")]
+    assert drawn(space, "solver", 12) == [space.uniform(0.6), space.uniform(0.5, "int8")]
+
+
+def test_the_first_recipes_are_far_apart(space: Space) -> None:
+    few = drawn(space, "uniform", 6)
+    kept = [sum(p.prune.width.values()) for p in few]
+    precisions = {len(p.quantize.precision) for p in few}
+    assert precisions == {0, len(space.layers)}
+    assert len(set(kept)) >= 3
+
+
+def test_random_takes_nothing_that_was_solved(space: Space) -> None:
+    assert space.uniform(0.6) not in drawn(space, "random", 45)
+
+
+def test_sequential_keeps_what_it_chose(space: Space) -> None:
+    found = drawn(space, "sequential", 45)
+    stages = found[:15], found[15:30], found[30:]
+    values = [[space.values(p) for p in stage] for stage in stages]
+    assert not any(p.quantize.acts for p in (*stages[0], *stages[1]))
+    for stage, free in zip(values[1:], STAGES[1:], strict=True):
+        fixed = [{n: v for n, v in each.items() if not n.startswith(free)} for each in stage]
+        names = set.intersection(*map(set, fixed))
+        assert all(len({f[n] for f in fixed}) == 1 for n in names)
+    best = min(stages[0], key=loss)
+    assert stages[1][0].prune == best.prune
+    assert any(p.quantize.acts for p in stages[2])

@@ -1,0 +1,99 @@
+"""The warm start on a device whose truth is known."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from flyweight.search.limits import Limits
+from flyweight.search.sensitivity import Sensitivity, axes_of, measure
+from flyweight.search.warm import warm_start
+from flyweight.spaces import Capabilities, Network, Policy, Settings, Space
+
+BOTH = ("fp32", "int8")
+
+
+@pytest.fixture(scope="module")
+def space(traced: Callable[[str], Network]) -> Space:
+    target = Capabilities({"conv": BOTH, "linear": BOTH}, width_multiple=1)
+    settings = Settings(min_keep=0.25, students=("pruned", "small"))
+    return Space(traced("separable"), target, settings, {"small": traced("plain")})
+
+
+class Device:
+    """Half of the time of a layer in fp32 goes in int8; each channel costs. Another student is
+    twice as fast."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self.axes = tuple(
+            p for p in space.parameters
+            if p.name == "student" or p.name.startswith(("width/", "precision/"))
+        )  # fmt: skip
+
+    def ms(self, policy: Policy) -> float:
+        network = self.space.networks[policy.student]
+        share = np.mean([policy.prune.width.get(n, g.width) / g.width
+                         for n, g in network.groups.items()])  # fmt: skip
+        int8 = len(policy.quantize.precision) / len(network.layers)
+        return float(share * (1 - 0.5 * int8)) * (0.5 if policy.student == "small" else 1.0)
+
+    def predict(self, points: NDArray[np.int64]) -> NDArray[np.float64]:
+        out = []
+        for point in points:
+            values = {a.name: a.choices[i] for a, i in zip(self.axes, point, strict=True)}
+            ms = self.ms(self.space.policy(values))
+            out.append((0.9 * ms, ms, 1.1 * ms))
+        return np.array(out)
+
+
+def harm(space: Space, policy: Policy) -> float:
+    network = space.networks[policy.student]
+    removed = [1 - w / network.groups[n].width for n, w in policy.prune.width.items()]
+    base = 0.5 if policy.student == "small" else 0.0
+    return base + sum(r**2 for r in removed) + 0.01 * len(policy.quantize.precision)
+
+
+@pytest.fixture(scope="module")
+def table(space: Space) -> Sensitivity:
+    return measure(space, lambda policies: [harm(space, p) for p in policies])
+
+
+def test_it_keeps_the_limit_and_beats_the_recipes(space: Space, table: Sensitivity) -> None:
+    device = Device(space)
+    limits = Limits(95.0, latency_ms=0.4)
+    found = warm_start(space, table, device, limits, 1.0, 4)
+    assert all(space.contains(p) for p in found)
+    assert all(1.1 * device.ms(p) <= 0.4 for p in found)
+    recipes = [space.uniform(keep, "int8") for keep in (1.0, 0.75, 0.5, 0.25)]
+    allowed = [harm(space, p) for p in recipes if 1.1 * device.ms(p) <= 0.4]
+    ours = [harm(space, p) for p in found if p.student == "pruned"]
+    assert min(ours) < min(allowed)
+
+
+def test_the_sweep_goes_on_below_the_limit(space: Space, table: Sensitivity) -> None:
+    device = Device(space)
+    found = warm_start(space, table, device, Limits(95.0, latency_ms=0.4), 1.0, 4)
+    for student in space.networks:
+        mine = [p for p in found if p.student == student]
+        latencies = [device.ms(p) for p in mine]
+        assert latencies == sorted(latencies, reverse=True)
+        assert latencies[-1] < 0.8 * latencies[0]
+    assert Counter(p.student for p in found[:2]) == {"pruned": 1, "small": 1}
+
+
+def test_without_a_latency_limit_it_begins_at_the_teacher(space: Space, table: Sensitivity) -> None:
+    device = Device(space)
+    found = warm_start(space, table, device, Limits(95.0, max_drop=1.0), 1.0, 5)
+    assert max(map(device.ms, found)) > 0.7
+    assert min(map(device.ms, found)) < 0.6
+
+
+def test_a_limit_out_of_reach_gives_nothing(space: Space, table: Sensitivity) -> None:
+    assert warm_start(space, table, Device(space), Limits(95.0, latency_ms=0.01), 1.0, 4) == []
+
+
+def test_a_table_without_blocks_names_every_axis(space: Space, table: Sensitivity) -> None:
+    assert set(table.harm) == {axis.name for axis in axes_of(space)}
