@@ -103,9 +103,10 @@ class Controller:
         self._spent = 0.0
         self._began = clock()
         self._rebuild(record.entries(), reprice)
-        self._points: dict[str, list[Point]] = {
-            rung: [_point(e) for e in self.results(rung) if e["constraint"] <= 0] for rung in RUNGS
-        }  # within the limits; kept, for going through all results for each is slow
+        self._points: dict[str, list[Point]] = {  # going through all results for each is slow
+            rung: [_point(t.results[rung]) for t in reached.values() if _competes(t, rung)]
+            for rung, reached in self._reached.items()
+        }
 
     # What to try next.
 
@@ -245,7 +246,7 @@ class Controller:
         if not self._append(entry):
             return False
         self._learn(trial, entry)
-        if entry["constraint"] <= 0:
+        if _competes(trial, rung):
             self._points[rung].append(_point(entry))
         if self.limits.cost(*_costs(entry)) > 0:
             self._end(trial, "over_limit")
@@ -451,6 +452,16 @@ def _upper_costs(entry: Entry) -> tuple[float, int, int]:
 
 def _point(entry: Entry) -> Point:
     return entry["loss"], entry["latency_ms"][1]
+
+
+def _competes(trial: Trial, rung: str) -> bool:
+    """Whether a result counts among those of ``rung`` that others are compared with: it is within
+    the limits, and there by its rank. Those by chance are bad, and would lower the bar."""
+    below = (trial.results.get(r, {}) for r in RUNGS[: RUNGS.index(rung)])
+    known = trial.results.get(rung)
+    return bool(
+        known and known["constraint"] <= 0 and all(e.get("through") != "chance" for e in below)
+    )
 
 
 def failures(entries: Sequence[Entry], most: int = 3) -> list[tuple[str, int]]:

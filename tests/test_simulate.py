@@ -145,10 +145,12 @@ def through_by_definition(entry: Entry, before: list[Entry], limits: Limits, bru
     rung = entry["rung"]
     if rung == RUNGS[-1] or entry["constraint"] > 0:
         return None
+    below = RUNGS[: RUNGS.index(rung)]
+    by_luck = {e["trial"] for e in before if e["through"] == "chance" and e["rung"] in below}
     points = [
         (e["loss"], e["latency_ms"][1])
         for e in before
-        if e["rung"] == rung and e["constraint"] <= 0
+        if e["rung"] == rung and e["constraint"] <= 0 and e["trial"] not in by_luck
     ]
     then = {e["trial"]: e["loss"] for e in before if e["rung"] == rung}
     full = {e["trial"]: e["metric"] for e in before if e["rung"] == RUNGS[-1]}
@@ -247,7 +249,9 @@ def test_trials_whose_workers_die_go_on_elsewhere(toy: ModuleType, seed: int, wo
 
 
 @given(st.integers(0, 60), st.integers(1, 5))
-def test_a_search_that_was_killed_goes_on(toy: ModuleType, calls: int, workers: int) -> None:
+def test_a_search_that_was_killed_goes_on(
+    toy: ModuleType, brute: ModuleType, calls: int, workers: int
+) -> None:
     clock, record, left = Clock(), MemoryRecord(), itertools.count(calls, -1)
     work = Work(toy)
 
@@ -258,15 +262,17 @@ def test_a_search_that_was_killed_goes_on(toy: ModuleType, calls: int, workers: 
 
     record.append({"kind": "search", "time": clock.now})
     try:
-        simulate(controller(toy, record, clock, trials=20), evaluate, workers, clock)
+        simulate(controller(toy, record, clock, trials=20, seed=7), evaluate, workers, clock)
     except KeyboardInterrupt:
         record.append({"kind": "search", "time": clock.now})
-    again = controller(toy, record, clock, trials=20)
+    again = controller(toy, record, clock, trials=20, seed=7)
     simulate(again, work, workers, clock)
     assert len(again.trials) == 20
     assert {t.ended for t in again.trials.values()} <= {"finished", "stopped"}
-    found = [(e["trial"], e["rung"]) for e in results(record)]
-    assert len(found) == len(set(found))  # no rung that was finished is repeated
+    found = results(record)
+    assert len({(e["trial"], e["rung"]) for e in found}) == len(found)  # no rung is repeated
+    for at, entry in enumerate(found):
+        assert entry["through"] == through_by_definition(entry, found[:at], toy.NONE, brute)
     assert again.results(RUNGS[-1])
     ends = [e["trial"] for e in record.entries() if e["kind"] == "end"]
     assert len(ends) == len(set(ends))
