@@ -124,8 +124,8 @@ class Batch:
             )  # fmt: skip
             at = _indices(rows, self._count)
             table = known.table(surrounding, int(widths[at].max()) + 1)
-            missing = at[table[widths[at], 0] == 0]
-            for i in missing[np.unique(widths[missing], return_index=True)[1]]:
+            unknown = at[table[widths[at], 0] == 0]
+            for i in dict(zip(widths[unknown].tolist(), unknown.tolist(), strict=True)).values():
                 here = {
                     group: self._choices[group][index[i]] for group, index in self._widths.items()
                 }
