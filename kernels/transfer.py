@@ -108,8 +108,8 @@ class TransferredProcess:
                     column = self._columns.setdefault(key, len(self._columns))
                     entries.append((row, column, n * share.ms))
         out = np.zeros((len(sums), len(self._columns)))
-        rows, columns, values = zip(*entries, strict=True)
-        np.add.at(out, (rows, columns), values)
+        for row, column, share in entries:
+            out[row, column] += share
         return out
 
     def _shares(self, s: Signature) -> Iterator[_Share]:
