@@ -131,7 +131,9 @@ class Batch:
                 unknown = np.flatnonzero(found[:, 0] == 0)
                 some = dict(zip(widths[unknown].tolist(), at[unknown].tolist(), strict=True))
                 for number, policy in some.items():
-                    here = {g: self._choices[g][index[policy]] for g, index in self._widths.items()}
+                    here = {
+                        g: self._choices[g][int(index[policy])] for g, index in self._widths.items()
+                    }
                     kernel, *others = (
                         kernel_of(self._network, p.run, here, p.precision(first))
                         for p in (one, *made, *read)

@@ -8,7 +8,6 @@ near the same for all as long as nothing shows otherwise (Rasmussen & Williams 2
 """
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.linalg import cho_solve, solve_triangular  # type: ignore[import-untyped]
@@ -23,15 +22,7 @@ START = np.array([0.3, 0.2, 0.1, 0.15])
 # networks do not explain would be taken for noise.
 TRUST = np.array([1.0, 1.0, 1.0, 1.0, 4.0])
 _NO_KERNEL = ("session", "handover")
-
-
-@dataclass(frozen=True)
-class _Share:
-    """group: index of START. value: what it tells apart. ms: how much of a piece it is."""
-
-    group: int
-    value: Hashable
-    ms: float
+_CALL = 3  # the group of what a call takes
 
 
 class TransferredProcess:
@@ -103,21 +94,20 @@ class TransferredProcess:
         entries = []
         for row, counts in enumerate(sums):
             for s, n in counts.items():
-                for share in self._shares(s):
-                    key = share.group, share.value
+                for key, share in self._shares(s):
                     column = self._columns.setdefault(key, len(self._columns))
-                    entries.append((row, column, n * share.ms))
+                    entries.append((row, column, n * share))
         out = np.zeros((len(sums), len(self._columns)))
-        rows, columns, values = zip(*entries, strict=True)
-        np.add.at(out, (rows, columns), values)
+        for row, column, share in entries:
+            out[row, column] += share
         return out
 
-    def _shares(self, s: Signature) -> Iterator[_Share]:
-        ms = self._times[s]
+    def _shares(self, s: Signature) -> Iterator[tuple[tuple[int, Hashable], float]]:
+        """How much of a piece is which value of which group of ``START``."""
         for group, value in enumerate((None, s.kind, (s.kind, s.form))):
-            yield _Share(group, value, ms)
+            yield (group, value), self._times[s]
         if s.kind not in _NO_KERNEL:
-            yield _Share(3, None, self._call_ms)
+            yield (_CALL, None), self._call_ms
 
     def _groups(self) -> Array:
         """[columns]: the group of each."""
