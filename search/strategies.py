@@ -13,7 +13,7 @@ import numpy as np
 
 from ..spaces import Policy, Space
 from .proposals import Proposals
-from .warm import WarmStart
+from .warm import WarmStart, coarse_first
 
 STRATEGIES = ("joint", "sequential", "uniform", "solver", "random")
 FIRST = 8  # one in so many trials is a policy of the warm start's sweep
@@ -74,10 +74,9 @@ def source(
 def _uniform(space: Space) -> list[Policy]:
     """The recipes, coarse ones first: halves before quarters."""
     shares = np.linspace(1, space.settings.min_keep, KEEPS + 1)
-    order = sorted(range(KEEPS + 1), key=lambda i: -(i & -i) if i else -2 * KEEPS)
     found = [
         space.uniform(float(shares[i]), precision, student)
-        for i in order
+        for i in coarse_first(KEEPS + 1)
         for student in space.settings.students
         for precision in reversed(space.settings.precisions)
     ]

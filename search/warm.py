@@ -15,7 +15,7 @@ from .solver import Point, Solver
 
 KEEPS = (1.0, 0.5, 0.25)  # shares of channels kept by the recipes that the solver starts from
 # Of the way, in octaves, from the limit to the fastest policy: what lies beyond has lost too much.
-DEPTH = 0.5
+DEPTH = 0.75
 # How far the harm of a choice, once the network is trained, may be off that of the table: the
 # standard deviation of its logarithm.
 DOUBT = 0.7
@@ -44,7 +44,7 @@ class WarmStart:
         self._space = space
 
     def sweep(self, count: int) -> list[Policy]:
-        """``count`` policies of each student, the slowest of each first."""
+        """``count`` policies of each student: at the limit first, then far apart, then between."""
         found = [student.sweep(count) for student in self._students]
         ordered = [values for some in zip(*found, strict=False) for values in some]
         rest = [values for some in found for values in some]
@@ -92,7 +92,8 @@ class _Student:
             if found is not None:
                 self._solved.append((limit, found))
                 starts = [found, *self._whole]
-        return [self._values(point) for _, point in self._solved]
+        solved = [self._values(point) for _, point in self._solved]
+        return [solved[i] for i in coarse_first(len(solved))]
 
     def draw(self, rng: random.Random) -> dict[str, Any] | None:
         limit = self._limit(rng.random())
@@ -121,6 +122,17 @@ class _Student:
         whole = self._rest.copy()
         whole[self._places] = point
         return self._space.values_at(whole)
+
+
+def coarse_first(count: int) -> list[int]:
+    """0 to ``count`` - 1: the ends, then the middle, then the quarters, and so on."""
+    out, gaps = [*range(count)][:1] + [*range(1, count)][-1:], [(0, count - 1)]
+    for low, high in gaps:
+        middle = (low + high) // 2
+        if low < middle < high:
+            out.append(middle)
+            gaps += (low, middle), (middle, high)
+    return out
 
 
 def _judged(axis: Parameter, student: str) -> bool:
