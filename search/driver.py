@@ -230,6 +230,7 @@ class _Search:
         facts = facts_of(self.spec, self.ready.prepared.runtime.fingerprint)
         job = Job(self.spec, self.run_dir, facts, self._inputs(header), self.answers)
         resources = {"cpu": self.spec.resources.cpus, "gpu": self.spec.resources.gpus}
+        self.progress.spent_s = controller.elapsed()
         with self.progress, terminable():
             run_trials(
                 controller,

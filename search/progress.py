@@ -177,6 +177,7 @@ class Progress:
         self.summary = Summary(dict(teacher or {}), dict(objective or {}))
         self._console = console or Console()
         self._trials, self._budget_s, self._clock = trials, budget_s, clock
+        self.spent_s = 0.0  # of the budget, before the display begins
         self._last = "starting"
         self._began = self._said = clock()
         self._ended_before = 0
@@ -241,7 +242,8 @@ class Progress:
         elapsed, ended = self._clock() - self._began, len(self.summary.ended)
         ends: list[tuple[float, float]] = []  # share done, seconds left
         if self._budget_s is not None:
-            ends.append((elapsed / self._budget_s, self._budget_s - elapsed))
+            spent = self.spent_s + elapsed
+            ends.append((spent / self._budget_s, self._budget_s - spent))
         if self._trials is not None:
             here = ended - self._ended_before
             rest = (self._trials - ended) * elapsed / here if here >= PACE else math.inf

@@ -242,6 +242,13 @@ def test_the_nearer_end_counts() -> None:
     assert plain(trials=None, budget_s=None)[0].left() is None
 
 
+def test_what_was_spent_before_is_gone() -> None:
+    display, _, clock = plain(trials=100, budget_s=100.0)
+    display.spent_s = 60.0
+    clock.now += 10
+    assert display.left() == (0.7, "0:30 left")
+
+
 # On a terminal.
 
 
