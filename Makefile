@@ -46,6 +46,7 @@ check: $(READY)
 benchmarks: $(READY)
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/scale.py
 
 clean:
 	rm -rf $(VENV) build runs

@@ -10,7 +10,7 @@ import numpy as np
 Point = tuple[float, float]  # (loss, latency), both to be small
 # The share of those that would be stopped by what others found that go on all the same. Only they
 # can tell what a rung is worth (``correlation``): of the others, the bad are never seen again. It
-# costs about this share of the work above the lowest rung.
+# costs about this share of the work of each rung above the lowest.
 CHANCE = 0.05
 
 
