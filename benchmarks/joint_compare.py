@@ -13,32 +13,29 @@ noisy results: its front is what seems non-dominated to it, with its true points
 import argparse
 import random
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Self
 
 import moocore
 import numpy as np
 import torch
 from common import write
+from joint_sensitivity import judged
 from joint_surrogate import Surrogate
 from joint_table import read, space, spec
 
 from flyweight.compressors import RUNGS
-from flyweight.compressors.sensitivity import harm
 from flyweight.search.batch import BatchPredictor
 from flyweight.search.controller import Budget, Controller, Price
 from flyweight.search.limits import Limits
 from flyweight.search.pareto import Point, front
-from flyweight.search.preparation import FIRST
 from flyweight.search.ready import RECIPES, prepare_task
 from flyweight.search.record import Entry, MemoryRecord
-from flyweight.search.sensitivity import Sensitivity, measure
+from flyweight.search.sensitivity import Sensitivity
 from flyweight.search.simulate import Clock, simulate
 from flyweight.search.strategies import source
-from flyweight.search.warm import warm_start
+from flyweight.search.warm import WarmStart
 from flyweight.spaces import Policy
 
 MOST_DROP = 5.0  # points of the metric
@@ -48,7 +45,7 @@ MOST_TRIALS = 100_000  # the cost ends a search
 SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # of the cost, at which the curve is read
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Bench:
     """What methods are compared on. table: the sensitivity of the network itself, with the CPU
     seconds that it took, which a method that uses it pays."""
@@ -61,12 +58,8 @@ class Bench:
 
     @classmethod
     def of(cls, surrogate: Surrogate, speedup: float = 1.0) -> Self:
-        prepared = prepare_task(spec())
-        prepared.input_moments("pruned")  # as every trial of the record found it
-        began = time.process_time()
-        table = measure(space(), lambda some: [harm(prepared, policy) for policy in some])
-        seconds = time.process_time() - began
-        batch = BatchPredictor(prepared, space(), surrogate.predictor)
+        table, seconds = judged()
+        batch = BatchPredictor(prepare_task(spec()), space(), surrogate.predictor)
         metric = float(surrogate.teacher["metric_selection"])
         return cls(surrogate, batch, table, seconds, Limits(metric, 1 / speedup, MOST_DROP))
 
@@ -80,10 +73,20 @@ class Bench:
         size = self.surrogate.size_bytes(policy)
         return Price(self.surrogate.latency(policy), size, size)
 
-    @cache  # noqa: B019 (of the one bench there is)
-    def solved(self, count: int) -> list[Policy]:
-        """The policies of the warm start."""
-        return warm_start(space(), self.table, self.batch, self.limits, 1.0, count)
+    def warm_start(self, draws: bool) -> WarmStart:
+        """draws: whether it goes on to be asked after its sweep."""
+        found = WarmStart(space(), self.table, self.batch, self.limits, 1.0)
+        return found if draws else SweepAlone(found)
+
+
+class SweepAlone(WarmStart):
+    """A warm start that only is one."""
+
+    def __init__(self, known: WarmStart) -> None:
+        self.__dict__ = known.__dict__
+
+    def draw(self, _: random.Random) -> None:
+        return None
 
 
 class Patient(Controller):
@@ -103,19 +106,20 @@ def searching(
     sampler: str = "tpe",
     rungs: bool = True,
     warm: bool = True,
+    draws: bool = True,
     recipes: bool = True,
 ) -> Method:
     """A strategy of ``flyweight search``, with rungs or without; warm, recipes: what ``joint`` and
-    ``solver`` begin with."""
+    ``solver`` begin with; draws: whether ``joint`` goes on to draw from the warm start."""
 
     def method(seed: int, bench: Bench, clock: Clock, cost: float) -> Controller:
         trials = round(cost * (TRIALS_A_COST if rungs else 1))
-        solved: list[Policy] = []
+        start = None
         if warm and strategy in ("joint", "solver"):
-            solved = bench.solved(max(2, trials // FIRST))
+            start = bench.warm_start(draws)
             clock.now += bench.table_seconds
         common = [space().uniform(keep, p) for keep in RECIPES for p in ("int8", "fp32")]
-        asked = source(strategy, space(), sampler, seed, trials, solved, common if recipes else ())
+        asked = source(strategy, space(), sampler, seed, trials, start, common if recipes else ())
         seconds = cost * bench.surrogate.trial_seconds - clock.now
         kind = Controller if rungs else Patient
         return kind(
@@ -128,6 +132,7 @@ def searching(
 
 METHODS: dict[str, Method] = {
     "joint": searching("joint"),  # what `flyweight search` does
+    "joint without draws": searching("joint", draws=False),
     "joint without warm start": searching("joint", warm=False),
     "joint without rungs": searching("joint", rungs=False),
     "solver": searching("solver"),

@@ -35,11 +35,14 @@ def agreement(rows: Sequence[Row], rung: str, low: str, high: str) -> list[list[
     columns = np.array(
         [[r.rungs[rung][low], sign * r.rungs[RUNGS[-1]][high], r.latency] for r in rows]
     )
-    rng, ones = np.random.default_rng(0), np.ones(len(rows))
-    draws = [
-        rank_correlations(columns[rng.integers(0, len(rows), len(rows))], ones)
-        for _ in range(DRAWS)
-    ]
+    return agreement_of(columns)
+
+
+def agreement_of(columns: np.ndarray) -> list[list[float]]:
+    """The same for ``columns`` [policies, 3]: what is seen, what it should tell, latency."""
+    count = len(columns)
+    rng, ones = np.random.default_rng(0), np.ones(count)
+    draws = [rank_correlations(columns[rng.integers(0, count, count)], ones) for _ in range(DRAWS)]
     found = np.array([rank_correlations(columns, ones), *draws], float)
     low_ends, high_ends = np.nanpercentile(found[1:], [2.5, 97.5], axis=0)
     return np.stack([found[0], low_ends, high_ends], 1).tolist()

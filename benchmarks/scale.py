@@ -1,12 +1,14 @@
 """What the controller costs as a search grows: thousands of trials on simulated workers.
 
 The production classes (controller, proposals with TPE, climbs, a record in a file) run on a
-simulated clock; only the work is made up, and the price of a policy. The seconds that the
-controller really takes pass on that clock, one call at a time, so that workers wait for it as they
-would for a driver. Ray's own work, MLflow and the live display are not in it (overhead.py), nor is
-pricing, which looks ahead on a thread of its own.
+simulated clock; only the work is made up, and the price of a policy. The processor seconds that
+the controller really takes pass on that clock, one call at a time, so that workers wait for it as
+they would for a driver that has a core of its own (the machine may be shared). Ray's own work,
+MLflow and the live display are not in it (overhead.py), nor is pricing, which looks ahead on a
+thread of its own.
 
-    python benchmarks/scale.py [--trials 5000] [--workers 200] [--sampler tpe] [--minutes 1.5]
+    python benchmarks/scale.py [--trials 5000] [--workers 200] [--sampler tpe]
+        [--minutes 1.5] [--layers 24]
 """
 
 import argparse
@@ -28,50 +30,55 @@ from flyweight.search.record import Entry, FileRecord
 from flyweight.search.simulate import Clock, simulate
 from flyweight.spaces import Capabilities, Group, Layer, Network, Op, Policy, Settings, Space
 
-WIDTHS = {f"body.{i}": 32 * 2 ** (i // 6) for i in range(24)}  # 24 convolutions of 32 to 256
-WEIGHTS = dict(zip(RUNGS, (1.0, 3.0, 30.0), strict=True))
+LAYERS = 24
+WEIGHTS = dict(zip(RUNGS, (1.0, 3.0, 30.0), strict=True))  # of work
+SHARES = dict(zip(RUNGS, (1.0, 0.5, 0.25), strict=True))  # of trials that reach a rung, about
 DEATHS = 0.01  # share of rungs in which a worker dies
 BAND = 100  # trials over which a cost is averaged
 LIMITS = Limits(90.0, latency_ms=0.6, max_drop=2.0)
 
 
-def chain() -> Space:
-    """The space of a chain: width and precision of each convolution, and how it is distilled."""
-    both = ("fp32", "int8")
-    ops = [Op("x", "input", "x", (), "", (1, 3, 8, 8), ((None, 3),))]
-    layers, before, inputs = {}, 3, "x"
-    for name, width in WIDTHS.items():
-        shape = (1, width, 8, 8)
-        ops.append(Op(name, "conv", "Conv2d", (inputs,), name, shape, ((name, width),)))
-        layers[name] = Layer(name, "conv", name, before, width, (3, 3), (1, 1), 1, name, 1, 1)
-        before, inputs = width, name
-    groups = {name: Group(name, width, (name,), 1) for name, width in WIDTHS.items()}
-    network = Network(tuple(ops), layers, groups, ("x",), inputs)
-    target = Capabilities({"conv": both, "linear": both}, width_multiple=8)
-    return Space(network, target, Settings(min_keep=0.125))
+class Chain:
+    """Convolutions in a row, of 32 channels to 256: what they may become, cost and lose."""
 
+    def __init__(self, layers: int) -> None:
+        self.widths = {f"body.{i}": 32 * 2 ** (4 * i // layers) for i in range(layers)}
 
-def kept(policy: Policy) -> float:
-    return sum(policy.prune.width.get(n, w) / w for n, w in WIDTHS.items()) / len(WIDTHS)
+    def space(self) -> Space:
+        """Width and precision of each, and how the whole is distilled."""
+        both = ("fp32", "int8")
+        ops = [Op("x", "input", "x", (), "", (1, 3, 8, 8), ((None, 3),))]
+        layers, before, inputs = {}, 3, "x"
+        for name, width in self.widths.items():
+            shape = (1, width, 8, 8)
+            ops.append(Op(name, "conv", "Conv2d", (inputs,), name, shape, ((name, width),)))
+            layers[name] = Layer(name, "conv", name, before, width, (3, 3), (1, 1), 1, name, 1, 1)
+            before, inputs = width, name
+        groups = {name: Group(name, width, (name,), 1) for name, width in self.widths.items()}
+        network = Network(tuple(ops), layers, groups, ("x",), inputs)
+        target = Capabilities({"conv": both, "linear": both}, width_multiple=8)
+        return Space(network, target, Settings(min_keep=0.125))
 
+    def kept(self, policy: Policy) -> float:
+        shares = [policy.prune.width.get(name, w) / w for name, w in self.widths.items()]
+        return sum(shares) / len(shares)
 
-def price(policy: Policy) -> Price:
-    ms = kept(policy) * (1 - 0.5 * len(policy.quantize.precision) / len(WIDTHS))
-    size = int(1e6 * ms)
-    return Price((0.95 * ms, ms, 1.05 * ms), size, size)
+    def price(self, policy: Policy) -> Price:
+        ms = self.kept(policy) * (1 - 0.5 * len(policy.quantize.precision) / len(self.widths))
+        size = int(1e6 * ms)
+        return Price((0.95 * ms, ms, 1.05 * ms), size, size)
 
-
-def work(policy: Policy, rung: str, second: float) -> tuple[Entry | None, float]:
-    """The smaller, the more it loses; a rung says what the next will up to noise."""
-    rng = random.Random(f"{policy.digest}/{rung}")
-    cost, noise = price(policy), (0.4, 0.2, 0.05)[RUNGS.index(rung)]
-    loss = (1.5 - kept(policy)) ** 2 + 0.1 * policy.quantize.qat + rng.gauss(0.0, noise)
-    seconds = second * WEIGHTS[rung] * rng.lognormvariate(0.0, 0.3)
-    if rng.random() < DEATHS:
-        return None, seconds
-    figures = {"loss": loss, "metric": LIMITS.teacher_metric - loss, "samples": 1000}
-    sizes = {"size_bytes": cost.size_bytes, "compressed_bytes": cost.compressed_bytes}
-    return {**figures, **sizes, "macs": 10**9, "parity": None, "error": None}, seconds
+    def work(self, policy: Policy, rung: str, second: float) -> tuple[Entry | None, float]:
+        """The smaller, the more it loses; a rung says what the next will up to noise."""
+        rng = random.Random(f"{policy.digest}/{rung}")
+        cost, noise = self.price(policy), (0.4, 0.2, 0.05)[RUNGS.index(rung)]
+        loss = (1.5 - self.kept(policy)) ** 2 + 0.1 * policy.quantize.qat + rng.gauss(0.0, noise)
+        seconds = second * WEIGHTS[rung] * rng.lognormvariate(0.0, 0.3)
+        if rng.random() < DEATHS:
+            return None, seconds
+        figures = {"loss": loss, "metric": LIMITS.teacher_metric - loss, "samples": 1000}
+        sizes = {"size_bytes": cost.size_bytes, "compressed_bytes": cost.compressed_bytes}
+        return {**figures, **sizes, "macs": 10**9, "parity": None, "error": None}, seconds
 
 
 def resident_kb() -> float:
@@ -79,24 +86,27 @@ def resident_kb() -> float:
     return pages * resource.getpagesize() / 1024
 
 
-def run(trials: int, workers: int, sampler: str, minutes: float) -> dict[str, Any]:
+def run(
+    trials: int, workers: int, sampler: str, minutes: float, layers: int = LAYERS
+) -> dict[str, Any]:
     """minutes: what a trial takes a worker, on average over those that are stopped early too."""
-    share = {RUNGS[0]: 1.0, RUNGS[1]: 0.5, RUNGS[2]: 0.25}
-    second = 60 * minutes / sum(share[rung] * WEIGHTS[rung] for rung in RUNGS)
+    chain = Chain(layers)
+    space = chain.space()
+    second = 60 * minutes / sum(SHARES[rung] * WEIGHTS[rung] for rung in RUNGS)
     memory: list[float] = []  # at the beginning of each trial
 
     def evaluate(policy: Policy, rung: str) -> tuple[Entry | None, float]:
         if rung == RUNGS[0]:
             memory.append(resident_kb())
-        return work(policy, rung, second)
+        return chain.work(policy, rung, second)
 
     with tempfile.TemporaryDirectory() as folder:
         record, clock = FileRecord(Path(folder) / "record.jsonl"), Clock()
-        proposals = Proposals(chain(), sampler)
+        proposals = Proposals(space, sampler)
         budget = Budget(trials, seconds=1e9)
-        control = Controller(proposals, price, LIMITS, record, budget, clock=clock)
+        control = Controller(proposals, chain.price, LIMITS, record, budget, clock=clock)
         began = time.perf_counter()
-        outcome = simulate(control, evaluate, workers, clock, time.perf_counter)
+        outcome = simulate(control, evaluate, workers, clock, time.thread_time)
         real = time.perf_counter() - began
         record.close()
     bands = []
@@ -107,6 +117,7 @@ def run(trials: int, workers: int, sampler: str, minutes: float) -> dict[str, An
     first = min(500, trials // 2)  # by then everything is imported, and the studies are full
     return {
         "trials": trials, "workers": workers, "sampler": sampler, "results": counts,
+        "parameters": len(space.parameters),
         "trial_worker_s": outcome.busy_s / trials, "idle": outcome.idle,
         "simulated_s": outcome.seconds, "real_s": real, "bands": bands,
         "memory_kb_per_trial": (memory[-1] - memory[first]) / (len(memory) - 1 - first),
@@ -119,18 +130,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=200)
     parser.add_argument("--sampler", choices=("tpe", "random"), default="tpe")
     parser.add_argument("--minutes", type=float, default=1.5, help="of a worker for a trial")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of the network")
     args = parser.parse_args()
-    figures = run(args.trials, args.workers, args.sampler, args.minutes)
+    figures = run(args.trials, args.workers, args.sampler, args.minutes, args.layers)
     print(f"| up to trial | controller, ms a trial (the last {BAND}) |\n|---|---|")
     for band in figures["bands"]:
         print(f"| {band['trial']} | {band['controller_ms']:.1f} |")
     print(
-        f"\n{args.trials} trials on {args.workers} workers, results {figures['results']}: "
+        f"\n{args.trials} trials of {figures['parameters']} parameters ({args.sampler}) on "
+        f"{args.workers} workers, results {figures['results']}: "
         f"idle {figures['idle']:.2%} with {figures['trial_worker_s']:.0f} s of work a trial; "
         f"memory {figures['memory_kb_per_trial']:.1f} KB a trial; "
         f"{figures['simulated_s'] / 3600:.1f} simulated hours took {figures['real_s']:.0f} s"
     )
-    print(write(f"scale-{args.trials}-{args.sampler}", figures))
+    print(write(f"scale-{args.trials}-{args.sampler}-{args.layers}", figures))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Compression: a task and a policy to a candidate, a candidate to an artifact. Knows no search."""
 
+from .checkpoint import load_candidate, save_candidate
 from .compress import RUNGS, Candidate, compress
 from .parity import Parity
 from .prepared import Prepared, Schedule, prepare
@@ -9,5 +10,5 @@ from .untrained import untrained
 
 __all__ = [
     "RUNGS", "Candidate", "ClassificationTask", "Parity", "Prepared", "Schedule", "Task",
-    "compress", "harm", "load_task", "prepare", "untrained",
+    "compress", "harm", "load_candidate", "load_task", "prepare", "save_candidate", "untrained",
 ]  # fmt: skip

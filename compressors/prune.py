@@ -8,7 +8,7 @@ import torch
 import torch_pruning as tp  # type: ignore[import-untyped]
 from torch import Tensor, fx, nn
 
-from ..spaces import Group, Impossible, Network, nearest
+from ..spaces import Group, Impossible, Network, Prune, nearest
 from ..spaces.surgery import operate_
 from ..spaces.tracing import trace_graph
 from .data import Items
@@ -158,6 +158,17 @@ def remove(
     model = copy.deepcopy(model).eval()  # it runs once, and may write to its buffers
     student = operate_(trace_graph(model, example), network, kept, drop)
     return student.eval().requires_grad_()
+
+
+def shaped(model: nn.Module, network: Network, example: Any, how: Prune) -> fx.GraphModule:
+    """The student of ``how`` in its shapes alone: of each group it keeps the first channels."""
+    groups = network.groups
+    kept = {
+        name: torch.tensor(groups[name].first(width))
+        for name, width in how.width.items()
+        if width < groups[name].width
+    }
+    return remove(model, network, example, kept, how.drop)
 
 
 def lay_out(model: Model, layout: torch.memory_format) -> Model:

@@ -3,24 +3,30 @@
 import torch
 
 from ..spaces import Impossible, Policy, blueprint
-from .compress import prune, quantize
+from .compress import prune, quantize, statistics_items
 from .distill import kl_divergence
 from .parity import run_module
 from .prepared import Prepared
+from .prune import recompute_statistics
 
 ITEMS = 512  # of search validation: single choices differ by far more than so many leave open
 
 
-def harm(prepared: Prepared, policy: Policy, seed: int = 0) -> float:
+def harm(prepared: Prepared, policy: Policy, seed: int = 0, *, recalibrated: bool = False) -> float:
     """KL(teacher || student) on search validation, in nats, of the student that ``policy`` starts
     its training from: pruned, recalibrated and quantized as at the lowest rung.
 
-    Forward only and in PyTorch: nothing is trained, exported or loaded into a runtime. Raises
-    Impossible if the policy cannot be built or its student answers NaN.
+    recalibrated: its statistics are recomputed even if nothing is pruned, as those of every pruned
+    student are; what that harms by itself. Forward only and in PyTorch: nothing is trained,
+    exported or loaded into a runtime. Raises Impossible if the policy cannot be built or its
+    student answers NaN.
     """
     plan = blueprint(prepared.start(policy).network, policy, prepared.runtime.capabilities)
     torch.manual_seed(seed)
-    student = quantize(prepared, policy, plan, prune(prepared, policy, plan))
+    pruned = prune(prepared, policy, plan)
+    if recalibrated and not policy.prune.acts:
+        recompute_statistics(pruned, statistics_items(prepared))
+    student = quantize(prepared, policy, plan, pruned)
     some = prepared.splits.search.first(ITEMS)
     found = kl_divergence(run_module(student, some), prepared.search_answers[: len(some)]).item()
     if not found < float("inf"):

@@ -6,7 +6,7 @@ from ..spaces import Policy, blueprint
 from .export import to_onnx
 from .freeze import freeze
 from .prepared import Prepared
-from .prune import remove
+from .prune import shaped
 from .quantize import calibrate, fold_norms, insert_quantizers, settle_biases
 from .sparsify import sparsify_
 
@@ -21,9 +21,7 @@ def untrained(prepared: Prepared, policy: Policy) -> bytes:
     """
     start = prepared.start(policy)
     plan = blueprint(start.network, policy, prepared.runtime.capabilities)
-    groups = start.network.groups
-    kept = {n: torch.tensor(groups[n].first(width)) for n, width in policy.prune.width.items()}
-    pruned = remove(start.model, start.network, prepared.example, kept, policy.prune.drop)
+    pruned = shaped(start.model, start.network, prepared.example, policy.prune)
     if policy.prune.sparsity:
         sparsify_(pruned, plan.network, policy.prune.sparsity)
     student = fold_norms(pruned, plan.network)

@@ -80,7 +80,7 @@ def places(pieces: Sequence[Signature]) -> Array:
     return out
 
 
-class Table:
+class _Table:
     """The values that a part takes in the sums of one set of observations."""
 
     def __init__(self, part: Part, sums: Sequence[Counts]) -> None:
@@ -147,17 +147,17 @@ class AdditiveProcess:
     """
 
     def __init__(self, sums: Sequence[Counts], ms: Sequence[float]) -> None:
-        self.sums, self.ms = list(sums), checked(sums, ms)
+        self.ms = checked(sums, ms)
         # How fast the device is beside the nominal one: parts are deviations around that.
         self.pace = float(np.median(self.ms / [nominal_ms(counts) for counts in sums]))
         self._units = self.ms / self.pace
-        self._tables = [Table(part, sums) for part in PARTS]
+        self._tables = [_Table(part, sums) for part in PARTS]
         over = np.outer(self._units, self._units)
         parts = np.stack([t.covariance() / over for t in self._tables])
         some = np.linspace(0, len(ms) - 1, min(len(ms), FIT_ON)).astype(int)
-        start = np.log([*(part.start for part in PARTS), NOISE])
+        start = np.array([*(part.start for part in PARTS), NOISE])
         self.deviations, self.noise = fitted(parts[:, some][:, :, some], start)
-        self._root = cholesky_root(parts, self.deviations, self.noise)
+        self._root = root_of(parts, self.deviations, self.noise)
         # The observations, which are all 1, whitened as ``rows`` are.
         self.white: Array = solve_triangular(self._root, np.ones(len(ms)), lower=True)
 
@@ -166,7 +166,7 @@ class AdditiveProcess:
         observations, as far as it comes from those of the ``PARTS`` that are named by their index;
         whitened: the inner product of two rows is what observing takes from their covariance, and
         that with ``white`` the mean (Rasmussen & Williams 2006, algorithm 2.1)."""
-        out = np.zeros((len(pieces), len(self.sums)))
+        out = np.zeros((len(pieces), len(self.ms)))
         for p, (table, deviation) in enumerate(zip(self._tables, self.deviations, strict=True)):
             at = [i for i, (_, parts) in enumerate(pieces) if p in parts]
             out[at] += deviation**2 * table.rows([pieces[i][0] for i in at])
@@ -183,7 +183,7 @@ class AdditiveProcess:
         added = weights @ rows
         mean = added @ self.white
         variance = sum(
-            deviation**2 * np.diag(Table(part, sums).covariance())
+            deviation**2 * np.diag(_Table(part, sums).covariance())
             for part, deviation in zip(PARTS, self.deviations, strict=True)
         )
         variance = np.maximum(variance - (added**2).sum(1), 0) + (self.noise * mean) ** 2
@@ -192,9 +192,8 @@ class AdditiveProcess:
     def left_out(self, groups: Sequence[Hashable]) -> tuple[Array, Array]:
         """Each observation as those of other groups predict it, with the same deviations: time in
         ms and standard deviation (Rasmussen & Williams 2006, 5.4.2, for blocks)."""
-        n = len(self.ms)
-        inverse = cho_solve((self._root[-n:, -n:], True), np.eye(n))
-        solved = solve_triangular(self._root, self.white, lower=True, trans="T")[-n:]
+        inverse = cho_solve((self._root, True), np.eye(len(self.ms)))
+        solved = inverse.sum(1)
         mean, variance = np.empty(len(self.ms)), np.empty(len(self.ms))
         for group in dict.fromkeys(groups):
             at = np.array([i for i, g in enumerate(groups) if g == group])
@@ -213,9 +212,7 @@ def checked(sums: Sequence[Counts], ms: Sequence[float]) -> Array:
     return times
 
 
-def cholesky_root(
-    parts: Array, deviations: Array, noise: float, known: Array | float = 0.0
-) -> Array:
+def root_of(parts: Array, deviations: Array, noise: float, known: Array | float = 0.0) -> Array:
     """The Cholesky root of the covariance of observations, which are all 1 (the time over itself)
     and have independent ``noise``. known: covariance besides that of the parts."""
     total = np.tensordot(deviations**2, parts, 1) + known
@@ -227,34 +224,35 @@ def cholesky_root(
 def fitted(
     parts: Array,
     start: Array,
-    trust: float = 0.0,
+    trust: Array | float = 0.0,
     mean: Array | float = 0.0,
     known: Array | float = 0.0,
 ) -> tuple[Array, float]:
     """Standard deviations of the parts and the noise, by maximum marginal likelihood.
 
     parts: [parts, observations, observations], the covariance of each for a deviation of 1. start:
-    [parts + 1], the logarithms of all to begin with; with ``trust`` also what they are taken to be
-    before anything is observed, as surely as a standard deviation of 1 / sqrt(trust) says. mean,
-    known: of the observations, which are all 1, and covariance of them, that are not fitted.
+    [parts + 1], the deviations and the noise to begin with. trust: how surely they are expected to
+    be about that: 1 is a factor of e, as a standard deviation, 4 of half as much. mean, known: what
+    is expected of the observations, and how that covaries, besides the parts.
     """
     n = parts.shape[1]
     target = np.ones(n) - mean
+    begin = np.log(start)
 
     def loss(logs: Array) -> tuple[float, Array]:
         deviations, noise = np.exp(logs[:-1]), float(np.exp(logs[-1]))
-        root = cholesky_root(parts, deviations, noise, known)
+        root = root_of(parts, deviations, noise, known)
         solved = cho_solve((root, True), target)
         value = 0.5 * target @ solved + np.log(np.diag(root)).sum()
         outer = cho_solve((root, True), np.eye(n)) - np.outer(solved, solved)
-        slopes = deviations**2 * np.tensordot(parts, outer, 2)
-        off = logs - start
-        return value + trust / 2 * off @ off, (
-            np.array([*slopes, noise**2 * np.trace(outer)]) + trust * off
+        slopes = np.array(
+            [*(deviations**2 * np.tensordot(parts, outer, 2)), noise**2 * np.trace(outer)]
         )
+        off = trust * (logs - begin)
+        return value + 0.5 * off @ (logs - begin), slopes + off
 
     found = optimize.minimize(
-        loss, start, jac=True, method="L-BFGS-B",
+        loss, begin, jac=True, method="L-BFGS-B",
         bounds=[(LEAST, MOST)] * len(start), options={"maxiter": 60},
     ).x  # fmt: skip
     return np.exp(found[:-1]), float(np.exp(found[-1]))

@@ -112,7 +112,8 @@ class Batch:
         readers = self._readers.get(one.run[-1].name, [])
         quantized = self._quantized.get(one.run[-1].name, 0)
         groups = self._groups(one, (*makers, *readers))
-        widths = self._combined(groups, known)
+        combined = self._combined(groups, known)
+        size = int(combined.max()) + 1
         around = (mask for near in (*makers, *readers) for mask in (near.rows, near.int8))
         for rows in _divided(one.rows, (one.int8, quantized, *around)):
             first = rows & -rows
@@ -123,21 +124,25 @@ class Batch:
                 tuple(m.key(first) for m in made), tuple(r.key(first) for r in read),
             )  # fmt: skip
             at = _indices(rows, self._count)
-            table = known.table(surrounding, int(widths[at].max()) + 1)
-            missing = at[table[widths[at], 0] == 0]
-            for i in missing[np.unique(widths[missing], return_index=True)[1]]:
-                here = {
-                    group: self._choices[group][index[i]] for group, index in self._widths.items()
-                }
-                kernel, *others = (
-                    kernel_of(self._network, p.run, here, p.precision(first))
-                    for p in (one, *made, *read)
-                )
-                found = pieces_of(
-                    kernel, others[: len(made)], others[len(made) :], quantized & first > 0
-                )
-                table[widths[i]] = [known.pieces.number(piece) for piece in found]
-            out[:, at] = table[widths[at]].T
+            widths = combined[at]
+            table = known.table(surrounding, size)
+            found = table[widths]
+            if not found[:, 0].all():
+                unknown = np.flatnonzero(found[:, 0] == 0)
+                some = dict(zip(widths[unknown].tolist(), at[unknown].tolist(), strict=True))
+                for number, policy in some.items():
+                    here = {
+                        g: self._choices[g][int(index[policy])] for g, index in self._widths.items()
+                    }
+                    kernel, *others = (
+                        kernel_of(self._network, p.run, here, p.precision(first))
+                        for p in (one, *made, *read)
+                    )
+                    near = others[: len(made)], others[len(made) :]
+                    work = pieces_of(kernel, *near, quantized & first > 0)
+                    table[number] = [known.pieces.number(piece) for piece in work]
+                found = table[widths]
+            out[:, at] = found.T
 
     def _groups(self, one: _Placed, near: Iterable[_Placed]) -> tuple[str, ...]:
         """The groups whose widths decide the pieces of ``one``: those of what it reads and makes,

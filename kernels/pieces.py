@@ -4,7 +4,9 @@ All it takes is linear in the pieces but for the variance before anything was ob
 every two pieces of one form contribute. What is linear is worked out once a piece, and added.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,38 +19,26 @@ Ints = NDArray[np.int64]
 
 ROWS_BYTES = 256 * 2**20  # of rows that are kept
 MOST = 2**17  # pieces, after which it is better to begin anew: about 100 MB with their signatures
-COLUMNS = 240  # of rows that are added at a time: those of all pieces of a network fit the cache
+COLUMNS = 120  # of rows that are added at a time: those of all pieces of a network fit the cache
 COARSE = 2  # of the first of the PARTS forms have values in common
 ALL = tuple(range(len(PARTS)))
 BY_PLACE = (PARTS.index(PLACE),)
 BUT_PLACE = tuple(p for p in ALL if p not in BY_PLACE)
 
 
+class Process(Protocol):
+    """What learns from sums of pieces."""
+
+    def predict(self, sums: Sequence[Counts]) -> tuple[Array, Array]:
+        """The time of each sum in ms, and the standard deviation of what would be measured."""
+
+
 class Pieces:
-    """Pieces of work with a number each, from 1; ``full`` when there are too many.
+    """Pieces of work with a number each, from 1; ``full`` when there are too many."""
 
-    Most pieces differ from another one in their place only. So a piece has two rows of the process:
-    one of the part that depends on its place, and one of the others.
-    """
-
-    def __init__(self, process: AdditiveProcess) -> None:
-        self._process = process
+    def __init__(self, process: Process) -> None:
+        self._plain = process
         self._numbers: dict[Signature, int] = {}
-        self._seen = 0  # pieces that are in the arrays, [pieces + 1]: number 0 is no piece
-        self._nominal = np.zeros(1)
-        self._places = np.zeros((1, 5))
-        self._values = np.zeros((len(PARTS), 1), np.int64)  # that each part takes
-        self._features = np.zeros((1, 2), np.int64)  # which rows it has; 0 is none
-        self._value_index: list[dict[Hashable, int]] = [{} for _ in PARTS]
-        self._feature_index: dict[Hashable, int] = {}
-        self._sources: list[tuple[Signature, tuple[int, ...]]] = []  # of each feature but 0
-        n = len(process.white)
-        self._blocks = [slice(at, min(at + COLUMNS, n)) for at in range(0, n, COLUMNS)]
-        self._room = max(3, ROWS_BYTES // (8 * n))
-        # Takes no memory until it is written to.
-        self._rows = [np.zeros((self._room, c.stop - c.start)) for c in self._blocks]
-        self._used = 0
-        self._row = np.full(1, -1)  # of each feature, -1 if it is not there
 
     def __iter__(self) -> Iterator[Signature]:
         return iter(self._numbers)
@@ -75,6 +65,37 @@ class Pieces:
     def predict(self, numbers: Ints) -> tuple[Array, Array]:
         """The time of each sum of the pieces ``numbers`` [sums, pieces] in ms, and the standard
         deviation of what would be measured."""
+        pieces = list(self._numbers)
+        return self._plain.predict([Counter(pieces[n - 1] for n in row if n) for row in numbers])
+
+
+class AdditivePieces(Pieces):
+    """The same of an additive process, fast.
+
+    Most pieces differ from another one in their place only. So a piece has two rows of the process:
+    one of the part that depends on its place, and one of the others.
+    """
+
+    def __init__(self, process: AdditiveProcess) -> None:
+        super().__init__(process)
+        self._process = process
+        self._seen = 0  # pieces that are in the arrays, [pieces + 1]: number 0 is no piece
+        self._nominal = np.zeros(1)
+        self._places = np.zeros((1, 5))
+        self._values = np.zeros((len(PARTS), 1), np.int64)  # that each part takes
+        self._features = np.zeros((1, 2), np.int64)  # which rows it has; 0 is none
+        self._value_index: list[dict[Hashable, int]] = [{} for _ in PARTS]
+        self._feature_index: dict[Hashable, int] = {}
+        self._sources: list[tuple[Signature, tuple[int, ...]]] = []  # of each feature but 0
+        n = len(process.white)
+        self._blocks = [slice(at, min(at + COLUMNS, n)) for at in range(0, n, COLUMNS)]
+        self._room = max(3, ROWS_BYTES // (8 * n))
+        # Takes no memory until it is written to.
+        self._rows = [np.zeros((self._room, c.stop - c.start)) for c in self._blocks]
+        self._used = 0
+        self._row = np.full(1, -1)  # of each feature, -1 if it is not there
+
+    def predict(self, numbers: Ints) -> tuple[Array, Array]:
         self._take_in()
         mean, variance = np.zeros(len(numbers)), self._before(numbers)
         # Of so many sums all rows can be there at once.
@@ -113,7 +134,7 @@ class Pieces:
     def _feature(self, piece: Signature, parts: tuple[int, ...]) -> int:
         if not parts:
             return 0
-        key = parts, *(PARTS[p].key(piece) for p in parts)
+        key = parts, PARTS[parts[-1]].key(piece)  # the last tells most apart
         if key not in self._feature_index:
             self._feature_index[key] = len(self._feature_index) + 1
             self._sources.append((piece, parts))
@@ -126,9 +147,11 @@ class Pieces:
         self._see_to_rows(features[used])
         nominal = np.repeat(self._nominal[numbers], 2, 1)
         ends = np.append(0, np.cumsum(used.sum(1)))
-        return sparse.csr_array(
+        weights = sparse.csr_array(
             (nominal[used], self._row[features[used]], ends), shape=(len(numbers), self._room)
         )
+        weights.sum_duplicates()  # of 73 rows of a ResNet 17
+        return weights
 
     def _see_to_rows(self, features: Ints) -> None:
         new = np.unique(features[self._row[features] < 0])
@@ -154,27 +177,30 @@ class Pieces:
             at = row * count + self._values[p][numbers]
             sums = np.bincount(at.ravel(), self._nominal[numbers].ravel(), n * count)
             out += deviations[p] * (sums.reshape(n, count) ** 2).sum(1)
-        # Other parts: every two pieces of a form. Sorted by form, they are d places apart.
+        # The other parts: every two pieces of one form. Sorted by form, they are d places apart.
         form = self._values[COARSE]
-        shift = len(form).bit_length()
-        sorted_ = np.sort((form << shift | np.arange(len(form)))[numbers], 1) & (1 << shift) - 1
-        forms = form[sorted_]
-        out += deviations[COARSE:].sum() * (self._nominal[sorted_] ** 2).sum(1)
+        bits = len(form).bit_length()
+        order = np.sort((form << bits | np.arange(len(form)))[numbers], 1).ravel() & (1 << bits) - 1
+        forms = row * len(form) + form[order].reshape(numbers.shape)
+        nominal = self._nominal[order]
+        own = (nominal**2).reshape(numbers.shape).sum(1)
+        out += deviations[COARSE:].sum() * own
+        forms = forms.ravel()
         for d in range(1, numbers.shape[1]):
-            same = forms[:, d:] == forms[:, :-d]
-            if not same.any():
+            at = np.flatnonzero(forms[d:] == forms[:-d])
+            if not len(at):
                 break
-            a, b = sorted_[:, d:][same], sorted_[:, :-d][same]
+            a, b = order[at + d], order[at]
             apart = self._places[a] - self._places[b]
             squares = np.einsum("ij,ij->i", apart, apart)
-            alike = np.zeros(len(a))
-            for p in range(COARSE, len(PARTS)):
+            alike = np.full(len(at), deviations[COARSE])
+            for p in range(COARSE + 1, len(PARTS)):
                 if PARTS[p].octaves is None:
                     alike += deviations[p] * (self._values[p][a] == self._values[p][b])
                 else:
                     alike += deviations[p] * PARTS[p].alike(squares)
-            alike *= 2 * self._nominal[a] * self._nominal[b]
-            out += np.bincount(np.nonzero(same)[0], alike, n)
+            alike *= 2 * nominal[at + d] * nominal[at]
+            out += np.bincount(at // numbers.shape[1], alike, n)
         return out
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from ..spaces.blueprint import Blueprint
 from ..spaces.errors import BadInput
 from .additive import AdditiveProcess, Array, Counts
-from .pieces import Ints, Pieces
+from .pieces import AdditivePieces, Ints, Pieces
 from .profile import DeviceProfile, Timed
-from .signature import SESSION, pieces, signature
+from .signature import SESSION, by_kernel, signature
 from .transfer import TransferredProcess
 
 LEVEL = 0.9
@@ -67,8 +67,8 @@ class LatencyPredictor:
     hold 90% of the networks of each session of the profile, predicted from the other sessions. So
     what differs from one process to the next (memory, neighbours) is in them; with fewer than
     ``SESSIONS`` of them that can only be allowed for. They widen by themselves where the profile
-    knows little. A profile that leans on another device's is learned together with that, and needs
-    ``LEAST_LIKE`` networks of its own, by which its intervals are scaled.
+    knows little. A profile that leans on another device's needs ``LEAST_LIKE`` networks only; its
+    intervals are as many standard deviations wide as those of the other at least.
 
     Raises BadInput for a profile of too few networks.
     """
@@ -95,10 +95,11 @@ class LatencyPredictor:
         # Latencies as they would be if the teacher always took its usual time.
         ms = [t.ms * usual / self._sessions[t.session] for t in self._timed if t.ms]
         sums = [t.counts for t in self._timed]
-        self._process: AdditiveProcess = (
+        self._like = None if profile.like is None else LatencyPredictor(profile.like)
+        self._process: AdditiveProcess | TransferredProcess = (
             AdditiveProcess(sums, ms)
-            if profile.like is None
-            else TransferredProcess(sums, ms, LatencyPredictor(profile.like)._process)
+            if self._like is None
+            else TransferredProcess(sums, ms, self._like._process)
         )
         self._pieces = self.pieces()
 
@@ -113,7 +114,10 @@ class LatencyPredictor:
         if across:  # a small session has to predict all others, and says little by itself
             scores = scores[[t.session in large for t in self._timed]]
         rank = min(len(scores), math.ceil(LEVEL * (len(scores) + 1)))
-        return float(np.sort(scores)[rank - 1]) * self._widen * (1.0 if across else ALONE)
+        found = float(np.sort(scores)[rank - 1])
+        if self._like is not None:  # few networks may agree by chance
+            found = max(found, self._like._deviations)
+        return found * self._widen * (1.0 if across else ALONE)
 
     def predict(self, plans: Sequence[Blueprint]) -> Array:
         """[plans, 3]: lower end, middle and upper end of the latency in ms. Infinite for a plan
@@ -128,6 +132,8 @@ class LatencyPredictor:
 
     def pieces(self) -> Pieces:
         """What ``predict_pieces`` takes numbers of, still empty."""
+        if isinstance(self._process, AdditiveProcess):
+            return AdditivePieces(self._process)
         return Pieces(self._process)
 
     def predict_pieces(self, pieces: Pieces, numbers: Ints) -> Array:
@@ -146,7 +152,7 @@ class LatencyPredictor:
         known from networks that differ in it, so its deviation may be large where that of the
         whole is not."""
         heads = [("", "session", "", Counter([SESSION]))]
-        for kernel, work, handover in pieces(plan):
+        for kernel, work, handover in by_kernel(plan):
             kind = work.kind.rpartition(" ")[0]
             heads.append((kernel.name, kind, kernel.precision, Counter([work, handover])))
         times = self.times([work for *_, work in heads]).tolist()
@@ -159,7 +165,13 @@ class LatencyPredictor:
         if not pairs:
             return np.zeros((0, 2))
         sums = [(signature(before), signature(after)) for before, after in pairs]
-        out = self.times([_more(before, after) for before, after in sums])
+        more = [after - before for before, after in sums]
+        less = [before - after for before, after in sums]
+        both = [plus + minus for plus, minus in zip(more, less, strict=True)]
+        plus, minus, all_ = np.split(self.times([*more, *less, *both]), 3)
+        # (a - b)^2 = 2 a^2 + 2 b^2 - (a + b)^2: deviations of sums are all that is asked for.
+        squares = 2 * plus[:, 1] ** 2 + 2 * minus[:, 1] ** 2 - all_[:, 1] ** 2
+        out = np.stack([plus[:, 0] - minus[:, 0], np.sqrt(np.maximum(squares, 0))], 1)
         out[[any(map(self._deadly, pair)) for pair in sums]] = np.inf
         return out
 
@@ -177,13 +189,6 @@ class LatencyPredictor:
 
     def _deadly(self, counts: Counts) -> bool:
         return any((s.kind, s.form) in self._unavailable for s in counts)
-
-
-def _more(before: Counts, after: Counts) -> Counts:
-    """The work of ``after`` that ``before`` has not, and with counts below 0 the reverse."""
-    difference = Counter(after)
-    difference.subtract(before)
-    return {s: n for s, n in difference.items() if n}
 
 
 def predictor_for(

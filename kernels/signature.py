@@ -47,12 +47,12 @@ SESSION = Signature("session", "", "", (), NOMINAL_SESSION_MS)
 def signature(plan: Blueprint) -> Counter[Signature]:
     """Every piece of work of one request, with how often it occurs."""
     found = Counter([SESSION])
-    for _, work, handover in pieces(plan):
+    for _, work, handover in by_kernel(plan):
         found.update((work, handover))
     return found
 
 
-def pieces(plan: Blueprint) -> Iterator[tuple[Kernel, Signature, Signature]]:
+def by_kernel(plan: Blueprint) -> Iterator[tuple[Kernel, Signature, Signature]]:
     """Each kernel, in execution order, with its work and the handing over of what it makes."""
     readers: dict[str, list[Kernel]] = {}
     makers = {kernel.output: kernel for kernel in plan.kernels}

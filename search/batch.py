@@ -1,5 +1,7 @@
 """The latency of thousands of policies of a space, for whoever solves for one."""
 
+from contextlib import suppress
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,18 +49,24 @@ class BatchPredictor:
         """
         if any(known.full for known in self._known.values()):
             self._begin()
-        out = np.full((len(points), 3), np.inf)
         kinds, kind = np.unique(points[:, self._kinds], axis=0, return_inverse=True)
+        found = {}
         for i in range(len(kinds)):
             rows = np.nonzero(kind.ravel() == i)[0]
-            try:
-                out[rows] = self._alike(points[rows])
-            except Impossible:
-                continue
+            with suppress(Impossible):
+                found[i] = rows, self._numbers(points[rows])
+        most = max((own.shape[1] for _, own in found.values()), default=0)
+        numbers = np.zeros((len(points), most), np.int64)
+        possible = np.zeros(len(points), bool)
+        for rows, own in found.values():
+            numbers[rows, : own.shape[1]] = own
+            possible[rows] = True
+        out = np.full((len(points), 3), np.inf)
+        out[possible] = self._predictor.predict_pieces(self._pieces, numbers[possible])
         return out
 
-    def _alike(self, points: NDArray[np.int64]) -> Array:
-        """The same for policies of one student and the same blocks."""
+    def _numbers(self, points: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[policies, pieces]: the pieces of policies of one student and the same blocks."""
         student, network = self._network(points[0])
         names = self._names[student]
         widths = {group: names["width", group] for group in network.groups}
@@ -71,7 +79,7 @@ class BatchPredictor:
             {layer: self._int8[j][points[:, j]] for layer, j in layers.items()},
             len(points),
         )
-        return self._predictor.predict_pieces(self._pieces, batch.numbers(self._known[student]))
+        return batch.numbers(self._known[student])
 
     def _network(self, point: NDArray[np.int64]) -> tuple[str, Network]:
         """The student of a policy, and what its network is without the blocks that it drops."""

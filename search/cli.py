@@ -1,5 +1,6 @@
 """The command line. Exit codes: 0 done, 1 failure, 2 bad input, 130 interrupted."""
 
+import contextlib
 import json
 import logging
 import random
@@ -129,7 +130,9 @@ def search(spec: Path, out: Path | None, resume: bool, address: str | None, as_j
     from .progress import closing_sentence, closing_table
 
     console = Console(stderr=as_json)
-    outcome = run(spec, out, resume=resume, address=address, console=console)
+    # Ray prints by itself that a worker died.
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        outcome = run(spec, out, resume=resume, address=address, console=console)
     for note in outcome.notes:
         console.print(f"Note: {note}", markup=False)
     if as_json:

@@ -1,9 +1,9 @@
 """The search itself, without Ray: what to try next, who climbs, when it ends.
 
 Everything it knows it has from the record; every result goes there first. Whoever runs trials
-(Ray Tune in ``tuning``, a loop in a test) calls ``propose``, ``result`` and ``failed``. Limits are
-enforced before the cost: a policy is priced first, and one that is over a limit is made smaller or
-rejected; it never becomes a trial.
+(Ray Tune in ``tuning``, a loop in a test) calls ``propose``, ``result``, ``died`` and ``failed``.
+Limits are enforced before the cost: a policy is priced first, and one that is over a limit is made
+smaller or rejected; it never becomes a trial.
 """
 
 import math
@@ -14,11 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
 from ..compressors import RUNGS
 from ..spaces import Impossible, Policy
 from .limits import Limits
-from .pareto import by_chance, climbs
+from .pareto import Point, by_chance, climbs
 from .record import Entry, Record
 from .strategies import Source
 
@@ -26,6 +27,8 @@ REDUCTION = 2.0  # one in so many climbs from rung to rung
 SHRINKS = 16  # steps in which a policy that is over a limit can be made smaller
 ASKS = 32  # proposals over a limit, one after another, until the search gives up
 HOPELESS = 8  # trials that failed, none of them having reached a result: the search ends
+DEATHS = 2  # of its worker, and a policy is not tried again: it may be what kills them
+RECENT = 100  # newest results of a rung that say how long it takes
 SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
 
 
@@ -40,13 +43,19 @@ class Price:
 
 @dataclass
 class Trial:
-    """One policy climbing the rungs."""
+    """One policy climbing the rungs. deaths: of workers it ran on."""
 
     number: int
     policy: Policy
     price: Price
     results: dict[str, Entry] = field(default_factory=dict)
     ended: str | None = None
+    deaths: int = 0
+
+    @property
+    def next_rung(self) -> str:
+        """The rung it climbs to, as long as it has not ended."""
+        return RUNGS[len(self.results)]
 
 
 @dataclass(frozen=True)
@@ -90,19 +99,29 @@ class Controller:
         self._lock = threading.RLock()  # guards everything but the price
         self._finder = ThreadPoolExecutor(1, "flyweight-finder") if look_ahead else None
         self._ahead: Future[tuple[Policy, Price] | None] | None = None
-        self._again: list[Trial] = []  # of a search that was cut off
+        self._again: list[Trial] = []  # whose worker died, or that an earlier session left
         self._spent = 0.0
         self._began = clock()
         self._rebuild(record.entries(), reprice)
+        self._points: dict[str, list[Point]] = {  # going through all results for each is slow
+            rung: [_point(t.results[rung]) for t in reached.values() if _competes(t, rung)]
+            for rung, reached in self._reached.items()
+        }
 
     # What to try next.
 
     def propose(self) -> Trial | None:
-        """The next trial, or None when the search proposes no more."""
+        """The next trial, at its ``next_rung``, or None when the search has none: for good, once
+        nothing is ``running``."""
+        while self._again and not self.over():
+            trial = self._again.pop(0)
+            over = self._cost(trial.price) > 0  # a limit that was changed since
+            if not over and (not trial.results or self._in_time(trial.next_rung)):
+                return trial
+            with self._lock:
+                self._end(trial, "over_limit" if over else "deadline")
         if self.over():
             return None
-        if self._again:
-            return self._again.pop(0)
         try:
             found = self._ahead.result() if self._ahead else self._affordable()
         except OSError as error:  # nothing can be priced any more
@@ -176,11 +195,11 @@ class Controller:
 
     def over(self) -> bool:
         """Whether no more trials begin."""
-        if self.fatal or self.interrupted or self.exhausted:
+        if self.fatal or self.interrupted:
             return True
         if self.remaining() <= 0 or self.hopeless():
             return True
-        return not self._again and len(self.trials) >= self.budget.trials
+        return not self._again and (self.exhausted or len(self.trials) >= self.budget.trials)
 
     def hopeless(self) -> bool:
         """Whether every trial so far failed, and enough did: all there are to be, or HOPELESS and
@@ -192,11 +211,10 @@ class Controller:
         return ends["failed"] >= max(enough, ends[None])
 
     def late(self) -> float:
-        """Seconds by which trials in progress took the search over its time budget, if more than
-        they may: a trial was longer than its rungs before it, or than the budget itself."""
-        if self.budget.seconds is None:
-            return 0.0
-        return max(0.0, -self.remaining() - SLACK * self.budget.seconds)
+        """Seconds by which trials in progress took the search over its time budget; 0 if no more
+        than they may. The budget is less than a trial takes, or a rung took unusually long."""
+        over = 0.0 if self.budget.seconds is None else -self.remaining()
+        return over if over > SLACK * (self.budget.seconds or 0.0) else 0.0
 
     def elapsed(self) -> float:
         """Seconds of search so far, those before a resume included."""
@@ -217,6 +235,8 @@ class Controller:
         trial = self.trials.get(number)
         if trial is None or trial.ended:
             return False  # a result that arrives after the end of its trial changes nothing
+        if outcome["rung"] != trial.next_rung:
+            return True  # nor does one that comes twice
         error = outcome.get("error") or _not_a_number(outcome)
         if error:
             self._end(trial, "failed", error)
@@ -226,6 +246,8 @@ class Controller:
         if not self._append(entry):
             return False
         self._learn(trial, entry)
+        if _competes(trial, rung):
+            self._points[rung].append(_point(entry))
         if self.limits.cost(*_costs(entry)) > 0:
             self._end(trial, "over_limit")
         elif rung == RUNGS[-1]:
@@ -239,16 +261,34 @@ class Controller:
         return trial.ended is None
 
     def failed(self, number: int, error: str) -> None:
-        """The trial's worker died or raised."""
+        """The trial's worker raised."""
         with self._lock:
             trial = self.trials.get(number)
             if trial and not trial.ended:
                 self._end(trial, "interrupted" if self.interrupted else "failed", error)
 
+    def died(self, number: int, error: str) -> None:
+        """The trial's worker died: the trial goes on from its last rung on another, but a policy
+        on which workers die again and again is poisonous."""
+        with self._lock:
+            trial = self.trials.get(number)
+            if not trial or trial.ended or trial in self._again:
+                return
+            trial.deaths += 1
+            if self.interrupted:
+                self._end(trial, "interrupted", error)
+            elif trial.deaths >= DEATHS:
+                self._end(trial, "failed", f"poisonous: {DEATHS} workers died on it: {error}")
+            elif self._append({"kind": "died", **self._name(trial), "error": error}):
+                self._again.append(trial)
+
+    def running(self) -> list[Trial]:
+        """The trials that somebody runs."""
+        return [t for t in self.trials.values() if not t.ended and t not in self._again]
+
     def cut_off(self) -> bool:
         """Whether a trial that ran has not ended, though nothing was wrong with the record."""
-        running = [t for t in self.trials.values() if not t.ended and t not in self._again]
-        return not self.fatal and (bool(running) or not self.over())
+        return not self.fatal and (bool(self.running()) or not self.over())
 
     def close(self) -> None:
         """Ends every trial that still runs, so that nothing stays open."""
@@ -292,7 +332,7 @@ class Controller:
         among the results so far, or ``chance``; None if nothing does. What its results say of the
         limits in the end is a guess that chance must be able to contradict; what it costs is not.
         """
-        earlier = [_point(e) for e in self.results(entry["rung"]) if e["constraint"] <= 0]
+        earlier = self._points[entry["rung"]]
         if not self._doomed(entry) and climbs(earlier, _point(entry), REDUCTION):
             return "rank"
         seed = self.proposals.seed
@@ -350,7 +390,8 @@ class Controller:
         ahead = RUNGS[RUNGS.index(rung) :]
         needed = 0.0
         for each in ahead:
-            durations = [e["rung_seconds"] for e in self.results(each)]
+            newest = islice(reversed(self._reached[each].values()), RECENT)
+            durations = [t.results[each]["rung_seconds"] for t in newest if each in t.results]
             if not durations:
                 return self.remaining() > 0 or not self.results(RUNGS[-1])
             needed += statistics.median(durations)
@@ -383,14 +424,14 @@ class Controller:
                 self._learn(trial, {**entry, "constraint": self._excess(entry)})
                 if entry["rung"] == RUNGS[-1]:
                     self.trials[entry["trial"]].ended = "finished"
+            elif entry["kind"] == "died":
+                self.trials[entry["trial"]].deaths += 1
             elif entry["kind"] == "end" and entry["reason"] != "interrupted":
                 self.trials[entry["trial"]].ended = entry["reason"]
         self._spent += last - began
         if entries and entries[-1]["kind"] == "search":  # what came before its trials counts
             self._began = last
         self._again = [t for t in self.trials.values() if not t.ended]
-        for trial in self._again:
-            trial.results.clear()  # it begins anew: what it learned before is in the studies
 
 
 def _not_a_number(outcome: Entry) -> str | None:
@@ -409,8 +450,18 @@ def _upper_costs(entry: Entry) -> tuple[float, int, int]:
     return entry["latency_ms"][2], entry["size_bytes"], entry["compressed_bytes"]
 
 
-def _point(entry: Entry) -> tuple[float, float]:
+def _point(entry: Entry) -> Point:
     return entry["loss"], entry["latency_ms"][1]
+
+
+def _competes(trial: Trial, rung: str) -> bool:
+    """Whether a result counts among those of ``rung`` that others are compared with: it is within
+    the limits, and there by its rank. Those by chance are bad, and would lower the bar."""
+    below = (trial.results.get(r, {}) for r in RUNGS[: RUNGS.index(rung)])
+    known = trial.results.get(rung)
+    return bool(
+        known and known["constraint"] <= 0 and all(e.get("through") != "chance" for e in below)
+    )
 
 
 def failures(entries: Sequence[Entry], most: int = 3) -> list[tuple[str, int]]:

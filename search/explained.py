@@ -48,13 +48,12 @@ def explained(found: Found) -> Explained:
     """Raises KeyError, TypeError or ValueError for what is no explanation."""
     low, middle, high = found["predicted_latency_ms"]
     teacher_ms = found["teacher_predicted_latency_ms"][1]
-    places = _places(middle, 3)
-    finer = places + 1
+    places = _places(middle)
     return Explained(
         digest=found["digest"],
         headline=(
-            f"{middle:.{finer}f} ms predicted ({low:.{finer}f} to {high:.{finer}f}) against "
-            f"{teacher_ms:.{finer}f} ms of the teacher: {speed(teacher_ms / middle)}"
+            f"{middle:.{places}f} ms predicted ({low:.{places}f} to {high:.{places}f}) against "
+            f"{teacher_ms:.{places}f} ms of the teacher: {speed(teacher_ms / middle)}"
         ),
         kernels=_kernels(found, middle, teacher_ms, places),
         kinds=_kinds(found, middle, places),
@@ -76,7 +75,9 @@ def print_explanation(found: Found, console: Console | None = None) -> None:
 
 
 def _print(sheet: Sheet, console: Console) -> None:
-    table = Table(title=sheet.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    # No more room between columns than needed: a terminal has 80 characters.
+    table = Table(title=sheet.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.title_justify = "left"
     for at, name in enumerate(sheet.columns):
         justify: JustifyMethod = "left" if at < sheet.words else "right"
         table.add_column(name, justify=justify, no_wrap=at != 1)
@@ -159,7 +160,7 @@ def slower_in_int8(layer: Mapping[str, Any]) -> str:
 
 def bars_svg(found: Found) -> str:
     """Time per kernel of teacher and policy, the largest one by one, the others together."""
-    rows, places = found["kernels"], _places(found["predicted_latency_ms"][1], 3)
+    rows, places = found["kernels"], _places(found["predicted_latency_ms"][1])
 
     def most(row: Mapping[str, Any]) -> float:
         return max(row["ms"] or 0.0, row["teacher_ms"] or 0.0)
@@ -224,6 +225,7 @@ def _signed(case: Mapping[str, Any], places: int) -> str:
     return _sure(f"{case['change_ms']:+.{places}f}", case["deviation_ms"], places)
 
 
-def _places(ms: float, digits: int) -> int:
-    """Places behind the point with which ``ms`` shows so many digits."""
-    return max(0, digits - 1 - math.floor(math.log10(ms))) if ms > 0 else digits
+def _places(ms: float) -> int:
+    """Places behind the point of times that add up to ``ms``: what is less than a fifth of a
+    per cent of it does not matter."""
+    return max(0, math.ceil(-math.log10(0.002 * ms))) if ms > 0 else 4

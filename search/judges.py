@@ -25,9 +25,10 @@ class Judge:
         torch.set_num_threads(max(1, int(spec.resources.cpus)))
         self.prepared = prepare_task(spec)
 
-    def harm(self, policy: str) -> tuple[str, float | None]:
+    def harm(self, policy: str, recalibrated: bool) -> tuple[str, float | None]:
         try:
-            return policy, harm(self.prepared, Policy.from_json(policy), SEED)
+            parsed = Policy.from_json(policy)
+            return policy, harm(self.prepared, parsed, SEED, recalibrated=recalibrated)
         except Impossible:
             return policy, None
 
@@ -47,12 +48,14 @@ class Judges:
         self._cache = Lines(cache_folder(ready.spec) / f"sensitivity-{key}.jsonl")
         self._actors: list[Any] = []
 
-    def __call__(self, policies: Sequence[Policy]) -> list[float | None]:
+    def __call__(
+        self, policies: Sequence[Policy], recalibrated: bool = False
+    ) -> list[float | None]:
         """What the policies harm; None for what cannot be built, or not in time."""
-        keys = [_key(policy) for policy in policies]
+        keys = [_key(policy, recalibrated) for policy in policies]
         unknown = {k: p for k, p in zip(keys, policies, strict=True) if k not in self._cache.known}
         if unknown:
-            self._judge({p.canonical(): k for k, p in unknown.items()})
+            self._judge({p.canonical(): k for k, p in unknown.items()}, recalibrated)
         self._judged += len(policies)
         self._count(self._judged)
         return [self._cache.known.get(key) for key in keys]
@@ -61,7 +64,7 @@ class Judges:
         for actor in self._actors:
             ray.kill(actor)
 
-    def _judge(self, wanted: dict[str, str]) -> None:
+    def _judge(self, wanted: dict[str, str], recalibrated: bool) -> None:
         """Adds to the cache what policies (canonical) harm under their keys."""
         if not self._actors:
             self._begin()
@@ -71,7 +74,7 @@ class Judges:
         while True:
             while left and free and time.monotonic() < self._ends:
                 actor = free.pop()
-                busy[actor.harm.remote(left.pop(0))] = actor
+                busy[actor.harm.remote(left.pop(0), recalibrated)] = actor
             if not busy:
                 break  # all is judged, or the time is over
             answers, _ = ray.wait(list(busy))
@@ -93,9 +96,9 @@ class Judges:
         self._actors = [kind.remote(spec) for _ in range(self._spec.search.concurrency)]
 
 
-def _key(policy: Policy) -> str:
+def _key(policy: Policy, recalibrated: bool) -> str:
     """A policy as far as it acts without training."""
     plain = policy.to_dict()
     plain.pop("distill", None)
     plain.get("quantize", {}).pop("qat", None)
-    return key_of(plain, policy.student)
+    return key_of(plain, policy.student, recalibrated)

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from ..kernels import DeviceProfile, LatencyPredictor
-from ..spaces import BadInput, FlyweightError, Policy
+from ..spaces import BadInput, FlyweightError
 from .batch import BatchPredictor
 from .cache import cache_folder, key_of
 from .counting import counting
@@ -19,7 +19,7 @@ from .profiling import check_profile, empty_profile, make_profile
 from .ready import Ready
 from .sensitivity import Sensitivity, measure
 from .store import write_json, write_whole
-from .warm import warm_start
+from .warm import WarmStart
 
 PROFILE = "profile.jsonl"  # in the run directory
 WORTH = 15  # trials, from which on a search is worth preparing: fewer cost less themselves
@@ -27,7 +27,6 @@ WORTH = 15  # trials, from which on a search is worth preparing: fewer cost less
 PROFILE_SHARE, PROFILE_S = 0.1, 300.0
 TABLE_SHARE, TABLE_S = 0.08, 300.0
 NETWORKS = 4  # in the profile, for each trial
-FIRST = 8  # one in so many trials is a policy of the warm start
 
 
 def worth_preparing(ready: Ready) -> bool:
@@ -88,13 +87,13 @@ class Preparation:
         write_json(self.run_dir / "sensitivity.json", table.to_dict() | {"seconds": seconds})
         return table
 
-    def first(
+    def warm_start(
         self, table: Sensitivity, predictor: LatencyPredictor, limits: Limits
-    ) -> list[Policy]:
-        """The policies that the table and the predictor give, within the limits."""
-        batch = BatchPredictor(self.ready.prepared, self.ready.space, predictor)
-        count = max(2, self.ready.spec.search.trials // FIRST)
-        return warm_start(self.ready.space, table, batch, limits, predictor.teacher_ms, count)
+    ) -> WarmStart:
+        """What the table and the predictor give within the limits."""
+        space = self.ready.space
+        batch = BatchPredictor(self.ready.prepared, space, predictor)
+        return WarmStart(space, table, batch, limits, predictor.teacher_ms)
 
     def _seconds(self, share: float, otherwise: float) -> float:
         budget = self.ready.spec.search.time_budget

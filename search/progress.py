@@ -64,7 +64,7 @@ class Summary:
         if kind == "search":
             self.teacher = dict(entry.get("teacher") or self.teacher)
             self.objective = dict(entry.get("objective") or self.objective)
-            self.running.clear()  # a search that is resumed: what ran was cut off and begins anew
+            self.running.clear()  # a search that is resumed: what ran was cut off
             self.ended = {t: reason for t, reason in self.ended.items() if reason != "interrupted"}
         elif kind == "begin":
             self.running.add(int(entry["trial"]))
@@ -177,6 +177,7 @@ class Progress:
         self.summary = Summary(dict(teacher or {}), dict(objective or {}))
         self._console = console or Console()
         self._trials, self._budget_s, self._clock = trials, budget_s, clock
+        self.spent_s = 0.0  # of the budget, before the display begins
         self._last = "starting"
         self._began = self._said = clock()
         self._ended_before = 0
@@ -241,7 +242,8 @@ class Progress:
         elapsed, ended = self._clock() - self._began, len(self.summary.ended)
         ends: list[tuple[float, float]] = []  # share done, seconds left
         if self._budget_s is not None:
-            ends.append((elapsed / self._budget_s, self._budget_s - elapsed))
+            spent = self.spent_s + elapsed
+            ends.append((spent / self._budget_s, self._budget_s - spent))
         if self._trials is not None:
             here = ended - self._ended_before
             rest = (self._trials - ended) * elapsed / here if here >= PACE else math.inf
@@ -391,7 +393,10 @@ def _event(entry: Entry, summary: Summary) -> str | None:
             return None
         who = f"trial {entry['trial']}, {entry['rung']}" if kind == "result" else "measured"
         text = f"{who}: {figures.digest[:10]}, {speed(figures.speedup)}"
-        return f"{text}, {lost(summary.drop(figures))}" if _sound(figures) else text
+        text = f"{text}, {lost(summary.drop(figures))}" if _sound(figures) else text
+        return f"{text} ({one_line(entry['note'])})" if entry.get("note") else text
+    if kind == "died":
+        return f"trial {entry['trial']} goes on elsewhere: {one_line(entry['error'])}"
     if kind == "end" and entry["reason"] in ("failed", "over_limit"):
         why = one_line(str(entry.get("error") or "")) or entry["reason"].replace("_", " ")
         return f"trial {entry['trial']} {entry['reason'].replace('_', ' ')}: {why}"

@@ -17,6 +17,7 @@ from optuna.trial import TrialState
 
 from ..compressors import RUNGS
 from ..spaces import Impossible, Parameter, Policy, Space
+from .warm import WarmStart
 
 ENOUGH = 10  # results until a rung's study is asked
 WINDOW = 256  # newest results a study holds: the time to ask stays flat
@@ -35,6 +36,7 @@ class Proposals:
     it ends before.
 
     sampler: "tpe", "random", or None for ``first`` alone. fixed: values of every other policy.
+    warm: every other of those takes its widths and precisions from there.
     """
 
     def __init__(
@@ -44,10 +46,12 @@ class Proposals:
         seed: int = 0,
         first: Sequence[Policy] = (),
         fixed: Mapping[str, Any] | None = None,
+        warm: WarmStart | None = None,
     ) -> None:
         self.space = space
         self._sampler = sampler
         self._fixed = dict(fixed or {})
+        self._warm, self._turn = warm, 0
         self.seed = seed  # of the search
         self._rng = random.Random(seed)
         self._seed = seed  # of the newest study
@@ -141,6 +145,11 @@ class Proposals:
             policy = self.space.policy(self._inherited(rung) | suggested | self._fixed)
         else:  # nothing that is free acts at this rung
             policy = self._anywhere()
+        self._turn += 1
+        if self._warm and self._turn % 2 and (axes := self._warm.draw(self._rng)):
+            study.tell(trial, state=TrialState.FAIL)
+            values = self._warm.settings | self._inherited(rung) | suggested | axes
+            return self.space.policy(values)
         if policy.digest in self._seen:
             study.tell(trial, state=TrialState.FAIL)
         else:

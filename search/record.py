@@ -11,14 +11,14 @@ from typing import Any, Protocol
 from ..spaces import BadInput
 
 Entry = dict[str, Any]
-# What is synced. The rest can be had again: a trial that began, a rejection; that a trial ended
-# follows from its last result.
+# What is synced. The rest can be had again: a trial that began, a rejection; where its end is lost
+# a trial climbs once more.
 SYNCED = ("search", "result", "measured")
 
 
 class Record(Protocol):
     """Where results are appended as they come. Entries are JSON objects with a ``kind``:
-    search, result, end, rejected, measured."""
+    search, begin, result, died, end, rejected, measured."""
 
     def append(self, entry: Entry) -> None:
         """Adds one entry; a process that dies after this has lost nothing. Raises OSError, also

@@ -100,7 +100,7 @@ def read_run(run_dir: Path) -> Run:
         predicted = [_row(entry, summary) for entry in _at_full(entries)]
         failures, agreeing = _failures(entries), agreements(entries)
     path, why, bars = run_dir / EXPLANATION, None, ""
-    if path.exists():
+    if path.exists() and path.stat().st_size:  # it is empty where `explain > FILE` failed
         with _blaming(path):
             found = json.loads(path.read_text("utf-8"))
             why, bars = explained(found), bars_svg(found)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,14 +15,21 @@ from ..spaces import Parameter, Policy, Space
 SHARES = (0.5, 0.0, 0.25, 0.75)
 HALF = 0.5
 
-# What the policies harm, in their order; None for what could not be built, or not in time.
-Judge = Callable[[Sequence[Policy]], Sequence[float | None]]
+
+class Judge(Protocol):
+    """Who says what policies harm (``compressors.harm``)."""
+
+    def __call__(
+        self, policies: Sequence[Policy], recalibrated: bool = False
+    ) -> Sequence[float | None]:
+        """In their order; None for what could not be built, or not in time."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
     """harm: by axis and choice, KL to the teacher in nats on search validation, above that of the
-    untouched student; 0 for what leaves it untouched. settings: the values of criterion,
+    student otherwise untouched (but for statistics that are recomputed where channels go); 0 for
+    what leaves it untouched. settings: the values of criterion,
     reconstruct and calibration that harmed least, with which all was judged. students: what each
     student harms as it is. judged: how many policies were; the rest is interpolated."""
 
@@ -60,32 +67,38 @@ def measure(space: Space, judge: Judge) -> Sensitivity:
     """
     judged = 0
 
-    def ask(values: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    def ask(values: Sequence[Mapping[str, Any]], recalibrated: bool = False) -> list[float | None]:
         nonlocal judged
-        found = list(judge([space.policy(v) for v in values]))
+        found = list(judge([space.policy(v) for v in values], recalibrated))
         judged += sum(f is not None for f in found)
         return found
 
     settings = _settings(space, ask)
     names = list(space.networks)
-    bases = dict(zip(names, ask([{"student": n} for n in names]), strict=True))
+    as_they_are = [{"student": name} for name in names]
+    plain, recalibrated = (
+        dict(zip(names, ask(as_they_are, how), strict=True)) for how in (False, True)
+    )
     known: dict[str, dict[Any, float]] = {}
     for level in range(len(SHARES)):
         wanted = [
             (axis, choice)
             for axis in axes_of(space)
             for choice in _choices(axis, level)
-            if bases.get(axis.student or names[0]) is not None
+            if plain[axis.student or names[0]] is not None
         ]
         values = [
             {**settings, "student": a.student or names[0], a.name: choice} for a, choice in wanted
         ]
         for (axis, choice), found in zip(wanted, ask(values), strict=True):
             if found is not None:
-                base = bases[axis.student or names[0]]
+                student = axis.student or names[0]
+                base = plain[student]
+                if not axis.name.startswith("precision/"):
+                    base = recalibrated[student] or base
                 known.setdefault(axis.name, {})[choice] = max(0.0, found - (base or 0.0))
     harm = {axis.name: _filled(space, axis, known) for axis in axes_of(space)}
-    students = {name: base for name, base in bases.items() if base is not None}
+    students = {name: base for name, base in plain.items() if base is not None}
     return Sensitivity(harm, settings, students, judged)
 
 

@@ -66,19 +66,9 @@ def simulate(
     it really takes pass on the clock: it is one thread, who asks meanwhile must wait. What
     ``evaluate`` raises is raised: a driver that was killed, the record is as it was left.
     """
-    out, began = Outcome(), clock.now
+    out, began, free = Outcome(), clock.now, workers
     events: list[tuple[float, int, Trial, str, Entry | None]] = []  # heap, by time
     order = itertools.count()  # of what happens at the same time, the older first
-
-    def work(trial: Trial, rung: str, free: float) -> None:
-        """A worker that is free since ``free`` begins a rung."""
-        entry, seconds = evaluate(trial.policy, rung)
-        out.waited_s += clock.now - free
-        out.busy_s += seconds
-        if entry is not None:
-            took = {"rung": rung, "seconds": seconds, "rung_seconds": seconds, "artifact": None}
-            entry = took | entry
-        heapq.heappush(events, (clock.now + seconds, next(order), trial, rung, entry))
 
     def charge(trial: Trial, since: float) -> None:
         """What the controller did since then takes its time on the clock too."""
@@ -86,34 +76,47 @@ def simulate(
         clock.now += took
         out.controller_s[trial.number] += took
 
-    def ask(free: float) -> bool:
-        """The same for a new trial; False when there is none, now or ever: so does Tune."""
+    def work(trial: Trial, rung: str, waiting: float) -> None:
+        """A worker that waits since ``waiting`` begins a rung."""
+        entry, seconds = evaluate(trial.policy, rung)
+        out.waited_s += clock.now - waiting
+        out.busy_s += seconds
+        if entry is not None:
+            took = {"rung": rung, "seconds": seconds, "rung_seconds": seconds, "artifact": None}
+            entry = took | entry
+        heapq.heappush(events, (clock.now + seconds, next(order), trial, rung, entry))
+
+    def ask(waiting: float) -> bool:
+        """Whether there is a trial for a free worker."""
         since = timer()
         trial = controller.propose()
-        if trial is None:
-            return False
-        charge(trial, since)
-        work(trial, next(r for r in RUNGS if r not in trial.results), free)
-        return True
+        if trial is not None:
+            charge(trial, since)
+            work(trial, trial.next_rung, waiting)
+        return trial is not None
 
     def report(trial: Trial, entry: Entry | None) -> bool:
-        since = timer()
-        goes_on = False
+        """Whether the trial goes on."""
+        since, goes_on = timer(), False
         if entry is None:
-            controller.failed(trial.number, "its worker died")
+            controller.died(trial.number, "its worker died")
         else:
             goes_on = controller.result(trial.number, entry)
         charge(trial, since)
         return goes_on
 
-    proposes = all(ask(began) for _ in range(workers))
-    while events:
+    ended = began
+    while True:
+        while free and ask(ended):
+            free -= 1
+        if not events:
+            break
         ended, _, trial, rung, entry = heapq.heappop(events)
-        out.seconds = max(out.seconds, ended - began)
         clock.now = max(clock.now, ended)  # later where the controller was busy
         if report(trial, entry):
             work(trial, RUNGS[RUNGS.index(rung) + 1], ended)
-        elif proposes:
-            proposes = ask(ended)
+        else:
+            free += 1
+    out.seconds = ended - began
     controller.close()
     return out

@@ -1,14 +1,15 @@
-"""Artifacts in a run directory: written whole or not at all, verified when read."""
+"""Artifacts and checkpoints in a run directory: written whole or not at all, verified when read."""
 
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
 
-from ..compressors import Candidate
+from ..compressors import Candidate, save_candidate
 from ..spaces import BadInput, FlyweightError, Policy
 
 
@@ -76,6 +77,40 @@ def read_artifact(run_dir: Path, digest: str) -> bytes:
     if (found := hashlib.sha256(model).hexdigest()) != known:
         raise FlyweightError(f"{place} is damaged: its SHA-256 is {found}, not {known}")
     return model
+
+
+def write_checkpoint(run_dir: Path, candidate: Candidate, inputs: str) -> None:
+    """Stores ``candidate`` for as long as its trial runs. inputs: digest of what it depends on
+    besides its policy and rung. Raises OSError or FlyweightError."""
+    content = save_candidate(candidate)
+    digest = hashlib.sha256(content).hexdigest()
+    folder = checkpoint_folder(run_dir, candidate.policy.digest)
+    write_whole(folder / f"{candidate.rung}-{inputs}-{digest}.safetensors", content)
+
+
+def read_checkpoint(run_dir: Path, digest: str, rung: str, inputs: str) -> bytes:
+    """What ``write_checkpoint`` stored for the policy ``digest``. Raises FlyweightError if there is
+    none, or it is not what was written."""
+    places = sorted(checkpoint_folder(run_dir, digest).glob(f"{rung}-{inputs}-*.safetensors"))
+    if not places:
+        raise FlyweightError("it has no checkpoint")
+    try:
+        content = places[0].read_bytes()
+    except OSError as error:
+        raise FlyweightError(f"its checkpoint cannot be read: {error}") from error
+    if hashlib.sha256(content).hexdigest() != places[0].stem.rpartition("-")[2]:
+        raise FlyweightError("its checkpoint is damaged")
+    return content
+
+
+def checkpoint_folder(run_dir: Path, digest: str | None = None) -> Path:
+    """Where the checkpoints of the policy ``digest`` lie, or those of all."""
+    return run_dir / "checkpoints" / (digest or "")
+
+
+def remove_checkpoints(run_dir: Path, digest: str | None = None) -> None:
+    """Removes those of the policy ``digest``, or all."""
+    shutil.rmtree(checkpoint_folder(run_dir, digest), ignore_errors=True)
 
 
 def read_policy(path: Path) -> Policy:

@@ -13,8 +13,10 @@ import numpy as np
 
 from ..spaces import Policy, Space
 from .proposals import Proposals
+from .warm import WarmStart, coarse_first
 
 STRATEGIES = ("joint", "sequential", "uniform", "solver", "random")
+FIRST = 8  # one in so many trials is a policy of the warm start's sweep
 KEEPS = 16  # shares of channels of the uniform strategy
 STAGES = (  # of the sequential strategy: what is chosen in each, by the beginning of its name
     ("student", "drop/", "width/", "criterion", "reconstruct", "sparsity"),
@@ -53,28 +55,28 @@ def source(
     sampler: str,
     seed: int,
     trials: int,
-    solved: Sequence[Policy],
+    warm: WarmStart | None,
     recipes: Sequence[Policy],
 ) -> Source:
-    """Where ``strategy`` takes its policies from. solved, recipes: of warm start and people."""
+    """Where ``strategy`` takes its policies from. recipes: those of people."""
     if strategy == "uniform":
         return Proposals(space, None, seed, _uniform(space))
-    if strategy == "solver":
-        return Proposals(space, None, seed, [*solved, *recipes])
     if strategy == "random":
         return Proposals(space, "random", seed)
     if strategy == "sequential":
         return Sequential(space, sampler, seed, trials)
-    return Proposals(space, sampler, seed, [*solved, *recipes])
+    solved = warm.sweep(max(2, trials // FIRST)) if warm else []
+    if strategy == "solver":
+        return Proposals(space, None, seed, [*solved, *recipes])
+    return Proposals(space, sampler, seed, [*solved, *recipes], warm=warm)
 
 
 def _uniform(space: Space) -> list[Policy]:
     """The recipes, coarse ones first: halves before quarters."""
     shares = np.linspace(1, space.settings.min_keep, KEEPS + 1)
-    order = sorted(range(KEEPS + 1), key=lambda i: -(i & -i) if i else -2 * KEEPS)
     found = [
         space.uniform(float(shares[i]), precision, student)
-        for i in order
+        for i in coarse_first(KEEPS + 1)
         for student in space.settings.students
         for precision in reversed(space.settings.precisions)
     ]

@@ -6,7 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import RayActorError, RayTaskError
+from ray.tune.execution import tune_controller
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -21,8 +24,8 @@ class _Unpickled:
 
 
 class ControlledSearcher(_Unpickled, Searcher):
-    """Tune asks, the controller proposes. Results reach it through the scheduler alone: Tune does
-    not tell a searcher what made it stop a trial."""
+    """Tune asks, the controller proposes. What comes of a trial reaches it through the scheduler
+    alone: Tune does not tell a searcher what made it stop a trial."""
 
     def __init__(self, controller: Controller) -> None:
         super().__init__()
@@ -32,13 +35,14 @@ class ControlledSearcher(_Unpickled, Searcher):
     def suggest(self, trial_id: str) -> Any:
         trial = self.controller.propose()
         if trial is None:
-            return Searcher.FINISHED
+            # What runs may come back: Tune asks again as long as it is not told that this is all.
+            return None if self.controller.running() else Searcher.FINISHED
         self.numbers[trial_id] = trial.number
-        return {"number": trial.number, "policy": trial.policy.canonical()}
+        policy = trial.policy.canonical()
+        return {"number": trial.number, "policy": policy, "rung": trial.next_rung}
 
-    def on_trial_complete(self, trial_id: str, *_: Any, error: bool = False, **__: Any) -> None:
-        if error:
-            self.controller.failed(self.numbers[trial_id], "its worker died or raised")
+    def on_trial_complete(self, *_: Any, **__: Any) -> None:
+        return None
 
     def set_search_properties(self, *_: Any, **__: Any) -> bool:
         return True
@@ -66,17 +70,39 @@ class ControlledScheduler(_Unpickled, FIFOScheduler):
         return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
 
     def on_trial_error(self, _: Any, trial: Any) -> None:
-        number = self.searcher.numbers[trial.trial_id]
-        self.searcher.controller.failed(number, _reason(trial))
+        number, controller = self.searcher.numbers[trial.trial_id], self.searcher.controller
+        error = _error(trial)
+        reason = (str(error).strip().splitlines() or ["its worker died or raised"])[-1]
+        if isinstance(error, RayActorError) and not error.actor_init_failed:
+            controller.died(number, reason)
+        else:
+            controller.failed(number, reason)
 
 
-def _reason(trial: Any) -> str:
-    """The last line of what the worker raised."""
+class OutlivingActors(RayActorManager):
+    """Ray's memory monitor ends a worker with an error that Tune 2.60 does not expect of one, and
+    ends the whole search for it. Here it is the death of a worker as any other."""
+
+    def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
+        super()._actor_task_failed(tracked_actor_task, _as_death(exception))
+
+    def _actor_start_failed(self, tracked_actor: Any, exception: Exception) -> None:
+        super()._actor_start_failed(tracked_actor, _as_death(exception))
+
+
+def _as_death(error: Exception) -> Exception:
+    if isinstance(error, RayActorError | RayTaskError):
+        return error
+    return RayActorError(error_msg=str(error).partition("\n")[0] or type(error).__name__)
+
+
+def _error(trial: Any) -> Any:
+    """What ended ``trial``, as Tune has just noted it. (``get_pickled_error`` looks in a place to
+    which that is copied later.)"""
     try:
-        text = str(trial.get_pickled_error() or "").strip()
+        return cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
     except Exception:  # whatever is wrong with the error must not end the search
-        text = ""
-    return text.splitlines()[-1] if text else "its worker died"
+        return ""
 
 
 def run_trials(
@@ -92,9 +118,13 @@ def run_trials(
     On Ctrl-C Tune ends the running trials and this returns.
     """
     searcher = ControlledSearcher(controller)
+    # A trial whose worker dies is proposed again by the controller. Tune's own way, max_failures,
+    # would begin it anew, and hangs on a worker that died between two trials: it waits for ever
+    # for the reset of the actor that is gone.
     request: dict[str, Any] = dict(resources)
     if accelerator:
         request[f"accelerator_type:{accelerator}"] = 0.001
+    tune_controller.RayActorManager = OutlivingActors  # type: ignore[attr-defined]  # an import
     scratch = tempfile.mkdtemp(prefix="flyweight-tune-")
     try:
         tune.Tuner(

@@ -1,5 +1,6 @@
 """What runs on Ray's workers: the trial as a Tune trainable, the meter as an actor."""
 
+import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -11,21 +12,28 @@ import ray
 import torch
 from ray import tune
 
-from ..compressors import RUNGS, Candidate, Prepared, compress
-from ..spaces import Impossible, Policy
+from ..compressors import RUNGS, Candidate, Prepared, compress, load_candidate
+from ..spaces import FlyweightError, Impossible, Policy
 from .meter import Meter
 from .ready import Ready, prepare_task
 from .spec import Spec
-from .store import compressed_bytes, write_artifact
+from .store import compressed_bytes, read_checkpoint, write_artifact, write_checkpoint
+
+# Rungs of which a trial leaves a checkpoint: those that train, but the last, which has an artifact.
+# To recalibrate the reference ResNet takes a second; it and short take 4 to 15 (busy machine), to
+# read a checkpoint a tenth.
+KEPT = RUNGS[1:-1]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all trials of a search share. answers: the teacher's, per variant of the data."""
+    """What all trials of a search share. inputs: digest of all that a candidate depends on besides
+    its policy and rung. answers: the teacher's, per variant of the data."""
 
     spec: Spec
     run_dir: Path
     facts: dict[str, Any]
+    inputs: str
     answers: dict[int, np.ndarray[Any, Any]]
 
 
@@ -46,7 +54,7 @@ class CompressionTrial(tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.policy = Policy.from_json(new_config["policy"])
         self.candidate: Candidate | None = None
-        self.rung = 0
+        self.rung = RUNGS.index(new_config["rung"])
         return True
 
     def step(self) -> dict[str, Any]:
@@ -56,16 +64,36 @@ class CompressionTrial(tune.Trainable):
     def _climb(self) -> dict[str, Any]:
         assert self.prepared is not None
         rung = RUNGS[self.rung]
-        seed = self.job.spec.search.seed
-        began = time.perf_counter()
+        seed, note = self.job.spec.search.seed, None
         try:
+            if self.candidate is None and self.rung:
+                self.candidate, note = self._resumed(self.prepared, RUNGS[self.rung - 1])
+            began = time.perf_counter()
             candidate = compress(self.prepared, self.policy, rung, self.candidate, seed)
             outcome = self._outcome(candidate)
         except (Impossible, OSError) as error:
             return {"rung": rung, "error": f"{rung}: {error}"}
+        if rung in KEPT:
+            # Whatever keeps it from being written: without one the trial would begin anew.
+            with contextlib.suppress(OSError, FlyweightError):
+                write_checkpoint(self.job.run_dir, candidate, self.job.inputs)
         self.candidate = candidate
         self.rung += 1
-        return outcome | {"rung_seconds": time.perf_counter() - began}
+        outcome |= {"rung_seconds": time.perf_counter() - began}
+        return outcome | ({"note": note} if note else {})
+
+    def _resumed(self, prepared: Prepared, rung: str) -> tuple[Candidate, str | None]:
+        """What the trial held at ``rung``, from its checkpoint; without one that can be read it is
+        worked out again, and why is told."""
+        note = None
+        if rung in KEPT:
+            try:
+                digest, inputs = self.policy.digest, self.job.inputs
+                content = read_checkpoint(self.job.run_dir, digest, rung, inputs)
+                return load_candidate(prepared, content), None
+            except FlyweightError as error:
+                note = f"begun anew: {error}"
+        return compress(prepared, self.policy, rung, None, self.job.spec.search.seed), note
 
     def _outcome(self, candidate: Candidate) -> dict[str, Any]:
         artifact = None

@@ -138,7 +138,11 @@ class Network:
     @cached_property
     def uses(self) -> dict[str, tuple[Op, ...]]:
         """For each layer the operations that run it, in execution order."""
-        return {name: tuple(op for op in self.ops if op.module == name) for name in self.layers}
+        out: dict[str, tuple[Op, ...]] = {name: () for name in self.layers}
+        for op in self.ops:
+            if op.module in out:
+                out[op.module] += (op,)
+        return out
 
     @cached_property
     def folded(self) -> dict[str, str]:

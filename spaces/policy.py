@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -194,7 +195,7 @@ class Policy:
         """JSON with sorted keys, no spaces and the shortest floats that round-trip."""
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical form, 64 hexadecimal digits."""
         return hashlib.sha256(self.canonical().encode()).hexdigest()

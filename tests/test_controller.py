@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flyweight.compressors import RUNGS
-from flyweight.search.controller import HOPELESS, Budget, Controller, Price, Trial, failures
+from flyweight.search.controller import (
+    DEATHS,
+    HOPELESS,
+    Budget,
+    Controller,
+    Price,
+    Trial,
+    failures,
+)
 from flyweight.search.limits import Limits
 from flyweight.search.proposals import Proposals
 from flyweight.search.record import Entry, MemoryRecord
@@ -94,8 +102,8 @@ def controller(
 
 
 def climb(control: Controller, trial: Trial, clock: Clock | None = None) -> None:
-    """Runs one trial as far as it may go."""
-    for rung in RUNGS:
+    """Runs one trial as far as it may go, from where it is."""
+    for rung in RUNGS[len(trial.results) :]:
         if clock:
             clock.now += 1
         if not control.result(trial.number, outcome(trial.policy, rung)):
@@ -327,6 +335,8 @@ def test_any_prefix_of_a_record_goes_on_without_repeating(cut: int, announced: b
         climb(control, trial, clock)
     assert len(again) == len(set(again))
     assert known - ended <= set(again)
+    results = [(e["trial"], e["rung"]) for e in kinds(record, "result")]
+    assert len(results) == len(set(results))  # no rung that was finished is repeated
     assert sorted(control.trials) == list(range(12))
     assert all(t.ended for t in control.trials.values())
     assert control.proposals.running() == 0
@@ -444,3 +454,88 @@ def test_a_changed_target_prices_what_is_known_anew() -> None:
         policy = Policy.from_dict(entry["policy"])
         assert entry["latency_ms"] == list(slower(policy).latency_ms)
     assert any(e["constraint"] > 0 for e in after.results("full"))
+
+
+def test_a_trial_whose_worker_died_goes_on_from_its_last_rung() -> None:
+    record = MemoryRecord()
+    control = controller(record, trials=1)
+    trial = control.propose()
+    assert trial is not None
+    assert trial.next_rung == "recalibrate"
+    assert control.result(trial.number, outcome(trial.policy, "recalibrate"))
+    assert control.result(trial.number, outcome(trial.policy, "short"))
+    assert control.running() == [trial]
+    assert control.propose() is None  # no more than one, but this one may come back
+    control.died(trial.number, "killed")
+    assert not control.running()
+    assert not control.over()
+    control.died(trial.number, "told twice")
+    assert control.propose() is trial
+    assert trial.next_rung == "full"
+    assert control.running() == [trial]
+    climb(control, trial)
+    assert trial.ended == "finished"
+    assert control.propose() is None
+    assert not control.running()
+    assert not control.cut_off()
+    assert [e["kind"] for e in record.entries()] == [
+        "begin", "result", "result", "died", "result", "end",
+    ]  # fmt: skip
+    assert [e["rung"] for e in kinds(record, "result")] == list(RUNGS)
+    assert control.proposals.running() == 0
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_policy_on_which_workers_die_is_poisonous(resumed: bool) -> None:
+    record = MemoryRecord()
+    control = controller(record, trials=20)
+    for death in range(DEATHS):
+        if resumed and death:
+            control = controller(record, trials=20)
+        first = control.propose()
+        assert first is not None
+        assert first.number == 0
+        control.died(0, f"death {death}")
+    run(control)
+    assert control.trials[0].ended == "failed"
+    (end,) = (e for e in kinds(record, "end") if e["trial"] == 0)
+    assert "poisonous" in end["error"]
+    assert f"death {DEATHS - 1}" in end["error"]
+    assert len(kinds(record, "died")) == DEATHS - 1
+    assert [e["digest"] for e in kinds(record, "begin")].count(first.policy.digest) == 1
+    later = controller(record, trials=40)
+    run(later)
+    assert [e["digest"] for e in kinds(record, "begin")].count(first.policy.digest) == 1
+    assert later.proposals.running() == 0
+
+
+def test_a_worker_that_dies_when_the_time_is_up_interrupts_its_trial() -> None:
+    clock, record = Clock(), MemoryRecord()
+    record.append({"kind": "search", "time": clock.now})
+    control = controller(record, clock=clock, seconds=5.0)
+    trial = control.propose()
+    assert trial is not None
+    control.result(trial.number, outcome(trial.policy, "recalibrate"))
+    clock.now += 6
+    control.died(trial.number, "killed")
+    assert control.propose() is None
+    assert not control.running()
+    assert not control.cut_off()
+    control.close()
+    assert trial.ended == "interrupted"  # with more time a later session goes on with it
+    again = controller(record, clock=clock, seconds=60.0)
+    found = again.propose()
+    assert found is not None
+    assert (found.number, found.next_rung) == (trial.number, "short")
+
+
+def test_what_an_earlier_session_left_is_not_begun_when_there_is_no_time_for_it() -> None:
+    left = [e | {"rung_seconds": 100.0} for e in WHOLE if e["kind"] != "end"]
+    clock = Clock(5000.0)
+    record = MemoryRecord([*left, {"kind": "search", "time": clock.now}])
+    control = controller(record, clock=clock, seconds=WHOLE[-1]["time"] - WHOLE[0]["time"] + 50)
+    waiting = {t.number for t in control.trials.values() if not t.ended and t.results}
+    assert waiting
+    assert control.propose() is None  # as many trials as there may be have begun
+    ended = {t.number for t in control.trials.values() if t.ended == "deadline"}
+    assert ended == waiting

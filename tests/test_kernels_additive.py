@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flyweight.kernels.additive import BLOCK, PARTS, AdditiveProcess, Part
-from flyweight.kernels.pieces import Pieces
+from flyweight.kernels.pieces import AdditivePieces
 from flyweight.kernels.signature import SESSION, Signature
 
 
@@ -20,7 +20,7 @@ def device(load: Callable[[str], ModuleType]) -> ModuleType:
 
 
 def predict(process: AdditiveProcess, sums: list[Any]) -> tuple[Any, Any]:
-    pieces = Pieces(process)
+    pieces = AdditivePieces(process)
     return pieces.predict(pieces.numbers(sums))
 
 

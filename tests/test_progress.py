@@ -76,13 +76,29 @@ def test_counts() -> None:
     assert known.running == {0, 4}
 
 
-def test_a_resumed_search_begins_anew_what_was_cut_off() -> None:
+def test_a_resumed_search_runs_nothing_yet() -> None:
     known = summary(begin(0), begin(1), result(1, "short", 0.5, 90), end(0, "interrupted"))
     known.add(SEARCH)
     assert (known.running, known.ended) == (set(), {})
-    known.add(result(1, "recalibrate", 0.5, 60))
+    known.add(result(1, "full", 0.5, 60))
     assert known.running == {1}
-    assert known.rungs() == "recalibrate 1, short 1, full 0"
+    assert known.rungs() == "recalibrate 0, short 1, full 1"
+
+
+def test_a_worker_that_died_is_told_and_its_trial_goes_on() -> None:
+    out = StringIO()
+    console = Console(file=out, force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    with Progress(console, clock=Clock()) as display:
+        for entry in (SEARCH, begin(0), result(0, "short", 0.4, 92.8)):
+            display.entry(entry)
+        display.entry({"kind": "died", "trial": 0, "digest": "0", "error": "killed\x1b[2J"})
+    assert display.summary.running == {0}
+    assert "trial 0 goes on elsewhere: killed [2J" in out.getvalue()
+    out = StringIO()
+    with Progress(Console(file=out, width=100), clock=Clock()) as display:
+        display.entry(SEARCH)
+        display.entry(result(0, "full", 0.4, 92.8) | {"note": "begun anew: it has no checkpoint"})
+    assert "0.20 points lost (begun anew: it has no checkpoint)" in out.getvalue()
 
 
 def test_best_is_the_fastest_feasible_under_a_limit_of_the_drop() -> None:
@@ -224,6 +240,13 @@ def test_the_nearer_end_counts() -> None:
         clock.now += 15
         assert display.left() == (1.0, "finishing")
     assert plain(trials=None, budget_s=None)[0].left() is None
+
+
+def test_what_was_spent_before_is_gone() -> None:
+    display, _, clock = plain(trials=100, budget_s=100.0)
+    display.spent_s = 60.0
+    clock.now += 10
+    assert display.left() == (0.7, "0:30 left")
 
 
 # On a terminal.

@@ -201,7 +201,73 @@ def test_a_killed_search_is_resumed_without_repeating(starter: Path, tmp_path: P
     started_at = entries(run, "search")[1]["time"]
     later = {e["trial"] for e in entries(run, "result") if e["time"] >= started_at}
     assert not later & before
+    rungs = [(e["trial"], e["rung"]) for e in entries(run, "result")]
+    assert len(rungs) == len(set(rungs))
     assert json.loads((run / "result.json").read_text())["trials"]["recalibrate"] == 4
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """The processes of a search that train: children of its Ray's raylet."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if "Trainable.train" in (place / "cmdline").read_text():
+                raylet = parent(int(place.name))
+                if parent(raylet) == process.pid:
+                    found.append(int(place.name))
+    return found
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_worker_that_is_killed(starter: Path, tmp_path: Path, deaths: int) -> None:
+    """Its trial goes on from its last rung on another, though it is the last one; not for ever."""
+    search, rungs = {"trials": 1, "concurrency": 1}, {"short": 0.1, "full_epochs": 60}
+    path, run = small(starter, "died.yaml", search=search, rungs=rungs), tmp_path / "run"
+    killed: set[int] = set()
+    with started("search", path, "--out", run, "--json", cwd=starter) as process:
+        wait_for(run, "result", 2, process)
+        for _ in range(deaths):
+            until = time.monotonic() + 120
+            while not (busy := set(workers(process)) - killed):
+                assert time.monotonic() < until
+                time.sleep(0.05)
+            (pid,) = busy
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    rungs_done = [e["rung"] for e in entries(run, "result")]
+    assert len(entries(run, "died")) == 1
+    (end,) = entries(run, "end")
+    assert not (run / "checkpoints").exists()
+    if deaths == 1:
+        assert rungs_done == ["recalibrate", "short", "full"]
+        assert end["reason"] == "finished"
+        assert "note" not in entries(run, "result")[2]  # from its checkpoint
+        assert json.loads(out)["trials"] == {"recalibrate": 1, "short": 1, "full": 1}
+        assert json.loads(out)["front"]
+    else:
+        assert rungs_done == ["recalibrate", "short"]
+        assert (end["reason"], end["error"][:9]) == ("failed", "poisonous")
+
+
+def test_a_search_that_is_killed_goes_on_within_a_trial(starter: Path, tmp_path: Path) -> None:
+    search, rungs = {"trials": 1, "concurrency": 1}, {"short": 0.1, "full_epochs": 20}
+    path, run = small(starter, "within.yaml", search=search, rungs=rungs), tmp_path / "run"
+    with started("search", path, "--out", run, cwd=starter) as process:
+        wait_for(run, "result", 2, process)
+    assert list((run / "checkpoints").glob("*/short-*.safetensors"))
+    done = flyweight("search", path, "--out", run, "--resume", cwd=starter)
+    assert done.returncode == 0, done.stderr
+    results = entries(run, "result")
+    assert [e["rung"] for e in results] == ["recalibrate", "short", "full"]
+    assert "note" not in results[2]
+    assert results[2]["time"] > entries(run, "search")[1]["time"]
+    assert not (run / "checkpoints").exists()
 
 
 def test_ctrl_c_ends_with_the_best_so_far(starter: Path, tmp_path: Path) -> None:

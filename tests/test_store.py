@@ -1,19 +1,27 @@
-"""Artifacts: whole or not at all, verified when read."""
+"""Artifacts and checkpoints: whole or not at all, verified when read."""
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from flyweight.compressors import Candidate
 from flyweight.search.store import (
     artifact_path,
+    checkpoint_folder,
     read_artifact,
+    read_checkpoint,
     read_policy,
+    remove_checkpoints,
+    write_checkpoint,
     write_json,
     write_whole,
 )
-from flyweight.spaces import BadInput, FlyweightError, Policy
+from flyweight.spaces import BadInput, FlyweightError, Policy, Prune
 
 DIGEST = "d" * 64
 
@@ -58,6 +66,47 @@ def test_an_artifact_is_verified_when_read(tmp_path: Path) -> None:
     place.unlink()
     with pytest.raises(FlyweightError, match="cannot be read"):
         read_artifact(tmp_path, DIGEST)
+
+
+def candidate(policy: Policy, value: float) -> Candidate:
+    student = torch.fx.symbolic_trace(nn.Linear(2, 2))
+    nn.init.constant_(student.weight, value)
+    plan: Any = None
+    return Candidate(policy, "short", plan, student, b"model", 0.5, 90.0, 1, 1.0)
+
+
+def test_a_checkpoint_is_found_by_what_it_depends_on_and_verified(tmp_path: Path) -> None:
+    policy = Policy()
+    write_checkpoint(tmp_path, candidate(policy, 1.0), "inputs")
+    (place,) = checkpoint_folder(tmp_path, policy.digest).iterdir()
+    content = place.read_bytes()
+    assert hashlib.sha256(content).hexdigest() in place.name
+    assert read_checkpoint(tmp_path, policy.digest, "short", "inputs") == content
+    for others in ((DIGEST, "short", "inputs"), (policy.digest, "full", "inputs")):
+        with pytest.raises(FlyweightError, match="no checkpoint"):
+            read_checkpoint(tmp_path, *others)
+    with pytest.raises(FlyweightError, match="no checkpoint"):
+        read_checkpoint(tmp_path, policy.digest, "short", "others")
+    for damaged in (content[:-1], b"", bytes([content[0] ^ 1]) + content[1:]):
+        place.write_bytes(damaged)
+        with pytest.raises(FlyweightError, match="damaged"):
+            read_checkpoint(tmp_path, policy.digest, "short", "inputs")
+    place.unlink()
+    place.mkdir()
+    with pytest.raises(FlyweightError, match="cannot be read"):
+        read_checkpoint(tmp_path, policy.digest, "short", "inputs")
+
+
+def test_checkpoints_are_removed_by_policy_and_all_together(tmp_path: Path) -> None:
+    policies = [Policy(), Policy(Prune({"a": 8}))]
+    for policy in policies:
+        write_checkpoint(tmp_path, candidate(policy, 1.0), "inputs")
+    write_checkpoint(tmp_path, candidate(policies[0], 2.0), "inputs")  # a rung done again
+    remove_checkpoints(tmp_path, policies[0].digest)
+    assert [p.name for p in checkpoint_folder(tmp_path).iterdir()] == [policies[1].digest]
+    remove_checkpoints(tmp_path)
+    remove_checkpoints(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_read_policy(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Where the policies of each strategy come from."""
 
+import random
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 
@@ -26,9 +28,24 @@ def loss(policy: Policy) -> float:
     return sum(1 / w for w in policy.prune.width.values()) + len(policy.quantize.precision) / 100
 
 
+class Warm:
+    """A warm start that knows one policy."""
+
+    settings: ClassVar[dict[str, Any]] = {"criterion": "taylor"}
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+
+    def sweep(self, _: int) -> list[Policy]:
+        return [self.space.uniform(0.6)]
+
+    def draw(self, rng: random.Random) -> dict[str, Any]:
+        return self.space.values_at(self.space.point(self.space.uniform(rng.uniform(0.3, 0.9))))
+
+
 def drawn(space: Space, strategy: str, count: int, seed: int = 0) -> list[Policy]:
-    solved, recipes = [space.uniform(0.6)], [space.uniform(0.5, "int8")]
-    found = source(strategy, space, "tpe", seed, count, solved, recipes)
+    recipes = [space.uniform(0.5, "int8")]
+    found = source(strategy, space, "tpe", seed, count, Warm(space), recipes)
     out = []
     for _ in range(count):
         policy = found.ask()
@@ -79,3 +96,11 @@ def test_sequential_keeps_what_it_chose(space: Space) -> None:
     best = min(stages[0], key=loss)
     assert stages[1][0].prune == best.prune
     assert any(p.quantize.acts for p in stages[2])
+
+
+def test_joint_goes_on_asking_the_warm_start(space: Space) -> None:
+    found = drawn(space, "joint", 40)
+    uniform = {tuple(sorted(space.uniform(k / 1000).prune.width.items())) for k in range(300, 900)}
+    from_there = [tuple(sorted(p.prune.width.items())) in uniform for p in found[2:]]
+    assert sum(from_there) >= 10
+    assert sum(from_there) <= 25

@@ -1,5 +1,6 @@
 """The warm start on a device whose truth is known."""
 
+import random
 from collections import Counter
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from flyweight.search.limits import Limits
 from flyweight.search.sensitivity import Sensitivity, axes_of, measure
-from flyweight.search.warm import warm_start
+from flyweight.search.warm import WarmStart, coarse_first
 from flyweight.spaces import Capabilities, Network, Policy, Settings, Space
 
 BOTH = ("fp32", "int8")
@@ -58,13 +59,13 @@ def harm(space: Space, policy: Policy) -> float:
 
 @pytest.fixture(scope="module")
 def table(space: Space) -> Sensitivity:
-    return measure(space, lambda policies: [harm(space, p) for p in policies])
+    return measure(space, lambda policies, _: [harm(space, p) for p in policies])
 
 
 def test_it_keeps_the_limit_and_beats_the_recipes(space: Space, table: Sensitivity) -> None:
     device = Device(space)
     limits = Limits(95.0, latency_ms=0.4)
-    found = warm_start(space, table, device, limits, 1.0, 4)
+    found = WarmStart(space, table, device, limits, 1.0).sweep(4)
     assert all(space.contains(p) for p in found)
     assert all(1.1 * device.ms(p) <= 0.4 for p in found)
     recipes = [space.uniform(keep, "int8") for keep in (1.0, 0.75, 0.5, 0.25)]
@@ -75,25 +76,52 @@ def test_it_keeps_the_limit_and_beats_the_recipes(space: Space, table: Sensitivi
 
 def test_the_sweep_goes_on_below_the_limit(space: Space, table: Sensitivity) -> None:
     device = Device(space)
-    found = warm_start(space, table, device, Limits(95.0, latency_ms=0.4), 1.0, 4)
+    found = WarmStart(space, table, device, Limits(95.0, latency_ms=0.4), 1.0).sweep(4)
     for student in space.networks:
         mine = [p for p in found if p.student == student]
         latencies = [device.ms(p) for p in mine]
-        assert latencies == sorted(latencies, reverse=True)
-        assert latencies[-1] < 0.8 * latencies[0]
+        assert latencies[0] == max(latencies)
+        assert latencies[1] == min(latencies)
+        assert latencies[1] < 0.8 * latencies[0]
     assert Counter(p.student for p in found[:2]) == {"pruned": 1, "small": 1}
 
 
 def test_without_a_latency_limit_it_begins_at_the_teacher(space: Space, table: Sensitivity) -> None:
     device = Device(space)
-    found = warm_start(space, table, device, Limits(95.0, max_drop=1.0), 1.0, 5)
+    found = WarmStart(space, table, device, Limits(95.0, max_drop=1.0), 1.0).sweep(5)
     assert max(map(device.ms, found)) > 0.7
     assert min(map(device.ms, found)) < 0.6
 
 
 def test_a_limit_out_of_reach_gives_nothing(space: Space, table: Sensitivity) -> None:
-    assert warm_start(space, table, Device(space), Limits(95.0, latency_ms=0.01), 1.0, 4) == []
+    limits = Limits(95.0, latency_ms=0.01)
+    assert WarmStart(space, table, Device(space), limits, 1.0).sweep(4) == []
 
 
 def test_a_table_without_blocks_names_every_axis(space: Space, table: Sensitivity) -> None:
     assert set(table.harm) == {axis.name for axis in axes_of(space)}
+
+
+def test_what_is_drawn_keeps_the_limit_and_differs(space: Space, table: Sensitivity) -> None:
+    device, rng = Device(space), random.Random(0)
+    warm = WarmStart(space, table, device, Limits(95.0, latency_ms=0.4), 1.0)
+    swept = warm.sweep(4)
+    drawn = [space.policy({**warm.settings, **(warm.draw(rng) or {})}) for _ in range(12)]
+    assert all(1.1 * device.ms(p) <= 0.4 for p in drawn)
+    assert len({*drawn} - {*swept}) >= 6
+    again, rng = (
+        WarmStart(space, table, device, Limits(95.0, latency_ms=0.4), 1.0),
+        random.Random(0),
+    )
+    again.sweep(4)
+    assert [space.policy({**warm.settings, **(again.draw(rng) or {})}) for _ in range(12)] == drawn
+
+
+def test_coarse_first() -> None:
+    assert coarse_first(0) == []
+    assert coarse_first(1) == [0]
+    assert coarse_first(5) == [0, 4, 2, 1, 3]
+    for count in range(2, 40):
+        order = coarse_first(count)
+        assert sorted(order) == list(range(count))
+        assert order[:2] == [0, count - 1]

@@ -1,0 +1,53 @@
+"""Ray for a search: a local one, unless an address is given."""
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from ..spaces import BadInput
+from .spec import Spec
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM (a job that is stopped) ends a search as Ctrl-C does: with the best so far."""
+    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def connected(spec: Spec, address: str | None) -> Iterator[None]:
+    """Ray, local unless an address is given, protected by a token in either case."""
+    if address is None:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    needed = int(spec.search.concurrency * spec.resources.cpus + 0.999)
+    local: dict[str, Any] = {
+        "num_cpus": max(os.cpu_count() or 1, needed),
+        "include_dashboard": False,
+    }
+    here = Path.cwd()
+    scratch = Path(os.environ.get("TMPDIR", "/tmp"))
+    os.chdir(scratch)  # Ray puts the driver's folder on every worker's path
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if address else local),
+        )
+        yield
+    except ConnectionError as error:
+        raise BadInput(f"no Ray cluster at {address}: {error}") from error
+    finally:
+        ray.shutdown()
+        os.chdir(here)

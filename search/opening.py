@@ -1,0 +1,100 @@
+"""How a search begins: its run directory, and the entry that opens its record."""
+
+import secrets
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..spaces import BadInput
+from .cache import key_of
+from .ready import Ready, data_digest, facts_of, versions
+from .record import Record
+from .spec import Spec
+from .store import compressed_bytes
+
+FREE_BYTES = 200_000_000  # what a run directory may come to need
+
+
+def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
+    """The run directory, made if need be. Raises BadInput when it is not what was asked for."""
+    name = spec.task.rpartition(":")[2]
+    if out is None:
+        earlier = sorted(Path("runs").glob(f"{name}-*/record.jsonl"))
+        if resume and not earlier:
+            raise BadInput(f"nothing to resume: no runs/{name}-*; say which with --out")
+        out = (
+            earlier[-1].parent if resume else Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+        )
+    out = out.resolve()
+    kept = out / "record.jsonl"
+    exists = kept.is_file() and kept.stat().st_size > 0
+    if resume and not exists:
+        raise BadInput(f"nothing to resume in {out}: it has no record.jsonl")
+    if exists and not resume:
+        raise BadInput(f"{out} holds a search already; go on with --resume or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out).free
+    except OSError as error:
+        raise BadInput(f"the run directory {out} cannot be made: {error}") from error
+    if free < FREE_BYTES:
+        raise BadInput(
+            f"{out} has {free / 1e6:.0f} MB free; a search needs {FREE_BYTES / 1e6:.0f} MB: "
+            "free some, or choose another --out"
+        )
+    return out
+
+
+def opening_entry(ready: Ready, record: Record, latency_ms: float) -> dict[str, Any]:
+    """The entry that begins each session of a search; latency_ms: the teacher's.
+
+    A resumed one keeps the teacher's figures, so that its limits stay what they were. Raises
+    BadInput if ``record`` is of another search.
+    """
+    spec, earlier = ready.spec, record.entries()
+    runtime, network = ready.prepared.runtime, ready.prepared.network
+    entry = {
+        "kind": "search",
+        "flyweight": version("flyweight"),
+        **facts_of(spec, runtime.fingerprint),
+        "resolved_task": spec.task,
+        "objective": spec.objective.model_dump(),
+        "teacher": {
+            "metric": ready.metric,
+            "metric_test": ready.metric_test,
+            "latency_ms": latency_ms,
+            "size_bytes": len(ready.teacher),
+            "compressed_bytes": compressed_bytes(ready.teacher),
+        },
+        "versions": versions(spec.target.runtime),
+        "data_digest": data_digest(ready.prepared),
+        "capabilities": key_of(repr(runtime.capabilities)),
+        "groups": {name: group.width for name, group in network.groups.items()},
+        "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
+        "layers": len(network.layers),
+        "search_id": secrets.token_hex(8),
+        "time": time.time(),
+    }
+    if not earlier:
+        return entry
+    first = earlier[0]
+    if "capabilities" not in first:
+        raise BadInput("--resume: an earlier flyweight wrote this record; begin a new search")
+    for key in ("resolved_task", "data_digest", "capabilities"):
+        if first[key] != entry[key]:
+            raise BadInput(
+                f"--resume: {key} is {entry[key]}, but the search began with {first[key]}; begin a "
+                "new search with another --out"
+            )
+    if first["target"] == entry["target"]:
+        entry["teacher"] = first["teacher"]
+    # The task: RUN_DIR/spec.yaml says it by its path.
+    return {**entry, "search_id": first["search_id"], "task": first["task"]}
+
+
+def asks_anew(entry: dict[str, Any], record: Record) -> bool:
+    """Whether a search that begins with ``entry`` has limits other than its last session's."""
+    earlier = [e["objective"] for e in record.entries() if e["kind"] == "search"]
+    return not earlier or earlier[-1] != entry["objective"]

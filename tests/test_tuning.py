@@ -1,0 +1,116 @@
+"""Ray Tune around a controller, with workers that die: at work, when idle, and every time."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from flyweight.compressors import RUNGS
+from flyweight.search.controller import Controller
+from flyweight.search.record import MemoryRecord
+
+pytestmark = pytest.mark.slow  # starts a local Ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def local_ray() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def mortal(folder: Path) -> Any:
+    """Trials that answer at once. The worker of trial 1 dies at short, once; that of trial 2 as
+    often as it comes there; that of trial 3 a moment after the trial ended; trial 4 raises."""
+    from ray import tune
+
+    class Mortal(tune.Trainable):
+        def setup(self, config: dict[str, Any]) -> None:
+            self.reset_config(config)
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self.number, self.rung = new_config["number"], RUNGS.index(new_config["rung"])
+            return True
+
+        def step(self) -> dict[str, Any]:
+            rung = RUNGS[self.rung]
+            seen = folder / f"{self.number}-{rung}-{time.monotonic_ns()}"
+            seen.touch()
+            once = len(list(folder.glob(f"{self.number}-{rung}-*"))) == 1
+            if rung == "short" and (self.number == 2 or (self.number == 1 and once)):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.number == 4:
+                raise RuntimeError("of the task's own")
+            self.rung += 1
+            if self.number == 3 and rung == "full":
+                threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            loss = 1.0 / (1 + self.number)  # each better than those before it: all climb
+            return {"outcome": json.dumps(figures(rung, loss))}
+
+        def save_checkpoint(self, *_: Any) -> None:
+            return None
+
+        def load_checkpoint(self, *_: Any) -> None:
+            return None
+
+    return Mortal
+
+
+def figures(rung: str, loss: float) -> dict[str, Any]:
+    return {
+        "rung": rung, "loss": loss, "metric": 95 - loss, "size_bytes": 10, "compressed_bytes": 10,
+        "seconds": 0.1, "samples": 1, "artifact": None, "error": None, "rung_seconds": 0.1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_search_outlives_its_workers(
+    memory: bool,
+    tmp_path: Path,
+    load: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    from flyweight.search.tuning import OutlivingActors, run_trials
+
+    take = OutlivingActors._actor_task_failed
+
+    def as_by_the_monitor(
+        actors: OutlivingActors, tracked_actor_task: Any, exception: Exception
+    ) -> None:
+        if isinstance(exception, RayActorError):  # what Ray says when it is its memory monitor
+            exception = OutOfMemoryError("1 worker(s) were killed\nand a page of figures")
+        take(actors, tracked_actor_task, exception)
+
+    if memory:
+        monkeypatch.setattr(OutlivingActors, "_actor_task_failed", as_by_the_monitor)
+    record = MemoryRecord()
+    control: Controller = load("tests/test_controller.py").controller(record, trials=8)
+    run_trials(control, mortal(tmp_path), concurrency=2, resources={"cpu": 1})
+    assert sorted(control.trials) == list(range(8))
+    ended = {number: trial.ended for number, trial in control.trials.items()}
+    assert {n for n, reason in ended.items() if reason == "failed"} == {2, 4}
+    assert not control.interrupted
+    errors = {e["trial"]: e["error"] for e in record.entries() if e["kind"] == "end"}
+    assert errors[2].startswith("poisonous: 2 workers died on it: ")
+    assert errors[2].endswith("1 worker(s) were killed") == memory
+    assert "of the task's own" in errors[4]
+    results = [(e["trial"], e["rung"]) for e in record.entries() if e["kind"] == "result"]
+    assert len(results) == len(set(results))
+    for number in (1, 3):
+        assert {rung for n, rung in results if n == number} == set(RUNGS)
+    for number in (1, 2):
+        begun = [p.name.split("-")[1] for p in tmp_path.glob(f"{number}-*")]
+        assert begun.count("recalibrate") == 1
+        assert begun.count("short") == 2
+    assert control.proposals.running() == 0

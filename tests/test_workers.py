@@ -1,0 +1,117 @@
+"""The trial as a worker runs it, here without Ray: what it leaves behind and takes up again."""
+
+import json
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from flyweight.compressors import (
+    RUNGS,
+    ClassificationTask,
+    Prepared,
+    Schedule,
+    compress,
+    prepare,
+)
+from flyweight.kernels import make_runtime
+from flyweight.search.store import checkpoint_folder
+from flyweight.search.workers import KEPT, CompressionTrial, Job
+from flyweight.spaces import Distill, Policy, Prune
+
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def prepared(networks: ModuleType) -> Prepared:
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(96, 12), torch.arange(96) % 4)
+    task = ClassificationTask(networks.make("mlp")[0], data, data)
+    return prepare(task, make_runtime("onnxruntime", 1), Schedule(2, 0.5, 32))
+
+
+POLICY = Policy(Prune({"a": 8}), distill=Distill(learning_rate=0.01))
+
+
+class Worker:
+    """A process that ran no trial before. steps: of what it was asked."""
+
+    def __init__(self, prepared: Prepared, run_dir: Path, inputs: str = "inputs") -> None:
+        self.trial = object.__new__(CompressionTrial)  # its __init__ is Tune's
+        spec: Any = SimpleNamespace(search=SimpleNamespace(seed=SEED))
+        self.trial.job = Job(spec, run_dir, {}, inputs, {})
+        self.trial.prepared = prepared
+
+    def begin(self, rung: str) -> None:
+        assert self.trial.reset_config({"policy": POLICY.canonical(), "rung": rung})
+
+    def step(self) -> dict[str, Any]:
+        outcome = json.loads(self.trial.step()["outcome"])
+        outcome.pop("seconds", None)
+        outcome.pop("rung_seconds", None)
+        return outcome  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def climbed(prepared: Prepared, tmp_path: Path) -> list[dict[str, Any]]:
+    """The outcomes of a trial that nothing happened to, whose checkpoints are in tmp_path."""
+    worker = Worker(prepared, tmp_path)
+    worker.begin(RUNGS[0])
+    outcomes = [worker.step() for _ in RUNGS]
+    assert [o["rung"] for o in outcomes] == list(RUNGS)
+    return outcomes
+
+
+def files(run_dir: Path) -> list[Path]:
+    return sorted(checkpoint_folder(run_dir, POLICY.digest).iterdir())
+
+
+def test_a_trial_goes_on_elsewhere_as_if_nothing_had_happened(
+    prepared: Prepared, tmp_path: Path, climbed: list[dict[str, Any]], monkeypatch: Any
+) -> None:
+    assert [p.name.partition("-")[0] for p in files(tmp_path)] == list(KEPT) == ["short"]
+    asked: list[str] = []
+
+    def counted(prepared: Prepared, policy: Policy, rung: str, *rest: Any) -> Any:
+        asked.append(rung)
+        return compress(prepared, policy, rung, *rest)
+
+    monkeypatch.setattr("flyweight.search.workers.compress", counted)
+    other = Worker(prepared, tmp_path)
+    other.begin("full")
+    assert other.step() == climbed[2]
+    assert asked == ["full"]  # short is not done again
+    other.begin("short")  # the same worker takes another trial up
+    assert [other.step(), other.step()] == climbed[1:]
+    assert asked == ["full", "recalibrate", "short", "full"]
+
+
+@pytest.mark.parametrize("how", ["damaged", "missing", "of other inputs"])
+def test_without_a_checkpoint_it_begins_anew_and_says_so(
+    how: str, prepared: Prepared, tmp_path: Path, climbed: list[dict[str, Any]]
+) -> None:
+    (place,) = files(tmp_path)
+    if how == "damaged":
+        place.write_bytes(place.read_bytes()[:-1])
+    if how == "missing":
+        place.unlink()
+    other = Worker(prepared, tmp_path, "others" if how == "of other inputs" else "inputs")
+    other.begin("full")
+    outcome = other.step()
+    note = outcome.pop("note")
+    assert ("damaged" if how == "damaged" else "no checkpoint") in note
+    assert outcome == climbed[2]
+
+
+def test_a_checkpoint_that_cannot_be_written_fails_no_trial(
+    prepared: Prepared, tmp_path: Path, climbed: list[dict[str, Any]]
+) -> None:
+    run_dir = tmp_path / "another"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").write_text("a file where the folder should be")
+    worker = Worker(prepared, run_dir)
+    worker.begin(RUNGS[0])
+    assert [worker.step() for _ in RUNGS] == climbed
