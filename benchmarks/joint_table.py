@@ -59,6 +59,7 @@ class Row:
         return "prune" if prunes else "quantize" if quantizes else "neither"
 
 
+@cache
 def spec() -> Spec:
     return load_spec(FOLDER / "search.yaml")
 
