@@ -34,7 +34,8 @@ class Pieces:
     def __init__(self, process: AdditiveProcess) -> None:
         self._process = process
         self._numbers: dict[Signature, int] = {}
-        self._seen = 0  # pieces that are in the arrays, [pieces + 1]: number 0 is no piece
+        self._new: list[Signature] = []  # those that are not in the arrays yet
+        # Of each piece; number 0 is none.
         self._nominal = np.zeros(1)
         self._places = np.zeros((1, 5))
         self._values = np.zeros((len(PARTS), 1), np.int64)  # that each part takes
@@ -59,7 +60,10 @@ class Pieces:
 
     def number(self, piece: Signature) -> int:
         """The number of ``piece``, from now on."""
-        return self._numbers.setdefault(piece, len(self._numbers) + 1)
+        if piece not in self._numbers:
+            self._numbers[piece] = len(self._numbers) + 1
+            self._new.append(piece)
+        return self._numbers[piece]
 
     def numbers(self, sums: Sequence[Counts]) -> Ints:
         """[sums, pieces]: the numbers of the pieces of each, padded with 0."""
@@ -93,10 +97,9 @@ class Pieces:
 
     def _take_in(self) -> None:
         """Adds what is new to the arrays."""
-        new = list(self._numbers)[self._seen :]
+        new, self._new = self._new, []
         if not new:
             return
-        self._seen += len(new)
         nominal = [s.nominal_ms for s in new]
         values = [
             [index.setdefault(part.key(s), len(index)) for s in new]
@@ -129,7 +132,7 @@ class Pieces:
         weights = sparse.csr_array(
             (nominal[used], self._row[features[used]], ends), shape=(len(numbers), self._room)
         )
-        weights.sum_duplicates()  # of 73 rows of a ResNet 17
+        weights.sum_duplicates()  # of 73 rows of a residual network's policy 17 are
         return weights
 
     def _see_to_rows(self, features: Ints) -> None:
