@@ -206,15 +206,15 @@ def baselines(known: Networks, held: Networks) -> dict[str, np.ndarray]:
 
 
 def costs(found: Ready, predictor: LatencyPredictor) -> dict[str, float]:
-    """Microseconds a policy, in batches of 1,000, each step the best of ``REPEATS``: from a policy
-    to its plan, from that to its signatures, from those to latencies; then all of it at once, from
-    points: for policies that were met before (batch), of which nothing is known yet (batch_first),
-    and for others after those (batch_new: of each step the next 1,000)."""
+    """Microseconds of CPU time a policy, in batches of 1,000. Best of ``REPEATS``: from a policy to
+    its plan, from that to its signatures, from those to latencies; and all of it at once, from
+    points, for policies that were met before (batch). Once: the same when nothing was met yet
+    (batch_first), and for the next 1,000 policies, again and again (batch_new)."""
 
     def took(work: Callable[[], Any]) -> tuple[Any, float]:
-        began = time.perf_counter()
+        began = time.process_time()
         result = work()
-        return result, 1e6 * (time.perf_counter() - began) / MANY
+        return result, 1e6 * (time.process_time() - began) / MANY
 
     def best(work: Callable[[], Any]) -> tuple[Any, float]:
         return min((took(work) for _ in range(REPEATS)), key=lambda found: found[1])

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..spaces.blueprint import Decisions, Rows, Run, kernel_of
+from ..spaces.blueprint import Decisions, Kernel, Rows, Run, kernel_of
 from ..spaces.capabilities import Capabilities
 from ..spaces.network import Network
 from .pieces import MOST, Ints, Pieces
-from .signature import SESSION, pieces_of
+from .signature import SESSION, Signature, pieces_of
 
 LARGE = 2**14  # widths that can occur together; where there are more, they are numbered as they do
 
@@ -130,19 +130,30 @@ class Batch:
             if not found[:, 0].all():
                 unknown = np.flatnonzero(found[:, 0] == 0)
                 some = dict(zip(widths[unknown].tolist(), at[unknown].tolist(), strict=True))
-                for number, policy in some.items():
-                    here = {
-                        g: self._choices[g][int(index[policy])] for g, index in self._widths.items()
-                    }
-                    kernel, *others = (
-                        kernel_of(self._network, p.run, here, p.precision(first))
-                        for p in (one, *made, *read)
-                    )
-                    near = others[: len(made)], others[len(made) :]
-                    work = pieces_of(kernel, *near, quantized & first > 0)
+                for number, i in some.items():
+                    work = self._work_out(i, one, made, read, quantized)
                     table[number] = [known.pieces.number(piece) for piece in work]
                 found = table[widths]
             out[:, at] = found.T
+
+    def _work_out(
+        self,
+        i: int,
+        one: _Placed,
+        makers: Sequence[_Placed],
+        readers: Sequence[_Placed],
+        quantized: Rows,
+    ) -> tuple[Signature, Signature]:
+        """The two pieces of ``one`` in the i-th policy, by the kernels that are in it."""
+        policy = 1 << i
+        widths = {g: self._choices[g][int(index[i])] for g, index in self._widths.items()}
+
+        def kernel(placed: _Placed) -> Kernel:
+            return kernel_of(self._network, placed.run, widths, placed.precision(policy))
+
+        return pieces_of(
+            kernel(one), map(kernel, makers), map(kernel, readers), quantized & policy > 0
+        )
 
     def _groups(self, one: _Placed, near: Iterable[_Placed]) -> tuple[str, ...]:
         """The groups whose widths decide the pieces of ``one``: those of what it reads and makes,

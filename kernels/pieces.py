@@ -79,7 +79,8 @@ class AdditivePieces(Pieces):
     def __init__(self, process: AdditiveProcess) -> None:
         super().__init__(process)
         self._process = process
-        self._seen = 0  # pieces that are in the arrays, [pieces + 1]: number 0 is no piece
+        self._new: list[Signature] = []  # those that are not in the arrays yet
+        # Of each piece; number 0 is none.
         self._nominal = np.zeros(1)
         self._places = np.zeros((1, 5))
         self._values = np.zeros((len(PARTS), 1), np.int64)  # that each part takes
@@ -94,6 +95,11 @@ class AdditivePieces(Pieces):
         self._rows = [np.zeros((self._room, c.stop - c.start)) for c in self._blocks]
         self._used = 0
         self._row = np.full(1, -1)  # of each feature, -1 if it is not there
+
+    def number(self, piece: Signature) -> int:
+        if piece not in self._numbers:
+            self._new.append(piece)
+        return super().number(piece)
 
     def predict(self, numbers: Ints) -> tuple[Array, Array]:
         self._take_in()
@@ -114,10 +120,9 @@ class AdditivePieces(Pieces):
 
     def _take_in(self) -> None:
         """Adds what is new to the arrays."""
-        new = list(self._numbers)[self._seen :]
+        new, self._new = self._new, []
         if not new:
             return
-        self._seen += len(new)
         nominal = [s.nominal_ms for s in new]
         values = [
             [index.setdefault(part.key(s), len(index)) for s in new]
@@ -150,7 +155,7 @@ class AdditivePieces(Pieces):
         weights = sparse.csr_array(
             (nominal[used], self._row[features[used]], ends), shape=(len(numbers), self._room)
         )
-        weights.sum_duplicates()  # of 73 rows of a ResNet 17
+        weights.sum_duplicates()  # of 73 rows of a residual network's policy 17 are
         return weights
 
     def _see_to_rows(self, features: Ints) -> None:

@@ -11,6 +11,7 @@ from ..spaces import Impossible, Network, Parameter, Space
 from ..spaces.blueprint import without_blocks
 
 NETWORKS = 256  # with other blocks dropped, which are kept
+MANY = 4_000  # policies worked out together: in batches of more, each costs as much
 
 
 class BatchPredictor:
@@ -47,6 +48,9 @@ class BatchPredictor:
 
         points: [policies, axes], the index into the ``choices`` of each of the ``axes``.
         """
+        if len(points) > MANY:
+            parts = range(0, len(points), MANY)
+            return np.concatenate([self.predict(points[i : i + MANY]) for i in parts])
         if any(known.full for known in self._known.values()):
             self._begin()
         kinds, kind = np.unique(points[:, self._kinds], axis=0, return_inverse=True)
