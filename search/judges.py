@@ -35,7 +35,8 @@ class Judge:
 
 class Judges:
     """As many actors as the search runs trials at once; they begin with the first policy that the
-    cache does not know. Nothing is begun after ``seconds``."""
+    cache does not know. Nothing is begun after ``seconds``. failed: why a policy could not be
+    judged, or an actor died; None if all went well."""
 
     def __init__(
         self, ready: Ready, seconds: float, count: Callable[[int], None] = lambda _: None
@@ -47,6 +48,7 @@ class Judges:
         key = key_of(data_digest(ready.prepared), ready.teacher, capabilities, ITEMS)
         self._cache = Lines(cache_folder(ready.spec) / f"sensitivity-{key}.jsonl")
         self._actors: list[Any] = []
+        self.failed: str | None = None
 
     def __call__(
         self, policies: Sequence[Policy], recalibrated: bool = False
@@ -76,11 +78,18 @@ class Judges:
                 actor = free.pop()
                 busy[actor.harm.remote(left.pop(0), recalibrated)] = actor
             if not busy:
-                break  # all is judged, or the time is over
+                break  # all is judged, or the time is over, or no actor is left
             answers, _ = ray.wait(list(busy))
             for answer in answers:
-                free.append(busy.pop(answer))
-                policy, found = ray.get(answer)
+                actor = busy.pop(answer)
+                try:
+                    policy, found = ray.get(answer)
+                except ray.exceptions.RayError as error:
+                    self.failed = self.failed or str(error).strip().splitlines()[-1]
+                    if isinstance(error, ray.exceptions.RayTaskError):
+                        free.append(actor)  # the policy, not the actor
+                    continue
+                free.append(actor)
                 self._cache.add(wanted[policy], found)
             done += len(answers)
             self._count(self._judged + done)

@@ -15,6 +15,7 @@ from .cache import cache_folder, key_of
 from .counting import counting
 from .judges import Judges
 from .limits import Limits
+from .profiling import NETWORKS as MOST
 from .profiling import check_profile, empty_profile, make_profile
 from .ready import Ready
 from .sensitivity import Sensitivity, measure
@@ -26,7 +27,7 @@ WORTH = 15  # trials, from which on a search is worth preparing: fewer cost less
 # Shares of the time budget that the profile and the table may take; seconds where there is none.
 PROFILE_SHARE, PROFILE_S = 0.1, 300.0
 TABLE_SHARE, TABLE_S = 0.08, 300.0
-NETWORKS = 4  # in the profile, for each trial
+FOR_EACH = 4  # networks in the profile, for each trial
 
 
 def worth_preparing(ready: Ready) -> bool:
@@ -54,7 +55,7 @@ class Preparation:
         )
         kept = cache_folder(spec) / f"profile-{name}.jsonl"
         torch.set_num_threads(1)  # what builds the networks must not spin while they are timed
-        networks = NETWORKS * spec.search.trials
+        networks = min(MOST, FOR_EACH * spec.search.trials)
         try:
             if not path.exists() and (earlier := _earlier(kept, wanted)):
                 earlier.create(path)
@@ -83,14 +84,19 @@ class Preparation:
                 table = measure(self.ready.space, judges)
             finally:
                 judges.close()
+        if judges.failed:
+            self.notes.append(f"Not all single choices could be judged: {judges.failed}")
         seconds = time.monotonic() - began
         write_json(self.run_dir / "sensitivity.json", table.to_dict() | {"seconds": seconds})
         return table
 
     def warm_start(
         self, table: Sensitivity, predictor: LatencyPredictor, limits: Limits
-    ) -> WarmStart:
-        """What the table and the predictor give within the limits."""
+    ) -> WarmStart | None:
+        """What the table and the predictor give within the limits; None of an empty table."""
+        if not table.students:
+            self.notes.append("No single choice was judged in time: there is no warm start")
+            return None
         space = self.ready.space
         batch = BatchPredictor(self.ready.prepared, space, predictor)
         return WarmStart(space, table, batch, limits, predictor.teacher_ms)

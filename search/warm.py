@@ -86,7 +86,7 @@ class _Student:
 
     def sweep(self, count: int) -> list[dict[str, Any]]:
         starts = self._recipes
-        for step in range(count):
+        for step in range(count if self._places else 0):  # without axes there is nothing to solve
             limit = self._limit(step / max(1, count - 1))
             found = self._solver(self._harms).solve(limit, starts)
             if found is not None:
@@ -96,6 +96,8 @@ class _Student:
         return [solved[i] for i in coarse_first(len(solved))]
 
     def draw(self, rng: random.Random) -> dict[str, Any] | None:
+        if not self._places:
+            return None
         limit = self._limit(rng.random())
         near = sorted(self._solved, key=lambda known: abs(math.log(known[0] / limit)))
         starts = [point for _, point in near[:1]] or self._recipes
