@@ -119,8 +119,8 @@ def run_trials(
     """
     searcher = ControlledSearcher(controller)
     # A trial whose worker dies is proposed again by the controller. Tune's own way, max_failures,
-    # would begin it anew, and hangs on a worker that died between two trials: it waits for ever
-    # for the reset of the actor that is gone.
+    # would begin it anew, and by its source (2.60) waits for ever for a worker that died between
+    # two trials: the trial stays among those whose actor is being reset.
     request: dict[str, Any] = dict(resources)
     if accelerator:
         request[f"accelerator_type:{accelerator}"] = 0.001
