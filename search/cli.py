@@ -249,7 +249,8 @@ def explain(
 
     For each kernel its width, precision and time, beside the teacher's; for each group of channels
     what the next legal width down and up would change; and at which widths a layer is slower in
-    int8 than in fp32, the rest of the policy being as it is. It needs a device profile, as
+    int8 than in fp32, the rest of the policy being as it is; for a policy in the artifacts of a run
+    also what its choices harm, from the run's sensitivity table. It needs a device profile, as
     `flyweight profile` makes it: no kernel can be timed alone where it stands in a network, so what
     each takes is learned from whole networks, and said with how sure that is.
 
@@ -257,9 +258,14 @@ def explain(
     """
     from .explain import explain as run
     from .explained import print_explanation
+    from .fragile import print_fragile
 
     found = run(policy, spec, profile_path, allow_foreign=allow_foreign)
-    click.echo(json.dumps(found, indent=2)) if as_json else print_explanation(found)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        print_explanation(found)
+        print_fragile(policy)
 
 
 @main.command()

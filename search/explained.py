@@ -65,16 +65,17 @@ def explained(found: Found) -> Explained:
 def print_explanation(found: Found, console: Console | None = None) -> None:
     """The explanation on a terminal."""
     console, why = console or Console(), explained(found)
-    _print(why.kernels, console)
+    print_sheet(why.kernels, console)
     console.print(f"{why.headline}.", highlight=False, soft_wrap=True)
     if why.groups.rows:
-        _print(why.groups, console)
+        print_sheet(why.groups, console)
     for line in why.int8:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"± is {SURE:g} standard deviations.", highlight=False)
 
 
-def _print(sheet: Sheet, console: Console) -> None:
+def print_sheet(sheet: Sheet, console: Console) -> None:
+    """The table on a terminal."""
     # No more room between columns than needed: a terminal has 80 characters.
     table = Table(title=sheet.title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.title_justify = "left"

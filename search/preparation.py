@@ -13,6 +13,7 @@ from ..spaces import BadInput, FlyweightError
 from .batch import BatchPredictor
 from .cache import cache_folder, key_of
 from .counting import counting
+from .fragile import SENSITIVITY
 from .judges import Judges
 from .limits import Limits
 from .profiling import NETWORKS as MOST
@@ -87,7 +88,7 @@ class Preparation:
         if judges.failed:
             self.notes.append(f"Not all single choices could be judged: {judges.failed}")
         seconds = time.monotonic() - began
-        write_json(self.run_dir / "sensitivity.json", table.to_dict() | {"seconds": seconds})
+        write_json(self.run_dir / SENSITIVITY, table.to_dict() | {"seconds": seconds})
         return table
 
     def warm_start(

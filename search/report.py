@@ -20,7 +20,8 @@ from ..spaces import BadInput
 from . import pareto, progress, record
 from .correlation import Agreement, agreements
 from .drawing import BEST, FRONT, INK, LIMIT, svg
-from .explained import EXPLANATION, Explained, bars_svg, explained
+from .explained import EXPLANATION, Explained, Sheet, bars_svg, explained
+from .fragile import Harms, groups_sheet, layers_sheet, read_harms
 from .limits import limits
 from .mlflow_entries import RUNGS
 from .progress import Figures, Summary
@@ -57,7 +58,7 @@ class Run:
     """What a run directory says. result: None while the search runs. failures: reasons with the
     trials that failed for them. front and others: artifacts, by ascending latency. agreements: of
     each rung with the next. why: what ``flyweight explain`` says, None without a device profile;
-    bars: its figure."""
+    bars: its figure. harms: the sensitivity table, None if there is none."""
 
     search: Mapping[str, Any]
     summary: Summary
@@ -68,6 +69,7 @@ class Run:
     result: Mapping[str, Any] | None
     why: Explained | None
     bars: str
+    harms: Harms | None
 
     @property
     def chosen(self) -> Row | None:
@@ -104,10 +106,11 @@ def read_run(run_dir: Path) -> Run:
         with _blaming(path):
             found = json.loads(path.read_text("utf-8"))
             why, bars = explained(found), bars_svg(found)
+    harms = read_harms(run_dir)
     path = run_dir / "result.json"
     if not path.exists():
         front, others = _front_so_far(predicted, summary)
-        return Run(search, summary, front, others, failures, agreeing, None, why, bars)
+        return Run(search, summary, front, others, failures, agreeing, None, why, bars, harms)
     with _blaming(path):
         result = json.loads(path.read_text("utf-8"))
         summary.teacher, summary.objective = result["teacher"], result.get("objective") or {}
@@ -115,7 +118,7 @@ def read_run(run_dir: Path) -> Run:
         front = [_measured(model, result, known, summary) for model in result["front"]]
         taken = {row.figures.digest for row in front}
         others = [row for digest, row in known.items() if digest not in taken]
-        return Run(search, summary, front, others, failures, agreeing, result, why, bars)
+        return Run(search, summary, front, others, failures, agreeing, result, why, bars, harms)
 
 
 @contextmanager
@@ -271,9 +274,19 @@ def render(run: Run) -> str:
         svg=Markup(drawn),  # made by us from numbers alone
         bars=Markup(run.bars),  # and from names, escaped where they are drawn
         predicted_by=run.search.get("predicted_by"),
+        fragile=_fragile(run),
         explanation=EXPLANATION,
         hidden=hidden,
     )
+
+
+def _fragile(run: Run) -> list[Sheet]:
+    """What single choices harm, beside what the chosen policy chose."""
+    if run.harms is None:
+        return []
+    policy = run.chosen.policy if run.chosen else None
+    sheets = groups_sheet(run.harms, policy), layers_sheet(run.harms, policy)
+    return [sheet for sheet in sheets if sheet.rows]
 
 
 def front_svg(run: Run) -> tuple[str, int]:

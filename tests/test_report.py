@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flyweight.search.fragile import groups_sheet, layers_sheet, read_harms
 from flyweight.search.report import write_report
 from flyweight.spaces import BadInput
 
@@ -510,3 +511,42 @@ def test_record_without_a_search(tmp_path: Path) -> None:
     (tmp_path / "record.jsonl").write_text("")
     with pytest.raises(BadInput, match="no search entry"):
         write_report(tmp_path)
+
+
+HARMS = {
+    "drop/body.1": {"False": 0.0, "True": 0.4},
+    "width/body.0.c1": {"8": 0.3, "16": 0.1, "32": 0.0},
+    "width/<stem>": {"8": 2.0, "16": 0.5, "32": 0.0},
+    "precision/body.0.c1": {"fp32": 0.0, "int8": 0.002},
+    "precision/head": {"fp32": 0.0},
+}
+
+
+def test_what_is_fragile(tmp_path: Path) -> None:
+    run_directory(tmp_path, entries(), result())
+    (tmp_path / "sensitivity.json").write_text(json.dumps({"harm": HARMS}))
+    page = write_report(tmp_path).read_text()
+    assert "What is fragile" in page
+    assert page.index("&lt;stem&gt;") < page.index("body.0.c1", page.index("What is fragile"))
+    assert "<stem>" not in page
+    harms = read_harms(tmp_path)
+    groups = groups_sheet(harms, {"prune": {"width": {"body.0.c1": 16}}})
+    assert groups.rows == [
+        ["<stem>", "32 of 32", "0", "16: 0.5", "8: 2"],
+        ["body.0.c1", "16 of 32", "0.1", "16: 0.1", "8: 0.3"],
+    ]
+    layers = layers_sheet(harms, {"quantize": {"precision": {"body.0.c1": "int8"}}})
+    assert layers.rows == [["body.1", "kept", "0.4"], ["body.0.c1", "int8", "0.002"]]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"harm": {"width/a": 3}}', "{"])
+def test_a_damaged_sensitivity_table_is_named(tmp_path: Path, content: str) -> None:
+    run_directory(tmp_path, entries(), result())
+    (tmp_path / "sensitivity.json").write_text(content)
+    with pytest.raises(BadInput, match=r"sensitivity\.json"):
+        write_report(tmp_path)
+
+
+def test_a_run_without_a_table_says_nothing_of_it(tmp_path: Path) -> None:
+    run_directory(tmp_path, entries(), result())
+    assert "What is fragile" not in write_report(tmp_path).read_text()

@@ -1,0 +1,84 @@
+"""Which parts of a network are fragile: the sensitivity table of a run as sheets."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..spaces import BadInput
+from .explained import Sheet, print_sheet
+from .store import read_policy
+
+SENSITIVITY = "sensitivity.json"  # in a run directory
+HALF = 0.5
+
+Harms = Mapping[str, Mapping[str, float]]  # by axis, by choice as text
+
+
+def read_harms(run_dir: Path) -> Harms | None:
+    """The table of a run, None if it has none. Raises BadInput for what is no table."""
+    path = run_dir / SENSITIVITY
+    if not path.is_file():
+        return None
+    try:
+        harms = json.loads(path.read_text("utf-8"))["harm"]
+        return {axis: {c: float(h) for c, h in known.items()} for axis, known in harms.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadInput(f"{path} is no sensitivity table: {error!r}") from error
+
+
+def print_fragile(policy_path: Path, console: Console | None = None) -> None:
+    """What the choices of a policy in the artifacts of a run harm; nothing for any other policy."""
+    folders = policy_path.resolve().parents
+    harms = read_harms(folders[2]) if len(folders) > 2 else None
+    if harms is not None:
+        policy = read_policy(policy_path).to_dict()
+        for sheet in (groups_sheet(harms, policy), layers_sheet(harms, policy)):
+            print_sheet(sheet, console or Console())
+
+
+def groups_sheet(harms: Harms, policy: Mapping[str, Any] | None) -> Sheet:
+    """For each group what its width in ``policy`` harms, half of its channels, and the least."""
+    kept = (policy or {}).get("prune", {}).get("width", {})
+    rows: list[tuple[float, list[str]]] = []
+    for name, known in _axes(harms, "width/"):
+        widths = sorted(map(int, known))
+        width = kept.get(name, widths[-1])
+        half = min(widths, key=lambda w: abs(w - HALF * widths[-1]))
+        shown = [f"{w}: {_nats(known[str(w)])}" for w in (half, widths[0])]
+        here = _nats(known.get(str(width), 0.0))
+        row = [name, f"{width} of {widths[-1]}", here, *shown]
+        rows.append((known[str(half)], row))
+    columns = ("group", "width", "harms, nats", "at half", "at least")
+    return Sheet("Groups, the most fragile first", columns, 1, _sorted(rows))
+
+
+def layers_sheet(harms: Harms, policy: Mapping[str, Any] | None) -> Sheet:
+    """For each layer what int8 harms, and each block what its drop does, with what was chosen."""
+    chosen = (policy or {}).get("quantize", {}).get("precision", {})
+    dropped = (policy or {}).get("prune", {}).get("drop", ())
+    rows: list[tuple[float, list[str]]] = []
+    for name, known in _axes(harms, "precision/"):
+        if "int8" in known:
+            rows.append((known["int8"], [name, chosen.get(name, "fp32"), _nats(known["int8"])]))
+    for name, known in _axes(harms, "drop/"):
+        gone = "dropped" if name in dropped else "kept"
+        rows.append((known["True"], [name, gone, _nats(known["True"])]))
+    columns = ("layer or block", "chosen", "int8, or its drop, harms, nats")
+    return Sheet("Layers, the most fragile first", columns, 2, _sorted(rows))
+
+
+def _axes(harms: Harms, kind: str) -> Iterator[tuple[str, Mapping[str, float]]]:
+    for axis, known in harms.items():
+        if axis.startswith(kind) and len(known) > 1:
+            yield axis.removeprefix(kind), known
+
+
+def _sorted(rows: list[tuple[float, list[str]]]) -> list[list[str]]:
+    return [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
+
+
+def _nats(harm: float) -> str:
+    return f"{harm:.2g}" if harm >= 1e-5 else "0"
