@@ -166,6 +166,7 @@ def test_curves_are_read_at_a_cost_and_at_a_volume(compare: ModuleType) -> None:
     assert compare.reached(curve, 0.95) == math.inf
 
 
+@pytest.mark.slow
 def test_every_method_is_charged_for_what_it_runs(
     compare: ModuleType, surrogate: fitted.Surrogate
 ) -> None:
