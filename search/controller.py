@@ -397,6 +397,15 @@ class Controller:
             needed += statistics.median(durations)
         return needed <= self.remaining() + SLACK * self.budget.seconds
 
+    def _price_again(self, policy: Policy, entry: Entry, reprice: bool) -> Price | None:
+        """The price in ``entry``, or today's; None if it is impossible today."""
+        if not reprice:
+            return _price_of(entry)
+        try:
+            return self._price(policy)
+        except Impossible:
+            return None
+
     def _rebuild(self, entries: list[Entry], reprice: bool) -> None:
         began = last = 0.0
         for entry in entries:
@@ -407,19 +416,22 @@ class Controller:
             last = entry["time"]
             if entry["kind"] == "begin":
                 policy = Policy.from_dict(entry["policy"])
-                sizes = entry["size_bytes"], entry["compressed_bytes"]
-                latency_ms = tuple(entry["latency_ms"])
-                if reprice:
-                    latency_ms = self._price(policy).latency_ms
-                price = Price(latency_ms, *sizes)
-                self.trials[entry["trial"]] = Trial(entry["trial"], policy, price)
+                price = self._price_again(policy, entry, reprice)
+                trial = Trial(entry["trial"], policy, price or _price_of(entry))
+                trial.ended = None if price else "failed"
+                self.trials[trial.number] = trial
                 self.proposals.claim(policy)
             elif entry["kind"] == "rejected":
-                # Over a limit that may have been changed since.
-                if "latency_ms" not in entry or self.limits.cost(*_upper_costs(entry)) > 0:
-                    self.proposals.claim(Policy.from_dict(entry["policy"]))
+                policy = Policy.from_dict(entry["policy"])
+                price = None
+                if "latency_ms" in entry:  # over a limit that may have been changed since
+                    price = self._price_again(policy, entry, reprice)
+                if price is None or self._cost(price) > 0:
+                    self.proposals.claim(policy)
             elif entry["kind"] == "result":
                 trial = self.trials[entry["trial"]]
+                if trial.ended == "failed":
+                    continue  # what it is priced at now is impossible
                 entry = {**entry, "latency_ms": list(trial.price.latency_ms)}
                 self._learn(trial, {**entry, "constraint": self._excess(entry)})
                 if entry["rung"] == RUNGS[-1]:
@@ -427,11 +439,17 @@ class Controller:
             elif entry["kind"] == "died":
                 self.trials[entry["trial"]].deaths += 1
             elif entry["kind"] == "end" and entry["reason"] != "interrupted":
-                self.trials[entry["trial"]].ended = entry["reason"]
+                trial = self.trials[entry["trial"]]
+                if trial.ended != "failed":
+                    trial.ended = entry["reason"]
         self._spent += last - began
         if entries and entries[-1]["kind"] == "search":  # what came before its trials counts
             self._began = last
         self._again = [t for t in self.trials.values() if not t.ended]
+
+
+def _price_of(entry: Entry) -> Price:
+    return Price(tuple(entry["latency_ms"]), entry["size_bytes"], entry["compressed_bytes"])
 
 
 def _not_a_number(outcome: Entry) -> str | None:
@@ -444,10 +462,6 @@ def _not_a_number(outcome: Entry) -> str | None:
 
 def _costs(entry: Entry) -> tuple[float, int, int]:
     return entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
-
-
-def _upper_costs(entry: Entry) -> tuple[float, int, int]:
-    return entry["latency_ms"][2], entry["size_bytes"], entry["compressed_bytes"]
 
 
 def _point(entry: Entry) -> Point:

@@ -23,7 +23,7 @@ from .explain import explanation
 from .explained import EXPLANATION
 from .limits import Limits
 from .local_ray import connected, terminable
-from .opening import asks_anew, open_run, opening_entry
+from .opening import asks_anew, changed_target, is_done, open_run, opening_entry
 from .predict import given_profile, predictor_of
 from .preparation import PROFILE, Preparation, worth_preparing
 from .pricing import Pricing, predicted, timed
@@ -115,24 +115,39 @@ class _Search:
 
     def run(self) -> Outcome:
         meter = start_meter(self.ready)
-        header = opening_entry(self.ready, self.record, ray.get(meter.alone.remote()))
+        device, alone = ray.get([meter.fingerprint.remote(), meter.alone.remote()])
+        header = opening_entry(self.ready, self.record, device, alone)
         teacher_ms = header["teacher"]["latency_ms"]
         limits = self.ready.limits(teacher_ms)
         price = timed(self.ready.prepared, meter)
         if asks_anew(header, self.record):
             self._check_limits(price, limits)
-        self.predictor = self._predictor(meter, teacher_ms)
+        self.predictor = self._predictor(device, teacher_ms)
         if self.predictor is not None:
             price = predicted(self.ready.prepared, self.predictor, limits)
+        elif changed_target(header, self.record):
+            raise BadInput(
+                "--resume: the target has changed, and without a device profile of the new one "
+                "what is known cannot be priced for it; name one as target.profile (`flyweight "
+                "profile` makes it), or begin a new search with another --out"
+            )
         header["predicted_by"] = "timing" if self.predictor is None else "profile"
         self.record.append(header)  # its time is from before the profile, which so counts
-        warm = self._warm_start(limits)
+        try:
+            warm = self._warm_start(limits)
+            interrupted = False
+        except KeyboardInterrupt:  # what is known is measured and reported, as ever
+            warm, interrupted = None, True
         torch.set_num_threads(os.cpu_count() or 1)
-        self.answers = teacher_answers(self.ready.prepared)
+        self.answers = {} if interrupted else teacher_answers(self.ready.prepared)
         torch.set_num_threads(1)  # from here on the trials have the cores
         tracker = self._tracker(header)
         controller = self._controller(limits, tracker, price, warm)
-        self._trials(controller, header)
+        if interrupted:
+            controller.interrupted = True
+            controller.close()
+        else:
+            self._trials(controller, header)
         ray.kill(meter)
         self._note_end(controller)
         found = self._measure(controller, header)
@@ -144,14 +159,14 @@ class _Search:
         failed = bool(controller.fatal) or controller.hopeless()
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
 
-    def _predictor(self, meter: Any, teacher_ms: float) -> LatencyPredictor | None:
-        """The predictor for the target, from the given device profile or one that is made now;
-        None where each policy is timed instead."""
+    def _predictor(self, device: str, teacher_ms: float) -> LatencyPredictor | None:
+        """The predictor for the target, which may be another node's device, from the given device
+        profile or one that is made now; None where each policy is timed instead."""
         prepared = self.ready.prepared
-        device = ray.get(meter.fingerprint.remote())  # the target's, which may be another node
         if self.profile is None and worth_preparing(self.ready):
             if device == prepared.runtime.fingerprint:
-                self.profile = self.preparation.profile()
+                made = self.preparation
+                self.profile = made.made() if self._done() else made.profile()
                 self._name_profile()
             else:
                 self.notes.append(
@@ -164,17 +179,22 @@ class _Search:
             self.spec, prepared, self.profile, fingerprint=device, teacher_ms=teacher_ms
         )
 
+    def _done(self) -> bool:
+        """Whether no trial is left to run."""
+        return is_done(self.record, self.spec.search.trials)
+
     def _name_profile(self) -> None:
         """Lets the spec of the run name the profile that was made for it."""
         if self.profile is not None:
             path = str(self.run_dir / PROFILE)
             target = self.spec.target.model_copy(update={"profile": path})
             self.spec = self.spec.model_copy(update={"target": target})
-            write_whole(self.run_dir / "spec.yaml", self.spec.to_yaml().encode())
+            with contextlib.suppress(OSError):  # only `flyweight explain` would have to be told
+                write_whole(self.run_dir / "spec.yaml", self.spec.to_yaml().encode())
 
     def _warm_start(self, limits: Limits) -> WarmStart | None:
         """Where the first policies come from, where it is worth it."""
-        if self.predictor is None or not worth_preparing(self.ready):
+        if self.predictor is None or not worth_preparing(self.ready) or self._done():
             return None
         table = self.preparation.table()
         return self.preparation.warm_start(table, self.predictor, limits)
@@ -227,7 +247,7 @@ class _Search:
         )  # fmt: skip
 
     def _trials(self, controller: Controller, header: dict[str, Any]) -> None:
-        facts = facts_of(self.spec, self.ready.prepared.runtime.fingerprint)
+        facts = facts_of(self.spec, header["target"]["fingerprint"])
         job = Job(self.spec, self.run_dir, facts, self._inputs(header), self.answers)
         resources = {"cpu": self.spec.resources.cpus, "gpu": self.spec.resources.gpus}
         self.progress.spent_s = controller.elapsed()
@@ -256,6 +276,11 @@ class _Search:
         if controller.hopeless():
             reasons = "; ".join(f"{n}x {text}" for text, n in failures(self.record.entries()))
             self.notes.append(f"Every trial failed: {reasons}")
+        if controller.exhausted and not controller.trials:
+            self.notes.append(
+                "No policy was tried: the upper end of every predicted latency is over the limit. "
+                "Ask for less, or let `flyweight profile` make a device profile of more networks"
+            )
         if late := controller.late():
             self.notes.append(
                 f"The trials in progress took {late:.0f} s longer than the time budget: it is "
@@ -322,6 +347,7 @@ class _Search:
     def _explain(self, controller: Controller, found: Mapping[str, Any]) -> None:
         """Why the best takes its time, for the report, on the machine as fast as it is now."""
         digest = found["best"] or found["nearest_miss"]
+        (self.run_dir / EXPLANATION).unlink(missing_ok=True)  # of an earlier session
         if self.predictor is None or digest is None:
             return
         policies = (trial.policy for trial in controller.trials.values())

@@ -43,7 +43,7 @@ def groups_sheet(harms: Harms, policy: Mapping[str, Any] | None) -> Sheet:
     """For each group what its width in ``policy`` harms, half of its channels, and the least."""
     kept = (policy or {}).get("prune", {}).get("width", {})
     rows: list[tuple[float, list[str]]] = []
-    for name, known in _axes(harms, "width/"):
+    for name, known in _axes(harms, "width/", policy):
         widths = sorted(map(int, known))
         width = kept.get(name, widths[-1])
         half = min(widths, key=lambda w: abs(w - HALF * widths[-1]))
@@ -60,20 +60,25 @@ def layers_sheet(harms: Harms, policy: Mapping[str, Any] | None) -> Sheet:
     chosen = (policy or {}).get("quantize", {}).get("precision", {})
     dropped = (policy or {}).get("prune", {}).get("drop", ())
     rows: list[tuple[float, list[str]]] = []
-    for name, known in _axes(harms, "precision/"):
+    for name, known in _axes(harms, "precision/", policy):
         if "int8" in known:
             rows.append((known["int8"], [name, chosen.get(name, "fp32"), _nats(known["int8"])]))
-    for name, known in _axes(harms, "drop/"):
+    for name, known in _axes(harms, "drop/", policy):
         gone = "dropped" if name in dropped else "kept"
         rows.append((known["True"], [name, gone, _nats(known["True"])]))
     columns = ("layer or block", "chosen", "int8, or its drop, harms, nats")
     return Sheet("Layers, the most fragile first", columns, 2, _sorted(rows))
 
 
-def _axes(harms: Harms, kind: str) -> Iterator[tuple[str, Mapping[str, float]]]:
+def _axes(
+    harms: Harms, kind: str, policy: Mapping[str, Any] | None
+) -> Iterator[tuple[str, Mapping[str, float]]]:
+    """The axes of a kind of the student of ``policy``, by the names that the policy uses."""
+    student = (policy or {}).get("distill", {}).get("student", "pruned")
     for axis, known in harms.items():
-        if axis.startswith(kind) and len(known) > 1:
-            yield axis.removeprefix(kind), known
+        whose, _, name = axis.removeprefix(kind).rpartition(":")
+        if axis.startswith(kind) and len(known) > 1 and (whose or "pruned") == student:
+            yield name, known
 
 
 def _sorted(rows: list[tuple[float, list[str]]]) -> list[list[str]]:

@@ -1,6 +1,7 @@
 """Who fills the sensitivity table: Ray actors that judge policies, and the cache of what they
 said."""
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from ..compressors import harm
 from ..compressors.sensitivity import ITEMS
 from ..spaces import Impossible, Policy
 from .cache import Lines, cache_folder, key_of
-from .ready import Ready, data_digest, prepare_task
+from .ready import Ready, data_digest, prepare_task, versions
 from .spec import Spec
 
 SEED = 0  # of what is drawn while a policy is built; the table is of the task, not of a search
@@ -25,12 +26,16 @@ class Judge:
         torch.set_num_threads(max(1, int(spec.resources.cpus)))
         self.prepared = prepare_task(spec)
 
-    def harm(self, policy: str, recalibrated: bool) -> tuple[str, float | None]:
+    def ready(self) -> None:
+        """Answers once the task is prepared."""
+
+    def harm(self, policy: str, recalibrated: bool) -> float | None:
+        """What a policy (canonical) harms; None if it cannot be built."""
         try:
             parsed = Policy.from_json(policy)
-            return policy, harm(self.prepared, parsed, SEED, recalibrated=recalibrated)
+            return harm(self.prepared, parsed, SEED, recalibrated=recalibrated)
         except Impossible:
-            return policy, None
+            return None
 
 
 class Judges:
@@ -44,10 +49,19 @@ class Judges:
         self._spec = ready.spec
         self._ends = time.monotonic() + seconds
         self._count, self._judged = count, 0
-        capabilities = repr(ready.prepared.runtime.capabilities)
-        key = key_of(data_digest(ready.prepared), ready.teacher, capabilities, ITEMS)
+        prepared = ready.prepared
+        weights = hashlib.sha256()
+        for start in prepared.starts.values():
+            for tensor in start.model.state_dict().values():
+                weights.update(tensor.contiguous().numpy().tobytes())
+        key = key_of(
+            data_digest(prepared), weights.digest(), repr(prepared.runtime.capabilities),
+            versions(ready.spec.target.runtime), ITEMS,
+        )  # fmt: skip
         self._cache = Lines(cache_folder(ready.spec) / f"sensitivity-{key}.jsonl")
         self._actors: list[Any] = []
+        self._starting: dict[Any, Any] = {}  # by what they will answer
+        self._free: list[Any] = []
         self.failed: str | None = None
 
     def __call__(
@@ -70,28 +84,35 @@ class Judges:
         """Adds to the cache what policies (canonical) harm under their keys."""
         if not self._actors:
             self._begin()
-        free, left = list(self._actors), list(wanted)
-        busy: dict[Any, Any] = {}
+        left, again = list(wanted), set(wanted)  # again: those that may still be tried once more
+        busy: dict[Any, tuple[Any, str]] = {}
         done = 0
         while True:
-            while left and free and time.monotonic() < self._ends:
-                actor = free.pop()
-                busy[actor.harm.remote(left.pop(0), recalibrated)] = actor
-            if not busy:
+            while left and self._free and time.monotonic() < self._ends:
+                actor, policy = self._free.pop(), left.pop(0)
+                busy[actor.harm.remote(policy, recalibrated)] = actor, policy
+            rest = self._ends - time.monotonic()
+            if not busy and not (left and self._starting and rest > 0):
                 break  # all is judged, or the time is over, or no actor is left
-            answers, _ = ray.wait(list(busy))
+            # Who works will answer; who begins may never be given a place.
+            answers, _ = ray.wait([*busy, *self._starting], timeout=None if busy else rest)
             for answer in answers:
-                actor = busy.pop(answer)
+                actor, policy = busy.pop(answer, (None, ""))
+                actor = actor or self._starting.pop(answer)
                 try:
-                    policy, found = ray.get(answer)
+                    found = ray.get(answer)
                 except ray.exceptions.RayError as error:
                     self.failed = self.failed or str(error).strip().splitlines()[-1]
-                    if isinstance(error, ray.exceptions.RayTaskError):
-                        free.append(actor)  # the policy, not the actor
+                    if isinstance(error, ray.exceptions.RayTaskError) and policy:
+                        self._free.append(actor)  # it is the policy, not the actor
+                    elif policy in again:
+                        again.discard(policy)
+                        left.append(policy)
                     continue
-                free.append(actor)
-                self._cache.add(wanted[policy], found)
-            done += len(answers)
+                self._free.append(actor)
+                if policy:
+                    self._cache.add(wanted[policy], found)
+                    done += 1
             self._count(self._judged + done)
 
     def _begin(self) -> None:
@@ -103,6 +124,7 @@ class Judges:
         )  # fmt: skip
         spec = ray.put(self._spec)
         self._actors = [kind.remote(spec) for _ in range(self._spec.search.concurrency)]
+        self._starting = {actor.ready.remote(): actor for actor in self._actors}
 
 
 def _key(policy: Policy, recalibrated: bool) -> str:

@@ -47,8 +47,11 @@ def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
     return out
 
 
-def opening_entry(ready: Ready, record: Record, latency_ms: float) -> dict[str, Any]:
-    """The entry that begins each session of a search; latency_ms: the teacher's.
+def opening_entry(
+    ready: Ready, record: Record, fingerprint: str, latency_ms: float
+) -> dict[str, Any]:
+    """The entry that begins each session of a search, of the target's ``fingerprint``; latency_ms:
+    the teacher's.
 
     A resumed one keeps the teacher's figures, so that its limits stay what they were. Raises
     BadInput if ``record`` is of another search.
@@ -58,7 +61,7 @@ def opening_entry(ready: Ready, record: Record, latency_ms: float) -> dict[str, 
     entry = {
         "kind": "search",
         "flyweight": version("flyweight"),
-        **facts_of(spec, runtime.fingerprint),
+        **facts_of(spec, fingerprint),
         "resolved_task": spec.task,
         "objective": spec.objective.model_dump(),
         "teacher": {
@@ -88,10 +91,25 @@ def opening_entry(ready: Ready, record: Record, latency_ms: float) -> dict[str, 
                 f"--resume: {key} is {entry[key]}, but the search began with {first[key]}; begin a "
                 "new search with another --out"
             )
-    if first["target"] == entry["target"]:
-        entry["teacher"] = first["teacher"]
+    for session in earlier:
+        if session["kind"] == "search" and session["target"] == entry["target"]:
+            entry["teacher"] = session["teacher"]
+            break
     # The task: RUN_DIR/spec.yaml says it by its path.
     return {**entry, "search_id": first["search_id"], "task": first["task"]}
+
+
+def changed_target(entry: dict[str, Any], record: Record) -> bool:
+    """Whether a search that begins with ``entry`` has another target than its last session."""
+    earlier = [e["target"] for e in record.entries() if e["kind"] == "search"]
+    return bool(earlier) and earlier[-1] != entry["target"]
+
+
+def is_done(record: Record, trials: int) -> bool:
+    """Whether a record holds ``trials`` trials, all of which have ended."""
+    begun = {e["trial"] for e in record.entries() if e["kind"] == "begin"}
+    ends = (e for e in record.entries() if e["kind"] == "end" and e["reason"] != "interrupted")
+    return len(begun) >= trials and begun <= {e["trial"] for e in ends}
 
 
 def asks_anew(entry: dict[str, Any], record: Record) -> bool:

@@ -48,33 +48,54 @@ class Preparation:
 
     def profile(self) -> DeviceProfile | None:
         """The device profile of this device, gone on with from the cache; None if none can be made.
-        It lies in the run directory, and in the cache for the next search."""
-        spec, path = self.ready.spec, self.run_dir / PROFILE
-        wanted = empty_profile(spec, self.ready.prepared)
-        name = key_of(
-            wanted.fingerprint, {k: list(v) for k, v in wanted.request.items()}, wanted.network
-        )
-        kept = cache_folder(spec) / f"profile-{name}.jsonl"
+        It lies in the run directory, and in the cache for the next search of the same space."""
+        ready, path = self.ready, self.run_dir / PROFILE
+        wanted = empty_profile(ready.spec, ready.prepared)
+        request = {name: list(shape) for name, shape in wanted.request.items()}
+        name = key_of(wanted.fingerprint, request, wanted.network, repr(ready.space.settings))
+        kept = cache_folder(ready.spec) / f"profile-{name}.jsonl"
         torch.set_num_threads(1)  # what builds the networks must not spin while they are timed
-        networks = min(MOST, FOR_EACH * spec.search.trials)
         try:
-            if not path.exists() and (earlier := _earlier(kept, wanted)):
-                earlier.create(path)
+            known = self._known(path, kept, wanted)
+            # What is known may be of another space of this network: its intervals decide.
+            networks = min(2 * MOST, known + min(MOST, FOR_EACH * ready.spec.search.trials))
             with counting("Timing networks for the device profile", networks, self.console) as bar:
-                found = make_profile(
-                    self.ready, path, networks=networks,
+                make_profile(
+                    ready, path, networks=networks,
                     seconds=self._seconds(PROFILE_SHARE, PROFILE_S), seed=0,
                     say=lambda _: None, count=bar,
                 )  # fmt: skip
-            LatencyPredictor(found)  # raises if it is too small
         except (FlyweightError, OSError) as error:
+            self.notes.append(f"The device profile is not complete: {error}")
+        finally:  # also when it was interrupted
+            _keep(path, kept)
+        return self.made()
+
+    def made(self) -> DeviceProfile | None:
+        """The profile of this device that the run has; None if it is none that could be used."""
+        wanted = empty_profile(self.ready.spec, self.ready.prepared)
+        try:
+            found = DeviceProfile.load(self.run_dir / PROFILE)
+            check_profile(found, wanted)
+            LatencyPredictor(found)  # raises if it is too small
+        except BadInput as error:
             self.notes.append(f"No device profile: {error}. Each policy is timed instead.")
             return None
-        try:
-            write_whole(kept, path.read_bytes())
-        except OSError as error:
-            self.notes.append(f"The device profile is not kept for the next search: {error}")
         return found
+
+    def _known(self, path: Path, kept: Path, wanted: DeviceProfile) -> int:
+        """How many networks ``path`` holds, taken from ``kept`` if need be. One of another device
+        is put aside. Raises BadInput, OSError."""
+        if path.exists():
+            found = DeviceProfile.load(path)
+            if found.fingerprint == wanted.fingerprint:
+                return len(found.timed)
+            path.replace(path.with_stem(f"{path.stem}-{found.fingerprint}"))
+        earlier = _earlier(kept, wanted)
+        if earlier is None:
+            return 0
+        earlier.create(path)
+        return len(earlier.timed)
 
     def table(self) -> Sensitivity:
         """The sensitivity table, as far as it gets; also in RUN_DIR/sensitivity.json."""
@@ -88,7 +109,10 @@ class Preparation:
         if judges.failed:
             self.notes.append(f"Not all single choices could be judged: {judges.failed}")
         seconds = time.monotonic() - began
-        write_json(self.run_dir / SENSITIVITY, table.to_dict() | {"seconds": seconds})
+        try:
+            write_json(self.run_dir / SENSITIVITY, table.to_dict() | {"seconds": seconds})
+        except OSError as error:
+            self.notes.append(f"The report will not say what is fragile: {error}")
         return table
 
     def warm_start(
@@ -115,3 +139,13 @@ def _earlier(path: Path, wanted: DeviceProfile) -> DeviceProfile | None:
     except BadInput:
         return None
     return found
+
+
+def _keep(path: Path, kept: Path) -> None:
+    """Copies the profile at ``path`` to the cache, if it is larger than the one there. Losing it
+    costs the next search time and nothing else."""
+    try:
+        if path.exists() and (not kept.exists() or path.stat().st_size > kept.stat().st_size):
+            write_whole(kept, path.read_bytes())
+    except OSError:
+        return

@@ -64,9 +64,13 @@ class Proposals:
 
     def ask(self) -> Policy | None:
         """A policy that was not proposed before; None when none is found any more."""
+        while self._queue:
+            policy = self._queue.pop(0)
+            if self.claim(policy):
+                return policy
+        if self._sampler is None:
+            return None
         for _ in range(TRIES):
-            if not self._queue and self._sampler is None:
-                return None
             policy = self._next()
             if self.claim(policy):
                 return policy
@@ -119,7 +123,8 @@ class Proposals:
             self._studies[rung].tell(asked[1], [loss, latency_ms])
         else:
             self._add(rung, policy, [loss, latency_ms], constraint)
-        if constraint <= 0 and loss <= self._best_loss.get(rung, float("inf")):
+        better = constraint <= 0 and loss <= self._best_loss.get(rung, float("inf"))
+        if better and self.space.contains(policy):
             self._best[rung], self._best_loss[rung] = self.space.values(policy), loss
         if len(self._studies[rung].get_trials(deepcopy=False)) > 2 * WINDOW:
             self._trim(rung)
@@ -135,8 +140,6 @@ class Proposals:
         return len(self._asked)
 
     def _next(self) -> Policy:
-        if self._queue:
-            return self._queue.pop(0)
         rung = next((r for r in reversed(RUNGS) if len(self._completed(r)) >= ENOUGH), RUNGS[0])
         study = self._studies[rung]
         trial = study.ask()

@@ -75,7 +75,7 @@ def measure(space: Space, judge: Judge) -> Sensitivity:
 
     settings = _settings(space, ask)
     names = list(space.networks)
-    as_they_are = [{"student": name} for name in names]
+    as_they_are = [{**settings, "student": name} for name in names]
     plain, recalibrated = (
         dict(zip(names, ask(as_they_are, how), strict=True)) for how in (False, True)
     )

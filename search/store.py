@@ -91,14 +91,15 @@ def write_checkpoint(run_dir: Path, candidate: Candidate, inputs: str) -> None:
 def read_checkpoint(run_dir: Path, digest: str, rung: str, inputs: str) -> bytes:
     """What ``write_checkpoint`` stored for the policy ``digest``. Raises FlyweightError if there is
     none, or it is not what was written."""
-    places = sorted(checkpoint_folder(run_dir, digest).glob(f"{rung}-{inputs}-*.safetensors"))
-    if not places:
-        raise FlyweightError("it has no checkpoint")
+    places = checkpoint_folder(run_dir, digest).glob(f"{rung}-{inputs}-*.safetensors")
     try:
-        content = places[0].read_bytes()
+        newest = max(places, key=lambda place: place.stat().st_mtime_ns, default=None)
+        content = newest.read_bytes() if newest else b""
     except OSError as error:
         raise FlyweightError(f"its checkpoint cannot be read: {error}") from error
-    if hashlib.sha256(content).hexdigest() != places[0].stem.rpartition("-")[2]:
+    if newest is None:
+        raise FlyweightError("it has no checkpoint")
+    if hashlib.sha256(content).hexdigest() != newest.stem.rpartition("-")[2]:
         raise FlyweightError("its checkpoint is damaged")
     return content
 

@@ -17,6 +17,7 @@ from .warm import WarmStart, coarse_first
 
 STRATEGIES = ("joint", "sequential", "uniform", "solver", "random")
 FIRST = 8  # one in so many trials is a policy of the warm start's sweep
+MOST_SOLVED, SWEEP_S = 32, 60.0  # of them at most, and seconds for them
 KEEPS = 16  # shares of channels of the uniform strategy
 STAGES = (  # of the sequential strategy: what is chosen in each, by the beginning of its name
     ("student", "drop/", "width/", "criterion", "reconstruct", "sparsity"),
@@ -65,7 +66,8 @@ def source(
         return Proposals(space, "random", seed)
     if strategy == "sequential":
         return Sequential(space, sampler, seed, trials)
-    solved = warm.sweep(max(2, trials // FIRST)) if warm else []
+    count = min(MOST_SOLVED, max(2, trials // FIRST))
+    solved = warm.sweep(count, SWEEP_S) if warm else []
     if strategy == "solver":
         return Proposals(space, None, seed, [*solved, *recipes])
     return Proposals(space, sampler, seed, [*solved, *recipes], warm=warm)
@@ -91,7 +93,7 @@ class Sequential:
         self.space, self.seed = space, seed
         self._sampler = sampler
         self._each = max(1, trials // len(STAGES))
-        self._asked = 0
+        self._told: set[str] = set()  # of whom there is a result: also of a session before
         self._best: dict[str, tuple[float, Policy]] = {}
         self._seen: list[Policy] = []
         self._stage = 0
@@ -107,10 +109,10 @@ class Sequential:
         return Proposals(self.space, self._sampler, self.seed + self._stage, fixed=fixed)
 
     def ask(self) -> Policy | None:
-        if self._stage + 1 < len(STAGES) and self._asked >= self._each * (self._stage + 1):
-            self._next_stage()
-        self._asked += 1
         policy = self._proposals.ask()
+        while policy is None and self._stage + 1 < len(STAGES):  # a stage has no other choices
+            self._next_stage()
+            policy = self._proposals.ask()
         if policy is not None:
             self._seen.append(policy)
         return policy
@@ -137,6 +139,9 @@ class Sequential:
         self._proposals.tell(policy, rung, loss, latency_ms, constraint)
         if constraint <= 0 and loss < self._best.get(rung, (float("inf"), policy))[0]:
             self._best[rung] = loss, policy
+        self._told.add(policy.digest)
+        if len(self._told) >= self._each * (self._stage + 1) and self._stage + 1 < len(STAGES):
+            self._next_stage()
 
     def fail(self, policy: Policy) -> None:
         self._proposals.fail(policy)

@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,11 @@ class WarmStart:
         ]
         self._space = space
 
-    def sweep(self, count: int) -> list[Policy]:
-        """``count`` policies of each student: at the limit first, then far apart, then between."""
-        found = [student.sweep(count) for student in self._students]
+    def sweep(self, count: int, seconds: float = math.inf) -> list[Policy]:
+        """``count`` policies of each student, fewer if ``seconds`` are over: at the limit first,
+        then far apart, then between."""
+        each = seconds / len(self._students)
+        found = [student.sweep(count, each) for student in self._students]
         ordered = [values for some in zip(*found, strict=False) for values in some]
         rest = [values for some in found for values in some]
         policies = [self._space.policy({**self.settings, **v}) for v in (*ordered, *rest)]
@@ -84,9 +87,11 @@ class _Student:
         self._fastest = float(min(*self._latency(smallest), slowest_ms))
         self._solved: list[tuple[float, Point]] = []
 
-    def sweep(self, count: int) -> list[dict[str, Any]]:
-        starts = self._recipes
+    def sweep(self, count: int, seconds: float) -> list[dict[str, Any]]:
+        ends, starts = time.monotonic() + seconds, self._recipes
         for step in range(count if self._places else 0):  # without axes there is nothing to solve
+            if time.monotonic() > ends:
+                break
             limit = self._limit(step / max(1, count - 1))
             found = self._solver(self._harms).solve(limit, starts)
             if found is not None:

@@ -539,3 +539,21 @@ def test_what_an_earlier_session_left_is_not_begun_when_there_is_no_time_for_it(
     assert control.propose() is None  # as many trials as there may be have begun
     ended = {t.number for t in control.trials.values() if t.ended == "deadline"}
     assert ended == waiting
+
+
+def test_what_a_changed_target_cannot_run_is_left_out() -> None:
+    record = MemoryRecord()
+    run(controller(record))
+    known = [Policy.from_dict(e["policy"]) for e in kinds(record, "begin")]
+
+    def deadly(policy: Policy) -> Price:
+        if policy == known[0]:
+            raise Impossible("the runtime dies of it")
+        return price(policy)
+
+    after = Controller(
+        Proposals(space()), deadly, NONE, record, Budget(12), clock=Clock(), reprice=True
+    )
+    assert after.trials[0].ended == "failed"
+    assert known[0].digest not in {e["digest"] for e in after.results("full")}
+    assert not after.proposals.claim(known[0])

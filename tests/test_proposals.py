@@ -144,3 +144,21 @@ def test_a_small_space_is_searched_whole() -> None:
         climb(proposals, policy, 3)
     assert len(found) == len(set(found)) >= 6
     assert proposals.running() == 0
+
+
+def test_a_resumed_queue_is_gone_through_to_its_end() -> None:
+    place = space()
+    first = [place.uniform(k / 40) for k in range(5, 41)]
+    first = list(dict.fromkeys(first))
+    proposals = Proposals(place, None, first=first)
+    for policy in first[:-1]:
+        proposals.claim(policy)
+    assert proposals.ask() == first[-1]
+    assert proposals.ask() is None
+
+
+def test_results_of_a_student_that_is_no_longer_allowed_teach_nothing() -> None:
+    proposals = Proposals(space())
+    other = Policy.from_dict({"version": 1, "distill": {"student": "small"}})
+    proposals.tell(other, "full", 0.1, 1.0, -1.0)
+    assert drive(proposals, 12)

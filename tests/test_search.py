@@ -271,7 +271,9 @@ def test_a_search_that_is_killed_goes_on_within_a_trial(starter: Path, tmp_path:
 
 
 def test_ctrl_c_ends_with_the_best_so_far(starter: Path, tmp_path: Path) -> None:
-    path = small(starter, "interrupted.yaml", search={"trials": 500, "concurrency": 1})
+    # Random: it begins at once, without a device profile.
+    how = {"trials": 500, "concurrency": 1, "strategy": "random"}
+    path = small(starter, "interrupted.yaml", search=how)
     run = tmp_path / "run"
     with started("search", path, "--out", run, cwd=starter) as process:
         wait_for(run, "end", 1, process)
@@ -504,3 +506,59 @@ def test_a_metric_that_is_no_number_is_bad_input(starter: Path, tmp_path: Path) 
     assert done.returncode == 2, done.stderr
     assert "metric" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_search_prepares_itself_and_the_next_has_it_from_the_cache(
+    starter: Path, tmp_path: Path
+) -> None:
+    how = {"trials": 16, "concurrency": 2, "time_budget": "3m"}
+    path = small(starter, "prepared.yaml", search=how, objective={"speedup": 1.3, "max_drop": 60})
+    done = flyweight("search", path, "--out", tmp_path / "one", cwd=starter)
+    assert done.returncode == 0, done.stderr
+    assert "Timing networks" in done.stdout
+    assert "Judging single choices" in done.stdout
+    result = json.loads((tmp_path / "one" / "result.json").read_text())
+    assert result["predicted_by"] == "profile"
+    assert result["best"]
+    table = json.loads((tmp_path / "one" / "sensitivity.json").read_text())
+    assert table["judged"] > 10
+    assert all(harm >= 0 for known in table["harm"].values() for harm in known.values())
+    spec = yaml.safe_load((tmp_path / "one" / "spec.yaml").read_text())
+    assert spec["target"]["profile"] == str(tmp_path / "one" / "profile.jsonl")
+    assert "What is fragile" in (tmp_path / "one" / "report.html").read_text()
+
+    done = flyweight("search", path, "--out", tmp_path / "two", cwd=starter)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "two" / "sensitivity.json").read_text())
+    assert again["harm"] == table["harm"]
+    assert again["seconds"] < table["seconds"]  # nothing is judged twice
+    # Another limit: what is known is judged by it, and nothing more is trained.
+    first = (tmp_path / "one" / "record.jsonl").read_text().splitlines()
+    values = yaml.safe_load(path.read_text()) | {"objective": {"speedup": 1.6, "max_drop": 60}}
+    path.write_text(yaml.safe_dump(values))
+    done = flyweight("search", path, "--out", tmp_path / "one", "--resume", cwd=starter)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "one" / "record.jsonl").read_text().splitlines()
+    added = [json.loads(line)["kind"] for line in lines[len(first) :]]
+    assert not {"begin", "result"} & {*added}
+    after = json.loads((tmp_path / "one" / "result.json").read_text())
+    assert after["objective"]["speedup"] == 1.6
+    rows = {row["digest"]: row for row in after["front"]}
+    if after["best"]:
+        teacher = after["teacher"]["latency_ms"]
+        assert rows[after["best"]]["latency_ms"] <= teacher / 1.6
+
+
+def test_a_search_interrupted_before_its_trials_can_go_on(starter: Path, tmp_path: Path) -> None:
+    how = {"trials": 16, "concurrency": 1}
+    path = small(starter, "early.yaml", search=how, space={"prune": {"min_keep": 0.25}})
+    run = tmp_path / "run"
+    with started("search", path, "--out", run, cwd=starter) as process:
+        wait_for(run, "search", 1, process)  # the profile is there, the table is not
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert json.loads((run / "result.json").read_text())["front"] == []
+    done = flyweight("search", path, "--out", run, "--resume", cwd=starter)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "result.json").read_text())["trials"]["recalibrate"] == 16

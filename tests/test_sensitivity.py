@@ -125,6 +125,21 @@ def test_what_cannot_be_built_is_left_out(space: Space) -> None:
     assert harms[0] > 0  # as the usual group
 
 
+def test_where_all_is_int8_the_base_has_the_same_calibration(
+    traced: Callable[[str], Network],
+) -> None:
+    settings = Settings(precisions=("int8",), calibrations=("minmax", "mse"))
+    space = Space(traced("inverted"), TARGET, settings)
+
+    def judge(policies: Sequence[Policy], _: bool = False) -> list[float | None]:
+        costs = {"minmax": 0.05, "mse": 0.01}
+        return [costs[p.quantize.calibration] + 0.02 * len(p.prune.width) for p in policies]
+
+    table = measure(space, judge)
+    half = next(axis for axis in axes_of(space) if axis.name.startswith("width/"))
+    assert max(table.of(half)) >= 0.02 - 1e-9
+
+
 def test_other_students_are_judged_against_themselves(traced: Callable[[str], Network]) -> None:
     settings = Settings(students=("pruned", "small"))
     space = Space(traced("plain"), TARGET, settings, {"small": traced("mlp")})

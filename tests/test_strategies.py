@@ -36,7 +36,7 @@ class Warm:
     def __init__(self, space: Space) -> None:
         self.space = space
 
-    def sweep(self, _: int) -> list[Policy]:
+    def sweep(self, *_: float) -> list[Policy]:
         return [self.space.uniform(0.6)]
 
     def draw(self, rng: random.Random) -> dict[str, Any]:
@@ -104,3 +104,30 @@ def test_joint_goes_on_asking_the_warm_start(space: Space) -> None:
     from_there = [tuple(sorted(p.prune.width.items())) in uniform for p in found[2:]]
     assert sum(from_there) >= 10
     assert sum(from_there) <= 25
+
+
+def test_sequential_goes_on_where_a_session_ended(space: Space) -> None:
+    first = source("sequential", space, "tpe", 0, 30, None, [])
+    begun = []
+    for _ in range(12):  # the first stage has 10
+        policy = first.ask()
+        assert policy is not None
+        begun.append(policy)
+        first.tell(policy, "recalibrate", loss(policy), 1.0, -1.0)
+    again = source("sequential", space, "tpe", 0, 30, None, [])
+    for policy in begun:
+        again.claim(policy)
+        again.tell(policy, "recalibrate", loss(policy), 1.0, -1.0)
+    following = [again.ask() for _ in range(4)]
+    widths = {str(p.prune) for p in following if p}
+    assert len(widths) == 1  # it distills what pruning chose
+    assert not {p.digest for p in following if p} & {p.digest for p in begun}
+
+
+def test_sequential_does_not_end_with_a_stage_that_has_few_choices(
+    traced: Callable[[str], Network],
+) -> None:
+    target = Capabilities({"conv": BOTH, "linear": BOTH}, width_multiple=1)
+    whole = Settings(min_keep=1.0, temperature=(1.0, 8.0))  # nothing to prune
+    found = drawn(Space(traced("separable"), target, whole), "sequential", 12)
+    assert any(p.quantize.acts for p in found)

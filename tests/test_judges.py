@@ -1,0 +1,92 @@
+"""Who fills the sensitivity table: actors of a real Ray that die, or never begin."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from flyweight.search import judges as module
+from flyweight.search.judges import Judges
+from flyweight.search.ready import Ready, ready
+from flyweight.search.spec import load_spec
+from flyweight.spaces import Policy
+
+pytestmark = pytest.mark.slow  # a local Ray
+
+TASK = """
+import torch
+from torch import nn
+from flyweight.compressors import ClassificationTask
+
+class Patterns(ClassificationTask):
+    def __init__(self):
+        torch.manual_seed(0)
+        self.train = self.val = [(torch.randn(3, 8, 8), i % 5) for i in range(60)]
+
+    def model(self):
+        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 5))
+"""
+SPEC = """
+task: task.py:Patterns
+objective: {max_drop: 1}
+search: {concurrency: 2}
+resources: {cpus: 1}
+tracking: null
+"""
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "search.yaml").write_text(SPEC)
+    monkeypatch.setenv("FLYWEIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+    monkeypatch.chdir(tmp_path)
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)  # room for one of two
+    yield ready(load_spec(tmp_path / "search.yaml"))
+    ray.shutdown()
+
+
+def policies(found: Ready) -> list[Policy]:
+    return [found.space.uniform(keep) for keep in (1.0, 0.75, 0.5, 0.25)]
+
+
+def test_an_actor_that_finds_no_place_stops_nobody(prepared: Ready) -> None:
+    judges = Judges(prepared, 60)
+    harms = judges(policies(prepared))
+    judges.close()
+    assert all(harm is not None and harm >= 0 for harm in harms)
+    assert harms[0] == pytest.approx(0, abs=1e-6)
+    assert harms[3] > harms[1]
+    assert judges.failed is None
+
+    again = Judges(prepared, 0)  # no time at all: the cache knows
+    assert again(policies(prepared)) == harms
+    assert again([prepared.space.uniform(1.0, "int8")]) == [None]
+    again.close()
+
+
+class Deadly(module.Judge):
+    """Dies of its first policy."""
+
+    def harm(self, policy: str, recalibrated: bool) -> float | None:
+        marker = Path(os.environ["FLYWEIGHT_CACHE"]) / "died"
+        if not marker.exists():
+            marker.parent.mkdir(exist_ok=True)
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().harm(policy, recalibrated)
+
+
+def test_a_policy_whose_actor_died_is_judged_by_another(
+    prepared: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "Judge", Deadly)
+    judges = Judges(prepared, 60)
+    harms = judges(policies(prepared))
+    judges.close()
+    assert all(harm is not None for harm in harms)
+    assert judges.failed
