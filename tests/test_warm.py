@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from flyweight.search.limits import Limits
-from flyweight.search.sensitivity import Sensitivity, axes_of, measure
+from flyweight.search.sensitivity import Sensitivity, measure
 from flyweight.search.warm import WarmStart, coarse_first
 from flyweight.spaces import Capabilities, Network, Policy, Settings, Space
 
@@ -96,10 +96,6 @@ def test_without_a_latency_limit_it_begins_at_the_teacher(space: Space, table: S
 def test_a_limit_out_of_reach_gives_nothing(space: Space, table: Sensitivity) -> None:
     limits = Limits(95.0, latency_ms=0.01)
     assert WarmStart(space, table, Device(space), limits, 1.0).sweep(4) == []
-
-
-def test_a_table_without_blocks_names_every_axis(space: Space, table: Sensitivity) -> None:
-    assert set(table.harm) == {axis.name for axis in axes_of(space)}
 
 
 def test_what_is_drawn_keeps_the_limit_and_differs(space: Space, table: Sensitivity) -> None:
