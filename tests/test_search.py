@@ -24,8 +24,8 @@ KEYS = {
     "best", "nearest_miss", "mlflow_run_id", "predicted_by",
 }  # fmt: skip
 ROW = {
-    "digest", "metric", "metric_test", "latency_ms", "latency_spread", "predicted_latency_ms",
-    "size_bytes", "compressed_bytes", "artifact",
+    "digest", "metric", "loss", "metric_test", "latency_ms", "latency_spread",
+    "predicted_latency_ms", "size_bytes", "compressed_bytes", "artifact",
 }  # fmt: skip
 RUN = "from flyweight.search.cli import main; main()"
 
