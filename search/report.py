@@ -314,12 +314,10 @@ def front_svg(run: Run) -> tuple[str, int]:
             axes.axvline(bounds.latency_ms, color=LIMIT, linestyle="--", linewidth=1.5)
         _points(axes, shown, marker="o", s=22, facecolors="none", edgecolors=INK, alpha=0.5)
         ordered = sorted(run.front, key=lambda row: row.figures.latency_ms)
-        axes.plot(
-            [row.figures.latency_ms for row in ordered],
-            [row.figures.metric for row in ordered],
-            color=FRONT,
-            linewidth=1.2,
-        )
+        # The front also holds what is ahead in loss: the line joins what is in the metric.
+        ahead = pareto.front([(-r.figures.metric, r.figures.latency_ms) for r in ordered])
+        line = [(ordered[i].figures.latency_ms, ordered[i].figures.metric) for i in ahead]
+        axes.plot(*zip(*line, strict=True), color=FRONT, linewidth=1.2)
         inside = [row for row in ordered if not row.misses]
         outside = [row for row in ordered if row.misses]
         _points(axes, inside, marker="o", s=42, color=FRONT, zorder=3)
