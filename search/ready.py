@@ -19,7 +19,7 @@ from .limits import Limits, limits
 from .spec import Spec
 from .store import write_whole
 
-RECIPES = (1.0, 0.75, 0.5)  # shares of channels kept by the uniform recipes
+RECIPES = (0.5, 0.75, 1.0)  # shares of channels kept by the uniform recipes
 
 
 def prepare_task(spec: Spec, answers: dict[int, torch.Tensor] | None = None) -> Prepared:

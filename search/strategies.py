@@ -7,6 +7,7 @@ then distill, then quantize, each chosen while what was chosen before stays.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
@@ -68,9 +69,10 @@ def source(
         return Sequential(space, sampler, seed, trials)
     count = min(MOST_SOLVED, max(2, trials // FIRST))
     solved = warm.sweep(count, SWEEP_S) if warm else []
+    by_turns = [p for pair in zip_longest(solved, recipes) for p in pair if p is not None]
     if strategy == "solver":
-        return Proposals(space, None, seed, [*solved, *recipes])
-    return Proposals(space, sampler, seed, [*solved, *recipes], warm=warm)
+        return Proposals(space, None, seed, by_turns)
+    return Proposals(space, sampler, seed, by_turns, warm=warm)
 
 
 def _uniform(space: Space) -> list[Policy]:
