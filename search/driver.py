@@ -25,7 +25,7 @@ from .limits import Limits
 from .local_ray import connected, terminable
 from .opening import asks_anew, changed_target, is_done, open_run, opening_entry
 from .predict import given_profile, predictor_of
-from .preparation import PROFILE, Preparation, worth_preparing
+from .preparation import Preparation, worth_preparing
 from .pricing import Pricing, predicted, timed
 from .profiling import check_profile, empty_profile, plan_of
 from .progress import Progress
@@ -42,6 +42,7 @@ from .report import write_report
 from .results import finalists, measured_front, result
 from .spec import Spec, load_spec
 from .store import (
+    PROFILE,
     read_artifact,
     remove_checkpoints,
     write_json,
@@ -112,6 +113,7 @@ class _Search:
         self.profile = profile
         self.preparation = Preparation(prepared, run_dir, console, self.notes)
         self.predictor: LatencyPredictor | None = None
+        self.nothing_left = is_done(record, spec.search.trials)
 
     def run(self) -> Outcome:
         meter = start_meter(self.ready)
@@ -166,7 +168,7 @@ class _Search:
         if self.profile is None and worth_preparing(self.ready):
             if device == prepared.runtime.fingerprint:
                 made = self.preparation
-                self.profile = made.made() if self._done() else made.profile()
+                self.profile = made.made() if self.nothing_left else made.profile()
                 self._name_profile()
             else:
                 self.notes.append(
@@ -179,10 +181,6 @@ class _Search:
             self.spec, prepared, self.profile, fingerprint=device, teacher_ms=teacher_ms
         )
 
-    def _done(self) -> bool:
-        """Whether no trial is left to run."""
-        return is_done(self.record, self.spec.search.trials)
-
     def _name_profile(self) -> None:
         """Lets the spec of the run name the profile that was made for it."""
         if self.profile is not None:
@@ -194,7 +192,7 @@ class _Search:
 
     def _warm_start(self, limits: Limits) -> WarmStart | None:
         """Where the first policies come from, where it is worth it."""
-        if self.predictor is None or not worth_preparing(self.ready) or self._done():
+        if self.predictor is None or not worth_preparing(self.ready) or self.nothing_left:
             return None
         table = self.preparation.table()
         return self.preparation.warm_start(table, self.predictor, limits)
@@ -276,6 +274,15 @@ class _Search:
         if controller.hopeless():
             reasons = "; ".join(f"{n}x {text}" for text, n in failures(self.record.entries()))
             self.notes.append(f"Every trial failed: {reasons}")
+        if self.nothing_left:
+            self.notes.append(
+                f"All {self.spec.search.trials} trials had been had: only the front was made anew; "
+                "raise search.trials to search on"
+            )
+        elif controller.exhausted and len(controller.trials) < self.spec.search.trials:
+            self.notes.append(
+                f"There were no further policies to try after {len(controller.trials)} trials"
+            )
         if controller.exhausted and not controller.trials:
             self.notes.append(
                 "No policy was tried: the upper end of every predicted latency is over the limit. "

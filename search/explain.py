@@ -15,7 +15,7 @@ from .predict import given_profile, predictor_of
 from .profiling import plan_of
 from .ready import make_space, prepare_task
 from .spec import load_spec
-from .store import read_policy
+from .store import PROFILE, read_policy
 
 WIDTHS = 16  # of a layer, at most, at which its precisions are compared
 
@@ -31,8 +31,12 @@ def explain(
     *,
     allow_foreign: bool = False,
 ) -> dict[str, Any]:
-    """The explanation of a policy from a device profile, by default the spec's. Raises BadInput."""
+    """The explanation of a policy from a device profile, by default the spec's or that of the run
+    in whose artifacts the policy is. Raises BadInput."""
     policy, spec = read_policy(policy_path), load_spec(spec_path)
+    in_run = [folder / PROFILE for folder in policy_path.resolve().parents[2:3]]
+    if profile_path is None and spec.target.profile is None and in_run and in_run[0].is_file():
+        profile_path = in_run[0]  # of a policy in the artifacts of a run: the run's own
     profile = given_profile(spec) if profile_path is None else DeviceProfile.load(profile_path)
     if profile is None:
         raise BadInput(

@@ -16,6 +16,7 @@ from .cache import Lines, cache_folder, key_of
 from .ready import Ready, data_digest, prepare_task, versions
 from .spec import Spec
 
+PATIENCE = 60.0  # seconds until the first actor must have begun
 SEED = 0  # of what is drawn while a policy is built; the table is of the task, not of a search
 
 
@@ -40,14 +41,15 @@ class Judge:
 
 class Judges:
     """As many actors as the search runs trials at once; they begin with the first policy that the
-    cache does not know. Nothing is begun after ``seconds``. failed: why a policy could not be
-    judged, or an actor died; None if all went well."""
+    cache does not know. Nothing is begun ``seconds`` after the first of them is ready. failed: why
+    a policy could not be judged, or an actor died; None if all went well."""
 
     def __init__(
         self, ready: Ready, seconds: float, count: Callable[[int], None] = lambda _: None
     ) -> None:
         self._spec = ready.spec
-        self._ends = time.monotonic() + seconds
+        self._seconds, self._began = seconds, False
+        self._ends = time.monotonic() + (seconds and seconds + PATIENCE)
         self._count, self._judged = count, 0
         prepared = ready.prepared
         weights = hashlib.sha256()
@@ -110,6 +112,9 @@ class Judges:
                         left.append(policy)
                     continue
                 self._free.append(actor)
+                if not self._began:  # to prepare the task is no part of the time to judge
+                    self._began = True
+                    self._ends = time.monotonic() + self._seconds
                 if policy:
                     self._cache.add(wanted[policy], found)
                     done += 1

@@ -30,7 +30,7 @@ def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
     out = out.resolve()
     kept = out / "record.jsonl"
     exists = kept.is_file() and kept.stat().st_size > 0
-    if resume and not exists:
+    if resume and not kept.is_file():  # an empty one is of a search that had no trials yet
         raise BadInput(f"nothing to resume in {out}: it has no record.jsonl")
     if exists and not resume:
         raise BadInput(f"{out} holds a search already; go on with --resume or choose another --out")

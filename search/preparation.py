@@ -20,10 +20,9 @@ from .profiling import NETWORKS as MOST
 from .profiling import check_profile, empty_profile, make_profile
 from .ready import Ready
 from .sensitivity import Sensitivity, measure
-from .store import write_json, write_whole
+from .store import PROFILE, write_json, write_whole
 from .warm import WarmStart
 
-PROFILE = "profile.jsonl"  # in the run directory
 WORTH = 15  # trials, from which on a search is worth preparing: fewer cost less themselves
 # Shares of the time budget that the profile and the table may take; seconds where there is none.
 PROFILE_SHARE, PROFILE_S = 0.1, 300.0
@@ -56,9 +55,9 @@ class Preparation:
         kept = cache_folder(ready.spec) / f"profile-{name}.jsonl"
         torch.set_num_threads(1)  # what builds the networks must not spin while they are timed
         try:
-            known = self._known(path, kept, wanted)
-            # What is known may be of another space of this network: its intervals decide.
-            networks = min(2 * MOST, known + min(MOST, FOR_EACH * ready.spec.search.trials))
+            ours = kept.exists()  # else what is known is of another space: its intervals decide
+            known, enough = self._known(path, kept, wanted), FOR_EACH * ready.spec.search.trials
+            networks = min(MOST, enough) if ours else min(2 * MOST, known + min(MOST, enough))
             with counting("Timing networks for the device profile", networks, self.console) as bar:
                 make_profile(
                     ready, path, networks=networks,

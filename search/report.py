@@ -31,7 +31,7 @@ _COLUMNS = (
     "digest", "mark", "speedup", "latency_ms", "measured", "latency_spread", "predicted_low_ms",
     "predicted_ms", "predicted_high_ms", "metric", "metric_test", "drop", "drop_test",
     "size_bytes", "compressed_bytes", "mean_kept_width", "sparsity", "dropped_blocks",
-    "int8_layers", "criterion", "calibration", "qat", "misses",
+    "int8_layers", "criterion", "calibration", "qat", "misses", "loss",
 )  # fmt: skip
 
 Policy = Mapping[str, Any]
@@ -40,7 +40,7 @@ Policy = Mapping[str, Any]
 @dataclass(frozen=True)
 class Row:
     """One artifact. predicted_ms: lower, mean, upper. spread: share of the latency. misses: the
-    limits that it breaks, in words."""
+    limits that it breaks, in words. loss: KL to the teacher on search validation, in nats."""
 
     figures: Figures
     drop: float
@@ -51,6 +51,7 @@ class Row:
     policy: Policy | None = None
     mark: str = ""  # best or nearest miss
     misses: Sequence[str] = ()
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def _row(entry: record.Entry, summary: Summary) -> Row:
     drop = summary.drop(figures)
     return Row(
         figures, drop, predicted_ms=(low, mean, high), policy=entry.get("policy"),
-        misses=summary.misses(figures),
+        misses=summary.misses(figures), loss=entry.get("loss"),
     )  # fmt: skip
 
 
@@ -175,6 +176,7 @@ def _measured(
         known[figures.digest].policy if figures.digest in known else None,
         marks.get(figures.digest, ""),
         summary.misses(figures),
+        loss=model.get("loss"),
     )
 
 
@@ -241,7 +243,7 @@ def front_csv(run: Run) -> str:
             f.digest, row.mark, f.speedup, f.latency_ms, f.measured, row.spread, low, mean, high,
             f.metric, row.metric_test, row.drop, row.drop_test, f.size_bytes, f.compressed_bytes,
             t.kept, t.zeros, t.dropped, t.int8, t.criterion, t.calibration, t.qat,
-            "; ".join(row.misses),
+            "; ".join(row.misses), row.loss,
         ])  # fmt: skip
     return out.getvalue()
 

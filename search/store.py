@@ -12,6 +12,8 @@ from typing import Any
 from ..compressors import Candidate, save_candidate
 from ..spaces import BadInput, FlyweightError, Policy
 
+PROFILE = "profile.jsonl"  # the device profile in a run directory
+
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes ``path`` so that a reader sees all of it or nothing. Raises OSError."""

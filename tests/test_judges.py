@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 
 from flyweight.search import judges as module
 from flyweight.search.judges import Judges
@@ -27,7 +26,8 @@ class Patterns(ClassificationTask):
         self.train = self.val = [(torch.randn(3, 8, 8), i % 5) for i in range(60)]
 
     def model(self):
-        return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 5))
+        pool = nn.AdaptiveAvgPool2d(1)
+        return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), pool, nn.Flatten(), nn.Linear(32, 5))
 """
 SPEC = """
 task: task.py:Patterns
@@ -43,8 +43,9 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "task.py").write_text(TASK)
     (tmp_path / "search.yaml").write_text(SPEC)
     monkeypatch.setenv("FLYWEIGHT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
     monkeypatch.chdir(tmp_path)
+    import ray  # not before flyweight.search, which asks it for tokens
+
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)  # room for one of two
     yield ready(load_spec(tmp_path / "search.yaml"))
     ray.shutdown()
@@ -69,21 +70,18 @@ def test_an_actor_that_finds_no_place_stops_nobody(prepared: Ready) -> None:
     again.close()
 
 
-class Deadly(module.Judge):
-    """Dies of its first policy."""
-
-    def harm(self, policy: str, recalibrated: bool) -> float | None:
-        marker = Path(os.environ["FLYWEIGHT_CACHE"]) / "died"
-        if not marker.exists():
-            marker.parent.mkdir(exist_ok=True)
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().harm(policy, recalibrated)
-
-
 def test_a_policy_whose_actor_died_is_judged_by_another(
-    prepared: Ready, monkeypatch: pytest.MonkeyPatch
+    prepared: Ready, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    marker = str(tmp_path / "died")
+
+    class Deadly(module.Judge):  # here, so that it travels to the actors
+        def harm(self, policy: str, recalibrated: bool) -> float | None:
+            if not os.path.exists(marker):
+                open(marker, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().harm(policy, recalibrated)
+
     monkeypatch.setattr(module, "Judge", Deadly)
     judges = Judges(prepared, 60)
     harms = judges(policies(prepared))

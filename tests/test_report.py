@@ -214,7 +214,7 @@ def test_headline(page: Page) -> None:
 def test_front_table(page: Page) -> None:
     assert page.row(0, digest(1)[:10]) == [
         f"{digest(1)[:10]} best", "2.56", "0.312", "1.2%", "0.318 0.308 to 0.331", "92.84", "0.26",
-        "92.70", "0.30", "610 kB 560 kB compressed", "56%", "4 of 12", "taylor", "mse", "yes",
+        NONE, "92.70", "0.30", "610 kB 560 kB compressed", "56%", "4 of 12", "taylor", "mse", "yes",
     ]  # fmt: skip
     assert page.row(0, "teacher")[:6] == ["teacher", "1.00", "0.800", NONE, NONE, "93.10"]
     assert page.row(0, digest(2)[:10])[-1] == "no"
@@ -353,8 +353,8 @@ def test_no_limits_no_test_data_no_widths_known(tmp_path: Path) -> None:
     record = entries(teacher=teacher, objective=only_size, groups=None, layers=None)
     page = Page(write_report(run_directory(tmp_path, record, ended)))
     row = page.row(0, digest(1)[:10])
-    assert row[7:9] == [NONE, NONE]
-    assert row[10:12] == ["34 channels in 4 groups", "4"]
+    assert row[8:10] == [NONE, NONE]
+    assert row[11:13] == ["34 channels in 4 groups", "4"]
     assert "Limits: at most 700 kB;" in page.text
 
 
@@ -370,9 +370,9 @@ def test_what_zeros_and_dropped_blocks_bring_is_told(tmp_path: Path) -> None:
     page = Page(write_report(run_directory(tmp_path, record, result(objective=limit))))
     assert "Limits: at most 600 kB compressed;" in page.text
     row = page.row(0, digest(1)[:10])
-    assert row[9] == "610 kB 560 kB compressed"
-    assert row[10] == "31% 75% zeros without body.2, body.4"  # (24/32 + 16/32 + 0 + 0) / 4
-    assert "zeros" not in page.row(0, digest(2)[:10])[10]
+    assert row[10] == "610 kB 560 kB compressed"
+    assert row[11] == "31% 75% zeros without body.2, body.4"  # (24/32 + 16/32 + 0 + 0) / 4
+    assert "zeros" not in page.row(0, digest(2)[:10])[11]
     rows = list(csv.DictReader((tmp_path / "front.csv").open()))
     found = {r["digest"]: (r["compressed_bytes"], r["sparsity"], r["dropped_blocks"]) for r in rows}
     assert found[digest(1)] == ("560000.0", "75%", "body.2, body.4")

@@ -72,7 +72,8 @@ def test_out_of_reach_is_what_no_case_keeps(rows: list[dict[str, Any]], bound: L
     found = bound.out_of_reach(rows)
     for name in ("latency_ms", "size_bytes", "compressed_bytes"):
         most = getattr(bound, name)
-        assert (name in found) == (most is not None and all(r[name] > most for r in rows))
+        near = 1.15 if name == "latency_ms" else 1.0
+        assert (name in found) == (most is not None and all(r[name] > near * most for r in rows))
         assert found.get(name) in (None, min(r[name] for r in rows))
 
 
