@@ -134,12 +134,14 @@ class _Search:
                 "profile` makes it), or begin a new search with another --out"
             )
         header["predicted_by"] = "timing" if self.predictor is None else "profile"
-        self.record.append(header)  # its time is from before the profile, which so counts
         try:
+            self.record.append(header)  # its time is from before the profile, which so counts
             warm = self._warm_start(limits)
             interrupted = False
         except KeyboardInterrupt:  # what is known is measured and reported, as ever
             warm, interrupted = None, True
+            if self.record.entries()[-1:] != [json.loads(json.dumps(header))]:
+                self.record.append(header)
         torch.set_num_threads(os.cpu_count() or 1)
         self.answers = {} if interrupted else teacher_answers(self.ready.prepared)
         torch.set_num_threads(1)  # from here on the trials have the cores

@@ -558,6 +558,7 @@ def test_a_search_interrupted_before_its_trials_can_go_on(starter: Path, tmp_pat
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
+    assert (run / "result.json").exists(), err
     assert json.loads((run / "result.json").read_text())["front"] == []
     done = flyweight("search", path, "--out", run, "--resume", cwd=starter)
     assert done.returncode == 0, done.stderr
