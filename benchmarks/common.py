@@ -3,9 +3,14 @@
 import json
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from flyweight.compressors import Prepared, harm
+from flyweight.search.sensitivity import Judge
+from flyweight.spaces import Impossible, Policy
 
 OUT = Path(__file__).resolve().parent / "out"
 LIBRARIES = ("flyweight", "torch", "onnxruntime", "openvino", "ray", "optuna", "mlflow")
@@ -37,3 +42,18 @@ def write(name: str, figures: dict[str, Any]) -> Path:
     content = {"machine": machine(), "versions": versions(), **figures}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def judge(prepared: Prepared) -> Judge:
+    """Says what policies harm, in this process: what a search has Ray actors do."""
+
+    def harms(policies: Sequence[Policy], recalibrated: bool = False) -> list[float | None]:
+        out: list[float | None] = []
+        for policy in policies:
+            try:
+                out.append(harm(prepared, policy, recalibrated=recalibrated))
+            except Impossible:
+                out.append(None)
+        return out
+
+    return harms

@@ -75,15 +75,12 @@ class Bench:
 
     def warm_start(self, draws: bool) -> WarmStart:
         """draws: whether it goes on to be asked after its sweep."""
-        found = WarmStart(space(), self.table, self.batch, self.limits, 1.0)
-        return found if draws else SweepAlone(found)
+        kind = WarmStart if draws else SweepAlone
+        return kind(space(), self.table, self.batch, self.limits, 1.0)
 
 
 class SweepAlone(WarmStart):
     """A warm start that only is one."""
-
-    def __init__(self, known: WarmStart) -> None:
-        self.__dict__ = known.__dict__
 
     def draw(self, _: random.Random) -> None:
         return None

@@ -9,18 +9,17 @@ each policy: rank correlations with the loss at the full rung, overall and given
 """
 
 import time
-from collections.abc import Sequence
 
 import numpy as np
 import torch
-from common import write
+from common import judge, write
 from joint_rungs import agreement_of
 from joint_table import by_policy, read, space, spec
 
-from flyweight.compressors import RUNGS, harm
+from flyweight.compressors import RUNGS
 from flyweight.search.ready import prepare_task
 from flyweight.search.sensitivity import Sensitivity, axes_of, measure
-from flyweight.spaces import Impossible, Policy
+from flyweight.spaces import Policy
 
 
 def judged() -> tuple[Sensitivity, float]:
@@ -29,17 +28,8 @@ def judged() -> tuple[Sensitivity, float]:
     prepared = prepare_task(spec())
     prepared.input_moments("pruned")  # as every trial of the record found it
 
-    def judge(policies: Sequence[Policy], recalibrated: bool = False) -> list[float | None]:
-        out: list[float | None] = []
-        for policy in policies:
-            try:
-                out.append(harm(prepared, policy, recalibrated=recalibrated))
-            except Impossible:
-                out.append(None)
-        return out
-
     began = time.process_time()
-    table = measure(space(), judge)
+    table = measure(space(), judge(prepared))
     return table, time.process_time() - began
 
 

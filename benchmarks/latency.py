@@ -37,7 +37,7 @@ from flyweight.compressors import ClassificationTask
 from flyweight.kernels import DeviceProfile, LatencyPredictor, signature
 from flyweight.kernels.signature import nominal_ms
 from flyweight.search.batch import BatchPredictor
-from flyweight.search.profiling import NARROW, NETWORKS, make_profile, mixed_policies, plan_of
+from flyweight.search.profiling import NARROW, NETWORKS, make_profile, mixed_policies
 from flyweight.search.ready import Ready, ready
 from flyweight.search.spec import Spec
 from flyweight.spaces import Blueprint
@@ -110,7 +110,7 @@ class Networks:
         places = [named[t.policy] for t in timed]
         self.precision = np.array([("fp32", "int8", "mixed")[i % 3] for i, _ in places])
         self.near = np.array([i // 3 % 3 == 2 for i, _ in places])
-        self.plans = [plan_of(found.prepared, policy) for _, policy in places]
+        self.plans = [found.prepared.plan(policy) for _, policy in places]
 
 
 def figures(took: np.ndarray, ends: np.ndarray, at: np.ndarray) -> dict[str, float]:
@@ -222,7 +222,7 @@ def costs(found: Ready, predictor: LatencyPredictor) -> dict[str, float]:
     out = {}
     drawn = mixed_policies(found.space, HELD_SEED + 1)
     batches = [list(islice(drawn, MANY)) for _ in range(1 + REPEATS)]
-    plans, out["plan_us"] = best(lambda: [plan_of(found.prepared, p) for p in batches[0]])
+    plans, out["plan_us"] = best(lambda: [found.prepared.plan(p) for p in batches[0]])
     sums, out["signature_us"] = best(lambda: [signature(plan) for plan in plans])
     plain, out["predict_us"] = best(lambda: predictor.predict_work(sums))
     batch = BatchPredictor(found.prepared, found.space, predictor)

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import OUT, write
+from common import OUT, judge, write
 from scipy import optimize
 
-from flyweight.compressors import harm
 from flyweight.kernels import LatencyPredictor
 from flyweight.search.batch import BatchPredictor
 from flyweight.search.profiling import make_profile
@@ -26,7 +25,6 @@ from flyweight.search.ready import ready
 from flyweight.search.sensitivity import measure
 from flyweight.search.solver import Solver
 from flyweight.search.spec import load_spec
-from flyweight.spaces import Impossible
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = (0.5, 0.35, 0.25, 0.18)  # of the teacher's latency
@@ -70,16 +68,7 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     found = ready(load_spec(given.spec))
 
-    def judge(policies: list, recalibrated: bool = False) -> list[float | None]:
-        out: list[float | None] = []
-        for policy in policies:
-            try:
-                out.append(harm(found.prepared, policy, recalibrated=recalibrated))
-            except Impossible:
-                out.append(None)
-        return out
-
-    table = measure(found.space, judge)
+    table = measure(found.space, judge(found.prepared))
     predictor = LatencyPredictor(make_profile(found, given.profile, networks=given.networks))
     batch, space = BatchPredictor(found.prepared, found.space, predictor), found.space
     axes = space.axes[1:]  # all but the student, of which there is one

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx
 
-from ..spaces import FlyweightError, Policy, blueprint
+from ..spaces import FlyweightError, Policy
 from .compress import Candidate
 from .parity import Parity
 from .prepared import Prepared
@@ -62,7 +62,7 @@ def load_candidate(prepared: Prepared, content: bytes) -> Candidate:
         model = tensors.pop(ARTIFACT).numpy().tobytes()
         parity = None if figures["parity"] is None else Parity(**figures["parity"])
         start = prepared.start(policy)
-        plan = blueprint(start.network, policy, prepared.runtime.capabilities)
+        plan = prepared.plan(policy)
         student = shaped(start.model, start.network, prepared.example, policy.prune)
         # By the same way as any student, so that the strides of its weights are the same too.
         lay_out(lay_out(student, torch.channels_last), torch.contiguous_format)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from ..kernels import Session
-from ..spaces import Blueprint, Impossible, Policy, blueprint
+from ..spaces import Blueprint, Impossible, Policy
 from .correct import correct_
 from .data import Items
 from .distill import distill, kl_divergence
@@ -80,8 +80,7 @@ def compress(
     if previous is None and before:
         previous = compress(prepared, policy, before[0], None, seed)
     began = time.perf_counter()
-    start = prepared.start(policy)
-    plan = blueprint(start.network, policy, prepared.runtime.capabilities)
+    plan = prepared.plan(policy)
     torch.manual_seed(seed)
     samples = previous.samples if previous else 0
     seconds = previous.seconds if previous else 0.0

@@ -1,5 +1,6 @@
 """Parity: does the runtime compute what the student computes? Asked of every artifact."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,13 +115,11 @@ def _run_noisy(frozen: fx.GraphModule, items: Items) -> Tensor:
         (x,) = inputs
         return (x * (1 + NOISE * torch.randn(x.shape, generator=generator)),)
 
-    quantizers = [m for m in frozen.modules() if isinstance(m, FrozenQuantizer)]
-    hooks = [module.register_forward_pre_hook(disturb) for module in quantizers]
-    try:
+    with ExitStack() as hooks:
+        for module in frozen.modules():
+            if isinstance(module, FrozenQuantizer):
+                hooks.enter_context(module.register_forward_pre_hook(disturb))
         return run_module(frozen, items)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def first_departure(frozen: fx.GraphModule, model: bytes, items: Items, runtime: Runtime) -> str:

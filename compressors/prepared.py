@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Runtime
-from ..spaces import BadInput, Impossible, Network, Policy, nearest
+from ..spaces import BadInput, Blueprint, Impossible, Network, Policy, blueprint, nearest
 from ..spaces.tracing import arguments, trace
 from .data import Items, Splits, describe, split
 from .distill import CPU, Epoch
@@ -79,6 +79,10 @@ class Prepared:
             what = nearest(policy.student, self.starts)
             raise Impossible(f"the task has no student {policy.student!r}; {what}")
         return self.starts[policy.student]
+
+    def plan(self, policy: Policy) -> Blueprint:
+        """The blueprint of ``policy`` on the target. Raises Impossible."""
+        return blueprint(self.start(policy).network, policy, self.runtime.capabilities)
 
     @property
     def variants(self) -> int:

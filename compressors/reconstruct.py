@@ -11,6 +11,7 @@ C belongs to the teacher and is measured once; a policy costs one small solve a 
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,17 +51,12 @@ def input_moments(model: nn.Module, network: Network, items: Items) -> dict[str,
         return hook
 
     modules = dict(model.named_modules())
-    handles = [
-        modules[name].register_forward_pre_hook(watch(name))
-        for name in network.layers
-        if _solvable(modules[name])
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in network.layers:
+            if _solvable(modules[name]):
+                hooks.enter_context(modules[name].register_forward_pre_hook(watch(name)))
         for batch in items.chunks():
             call(model, batch.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     found = {}
     for name, (count, total, square) in sums.items():
         mean = total / count

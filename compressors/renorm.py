@@ -7,6 +7,7 @@ steps change. So the student trains with the statistics of its batches (as Jacob
 sec. 3.2) and is exactly what is deployed once they stand still.
 """
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -103,14 +104,12 @@ def _output_moments(
 
         return hook
 
-    handles = [graph.get_submodule(name).register_forward_hook(watch(name)) for name in names]
-    try:
-        graph.eval()
+    graph.eval()
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(graph.get_submodule(name).register_forward_hook(watch(name)))
         for batch in items.chunks():
             call(graph, batch.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     found = {}
     for name, (count, total, square) in sums.items():
         mean = total / count

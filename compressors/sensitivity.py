@@ -2,7 +2,7 @@
 
 import torch
 
-from ..spaces import Impossible, Policy, blueprint
+from ..spaces import Impossible, Policy
 from .compress import prune, quantize, statistics_items
 from .distill import kl_divergence
 from .parity import run_module
@@ -21,7 +21,7 @@ def harm(prepared: Prepared, policy: Policy, seed: int = 0, *, recalibrated: boo
     exported or loaded into a runtime. Raises Impossible if the policy cannot be built or its
     student answers NaN.
     """
-    plan = blueprint(prepared.start(policy).network, policy, prepared.runtime.capabilities)
+    plan = prepared.plan(policy)
     torch.manual_seed(seed)
     pruned = prune(prepared, policy, plan)
     if recalibrated and not policy.prune.acts:

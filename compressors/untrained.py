@@ -2,7 +2,7 @@
 
 import torch
 
-from ..spaces import Policy, blueprint
+from ..spaces import Policy
 from .export import to_onnx
 from .freeze import freeze
 from .prepared import Prepared
@@ -20,7 +20,7 @@ def untrained(prepared: Prepared, policy: Policy) -> bytes:
     and nothing is trained. Raises Impossible.
     """
     start = prepared.start(policy)
-    plan = blueprint(start.network, policy, prepared.runtime.capabilities)
+    plan = prepared.plan(policy)
     pruned = shaped(start.model, start.network, prepared.example, policy.prune)
     if policy.prune.sparsity:
         sparsify_(pruned, plan.network, policy.prune.sparsity)

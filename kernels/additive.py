@@ -175,8 +175,8 @@ class AdditiveProcess:
         return white
 
     def predict(self, sums: Sequence[Counts]) -> tuple[Array, Array]:
-        """The time of each sum in ms, and the standard deviation of what would be measured; counts
-        may be below 0. (``Pieces`` do the same for many sums of few pieces.)"""
+        """The time of each sum in ms, and the standard deviation of what would be measured.
+        (``AdditivePieces`` do the same for many sums of few pieces.)"""
         distinct = list(dict.fromkeys(s for counts in sums for s in counts))
         rows = self.rows([(s, range(len(PARTS))) for s in distinct])
         weights = np.array([[counts.get(s, 0) * s.nominal_ms for s in distinct] for counts in sums])
@@ -192,14 +192,23 @@ class AdditiveProcess:
     def left_out(self, groups: Sequence[Hashable]) -> tuple[Array, Array]:
         """Each observation as those of other groups predict it, with the same deviations: time in
         ms and standard deviation (Rasmussen & Williams 2006, 5.4.2, for blocks)."""
-        inverse = cho_solve((self._root, True), np.eye(len(self.ms)))
-        solved = inverse.sum(1)
-        mean, variance = np.empty(len(self.ms)), np.empty(len(self.ms))
-        for group in dict.fromkeys(groups):
-            at = np.array([i for i, g in enumerate(groups) if g == group])
-            block = np.linalg.inv(inverse[np.ix_(at, at)])
-            mean[at], variance[at] = 1 - block @ solved[at], np.diag(block)
-        return mean * self.ms, np.sqrt(variance) * self.ms
+        mean, deviation = left_out(self._root, np.ones(len(self.ms)), groups)
+        return mean * self.ms, deviation * self.ms
+
+
+def left_out(root: Array, target: Array, groups: Sequence[Hashable]) -> tuple[Array, Array]:
+    """Observations of 1 as those of other groups predict them, and the standard deviation.
+
+    root: of their covariance. target: what of them the prior mean does not say.
+    """
+    inverse = cho_solve((root, True), np.eye(len(root)))
+    solved = inverse @ target
+    mean, variance = np.empty(len(root)), np.empty(len(root))
+    for group in dict.fromkeys(groups):
+        at = np.array([i for i, g in enumerate(groups) if g == group])
+        block = np.linalg.inv(inverse[np.ix_(at, at)])
+        mean[at], variance[at] = 1 - block @ solved[at], np.diag(block)
+    return mean, np.sqrt(variance)
 
 
 def checked(sums: Sequence[Counts], ms: Sequence[float]) -> Array:

@@ -16,7 +16,7 @@ from ..spaces.errors import BadInput
 from .additive import AdditiveProcess, Array, Counts
 from .pieces import AdditivePieces, Ints, Pieces
 from .profile import DeviceProfile, Timed
-from .signature import SESSION, by_kernel, signature
+from .signature import SESSION, Signature, by_kernel, signature
 from .transfer import TransferredProcess
 
 LEVEL = 0.9
@@ -32,6 +32,17 @@ FOREIGN = 3.0  # how much wider intervals are for a device that was not measured
 def least(profile: DeviceProfile) -> int:
     """The networks without which ``profile`` says nothing, or one session of it."""
     return LEAST if profile.like is None else LEAST_LIKE
+
+
+def enough(profile: DeviceProfile) -> list[Timed]:
+    """The networks of ``profile`` that ran. Raises BadInput if they are too few to predict from."""
+    found = [t for t in profile.timed if t.ms is not None]
+    if len(found) < least(profile):
+        raise BadInput(
+            f"a device profile needs at least {least(profile)} timed networks, but this one has "
+            f"{len(found)}; let `flyweight profile` go on with it"
+        )
+    return found
 
 
 def large_sessions(timed: Sequence[Timed], enough: int) -> set[int]:
@@ -76,13 +87,8 @@ class LatencyPredictor:
     def __init__(
         self, profile: DeviceProfile, teacher_ms: float | None = None, widen: float = 1.0
     ) -> None:
-        self._timed = [t for t in profile.timed if t.ms is not None]
+        self._timed = enough(profile)
         self._least = least(profile)
-        if len(self._timed) < self._least:
-            raise BadInput(
-                f"a device profile needs at least {self._least} timed networks, but this one has "
-                f"{len(self._timed)}; let `flyweight profile` go on with it"
-            )
         self._unavailable = profile.unavailable()
         self._widen = widen
         self._sessions = {
@@ -142,7 +148,7 @@ class LatencyPredictor:
         half = self._deviations * deviation
         out = self._pace * np.maximum(np.stack([mean - half, mean, mean + half], 1), 0)
         if self._unavailable:
-            deadly = [(s.kind, s.form) in self._unavailable for s in pieces]
+            deadly = [self._dies_of(s) for s in pieces]
             out[np.array([False, *deadly])[numbers].any(1)] = np.inf
         return out
 
@@ -188,7 +194,10 @@ class LatencyPredictor:
         return other
 
     def _deadly(self, counts: Counts) -> bool:
-        return any((s.kind, s.form) in self._unavailable for s in counts)
+        return any(map(self._dies_of, counts))
+
+    def _dies_of(self, piece: Signature) -> bool:
+        return (piece.kind, piece.form) in self._unavailable
 
 
 def predictor_for(

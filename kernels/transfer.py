@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import numpy as np
 from scipy.linalg import cho_solve, solve_triangular  # type: ignore[import-untyped]
 
-from .additive import AdditiveProcess, Array, Counts, checked, fitted, root_of
+from .additive import AdditiveProcess, Array, Counts, checked, fitted, left_out, root_of
 from .signature import Signature
 
 # Standard deviations before they are fitted: of the factor of everything, of every kind and of
@@ -56,7 +56,8 @@ class TransferredProcess:
         start = np.array([*START, like.noise])
         self.deviations, self.noise = fitted(parts, start, TRUST, expected, uncertain)
         self._root = root_of(parts, self.deviations, self.noise, uncertain)
-        self._solved: Array = cho_solve((self._root, True), 1 - expected)
+        self._target = 1 - expected
+        self._solved: Array = cho_solve((self._root, True), self._target)
 
     def predict(self, sums: Sequence[Counts]) -> tuple[Array, Array]:
         """The time of each sum in ms, and the standard deviation of what would be measured."""
@@ -72,13 +73,8 @@ class TransferredProcess:
 
     def left_out(self, groups: Sequence[Hashable]) -> tuple[Array, Array]:
         """As ``AdditiveProcess.left_out``."""
-        inverse = cho_solve((self._root, True), np.eye(len(self.ms)))
-        mean, variance = np.empty(len(self.ms)), np.empty(len(self.ms))
-        for group in dict.fromkeys(groups):
-            at = np.array([i for i, g in enumerate(groups) if g == group])
-            block = np.linalg.inv(inverse[np.ix_(at, at)])
-            mean[at], variance[at] = 1 - block @ self._solved[at], np.diag(block)
-        return mean * self.ms, np.sqrt(variance) * self.ms
+        mean, deviation = left_out(self._root, self._target, groups)
+        return mean * self.ms, deviation * self.ms
 
     def _there(self, sums: Sequence[Counts]) -> tuple[Array, Array]:
         """What each sum takes on the other device, and the variance of that without noise."""

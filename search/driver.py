@@ -1,7 +1,6 @@
 """A whole search: prepare, run trials, measure the finalists, write what came of it."""
 
 import contextlib
-import hashlib
 import json
 import os
 import time
@@ -18,6 +17,7 @@ from ray import tune
 from ..compressors import RUNGS
 from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
 from ..spaces import BadInput, FlyweightError
+from .cache import key_of
 from .controller import Budget, Controller, failures
 from .explain import explanation
 from .explained import EXPLANATION
@@ -27,7 +27,7 @@ from .opening import asks_anew, changed_target, is_done, open_run, opening_entry
 from .predict import given_profile, predictor_of
 from .preparation import Preparation, worth_preparing
 from .pricing import Pricing, predicted, timed
-from .profiling import check_profile, empty_profile, plan_of
+from .profiling import check_profile, empty_profile
 from .progress import Progress
 from .ready import (
     Ready,
@@ -143,7 +143,7 @@ class _Search:
             if self.record.entries()[-1:] != [json.loads(json.dumps(header))]:
                 self.record.append(header)
         torch.set_num_threads(os.cpu_count() or 1)
-        self.answers = {} if interrupted else teacher_answers(self.ready.prepared)
+        answers = {} if interrupted else teacher_answers(self.ready.prepared)
         torch.set_num_threads(1)  # from here on the trials have the cores
         tracker = self._tracker(header)
         controller = self._controller(limits, tracker, price, warm)
@@ -151,7 +151,7 @@ class _Search:
             controller.interrupted = True
             controller.close()
         else:
-            self._trials(controller, header)
+            self._trials(controller, header, answers)
         ray.kill(meter)
         self._note_end(controller)
         found = self._measure(controller, header)
@@ -246,9 +246,11 @@ class _Search:
             reprice=self.predictor is not None,
         )  # fmt: skip
 
-    def _trials(self, controller: Controller, header: dict[str, Any]) -> None:
+    def _trials(
+        self, controller: Controller, header: dict[str, Any], answers: dict[int, Any]
+    ) -> None:
         facts = facts_of(self.spec, header["target"]["fingerprint"])
-        job = Job(self.spec, self.run_dir, facts, self._inputs(header), self.answers)
+        job = Job(self.spec, self.run_dir, facts, self._inputs(header), answers)
         resources = {"cpu": self.spec.resources.cpus, "gpu": self.spec.resources.gpus}
         self.progress.spent_s = controller.elapsed()
         with self.progress, terminable():
@@ -265,10 +267,8 @@ class _Search:
     def _inputs(self, header: dict[str, Any]) -> str:
         """A digest of what candidates depend on besides policy and rung: what has changed since a
         search was cut off must not go on from what it had."""
-        inputs = {name: header[name] for name in ("seed", "data_digest", "versions")}
-        inputs["teacher"] = hashlib.sha256(self.ready.teacher).hexdigest()
-        inputs["rungs"] = self.spec.rungs.model_dump()
-        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+        inputs = [header[name] for name in ("seed", "data_digest", "versions")]
+        return key_of(*inputs, self.ready.teacher, self.spec.rungs.model_dump())
 
     def _note_end(self, controller: Controller) -> None:
         if controller.fatal:
@@ -346,7 +346,7 @@ class _Search:
             for trial in controller.trials.values():
                 digest = trial.policy.digest
                 if digest in timings and digest not in known:
-                    counts = signature(plan_of(self.ready.prepared, trial.policy))
+                    counts = signature(self.ready.prepared.plan(trial.policy))
                     took, teacher = timings[digest].median_ms, timings["teacher"].median_ms
                     profile.timed.append(Timed(counts, took, teacher, session, digest))
             profile.create(path)

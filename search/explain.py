@@ -12,10 +12,9 @@ from ..compressors import Prepared
 from ..kernels import Array, DeviceProfile, KernelTime, LatencyPredictor, Signature
 from ..spaces import BadInput, Blueprint, Impossible, Policy, Space
 from .predict import given_profile, predictor_of
-from .profiling import plan_of
 from .ready import make_space, prepare_task
 from .spec import load_spec
-from .store import PROFILE, read_policy
+from .store import PROFILE, read_policy, run_of
 
 WIDTHS = 16  # of a layer, at most, at which its precisions are compared
 
@@ -34,9 +33,9 @@ def explain(
     """The explanation of a policy from a device profile, by default the spec's or that of the run
     in whose artifacts the policy is. Raises BadInput."""
     policy, spec = read_policy(policy_path), load_spec(spec_path)
-    in_run = [folder / PROFILE for folder in policy_path.resolve().parents[2:3]]
-    if profile_path is None and spec.target.profile is None and in_run and in_run[0].is_file():
-        profile_path = in_run[0]  # of a policy in the artifacts of a run: the run's own
+    if profile_path is None and spec.target.profile is None and (run := run_of(policy_path)):
+        own = run / PROFILE
+        profile_path = own if own.is_file() else None
     profile = given_profile(spec) if profile_path is None else DeviceProfile.load(profile_path)
     if profile is None:
         raise BadInput(
@@ -64,7 +63,7 @@ def explanation(
 
     Raises Impossible for what is no policy of this network, or would not run.
     """
-    plan, teacher = plan_of(prepared, policy), plan_of(prepared, Policy())
+    plan, teacher = prepared.plan(policy), prepared.plan(Policy())
     ends = predictor.predict([plan, teacher])
     if not np.isfinite(ends).all():
         raise Impossible("the runtime died of networks with work that this policy has")
@@ -150,7 +149,7 @@ def _groups(
         cases += [(row, "narrower", width) for width in widths if width < now][-1:]
         cases += [(row, "wider", width) for width in widths if width > now][:1]
     others = [_with(plan.policy, width=(row["name"], width)) for row, _, width in cases]
-    changes = predictor.changes([(plan, plan_of(prepared, policy)) for policy in others])
+    changes = predictor.changes([(plan, prepared.plan(policy)) for policy in others])
     for (row, side, width), change in zip(cases, changes, strict=True):
         row[side] = _case(width, change)
     return rows
@@ -175,7 +174,7 @@ def _layers(
             policy = _with(plan.policy, width=(group, width)) if group else plan.policy
             fp32, int8 = (_with(policy, precision=(name, p)) for p in ("fp32", "int8"))
             cases.append((rows[-1], width))
-            pairs.append((plan_of(prepared, fp32), plan_of(prepared, int8)))
+            pairs.append((prepared.plan(fp32), prepared.plan(int8)))
     for (row, width), change in zip(cases, predictor.changes(pairs), strict=True):
         row["widths"].append(_case(width, change))
     return rows

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ..spaces import BadInput
 from .explained import Sheet, print_sheet
-from .store import read_policy
+from .store import read_policy, run_of
 
 SENSITIVITY = "sensitivity.json"  # in a run directory
 HALF = 0.5
@@ -31,8 +31,8 @@ def read_harms(run_dir: Path) -> Harms | None:
 
 def print_fragile(policy_path: Path, console: Console | None = None) -> None:
     """What the choices of a policy in the artifacts of a run harm; nothing for any other policy."""
-    folders = policy_path.resolve().parents
-    harms = read_harms(folders[2]) if len(folders) > 2 else None
+    run = run_of(policy_path)
+    harms = read_harms(run) if run else None
     if harms is not None:
         policy = read_policy(policy_path).to_dict()
         for sheet in (groups_sheet(harms, policy), layers_sheet(harms, policy)):

@@ -1,7 +1,6 @@
 """Who fills the sensitivity table: Ray actors that judge policies, and the cache of what they
 said."""
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from ..compressors import harm
 from ..compressors.sensitivity import ITEMS
 from ..spaces import Impossible, Policy
 from .cache import Lines, cache_folder, key_of
-from .ready import Ready, data_digest, prepare_task, versions
+from .ready import Ready, prepare_task, versions
 from .spec import Spec
 
 PATIENCE = 60.0  # seconds until the first actor must have begun
@@ -52,13 +51,11 @@ class Judges:
         self._ends = time.monotonic() + (seconds and seconds + PATIENCE)
         self._count, self._judged = count, 0
         prepared = ready.prepared
-        weights = hashlib.sha256()
-        for start in prepared.starts.values():
-            for tensor in start.model.state_dict().values():
-                weights.update(tensor.contiguous().numpy().tobytes())
+        models = (start.model.state_dict() for start in prepared.starts.values())
+        weights = (t.contiguous().numpy().tobytes() for state in models for t in state.values())
         key = key_of(
-            data_digest(prepared), weights.digest(), repr(prepared.runtime.capabilities),
-            versions(ready.spec.target.runtime), ITEMS,
+            ready.data_digest, repr(prepared.runtime.capabilities),
+            versions(ready.spec.target.runtime), ITEMS, *weights,
         )  # fmt: skip
         self._cache = Lines(cache_folder(ready.spec) / f"sensitivity-{key}.jsonl")
         self._actors: list[Any] = []

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..spaces import BadInput
 from .cache import key_of
-from .ready import Ready, data_digest, facts_of, versions
-from .record import Record
+from .ready import Ready, facts_of, versions
+from .record import Entry, Record
 from .spec import Spec
 from .store import compressed_bytes
 
@@ -72,7 +72,7 @@ def opening_entry(
             "compressed_bytes": compressed_bytes(ready.teacher),
         },
         "versions": versions(spec.target.runtime),
-        "data_digest": data_digest(ready.prepared),
+        "data_digest": ready.data_digest,
         "capabilities": key_of(repr(runtime.capabilities)),
         "groups": {name: group.width for name, group in network.groups.items()},
         "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
@@ -91,8 +91,8 @@ def opening_entry(
                 f"--resume: {key} is {entry[key]}, but the search began with {first[key]}; begin a "
                 "new search with another --out"
             )
-    for session in earlier:
-        if session["kind"] == "search" and session["target"] == entry["target"]:
+    for session in _sessions(record):
+        if session["target"] == entry["target"]:
             entry["teacher"] = session["teacher"]
             break
     # The task: RUN_DIR/spec.yaml says it by its path.
@@ -101,8 +101,8 @@ def opening_entry(
 
 def changed_target(entry: dict[str, Any], record: Record) -> bool:
     """Whether a search that begins with ``entry`` has another target than its last session."""
-    earlier = [e["target"] for e in record.entries() if e["kind"] == "search"]
-    return bool(earlier) and earlier[-1] != entry["target"]
+    earlier = _sessions(record)
+    return bool(earlier) and earlier[-1]["target"] != entry["target"]
 
 
 def is_done(record: Record, trials: int) -> bool:
@@ -114,5 +114,10 @@ def is_done(record: Record, trials: int) -> bool:
 
 def asks_anew(entry: dict[str, Any], record: Record) -> bool:
     """Whether a search that begins with ``entry`` has limits other than its last session's."""
-    earlier = [e["objective"] for e in record.entries() if e["kind"] == "search"]
-    return not earlier or earlier[-1] != entry["objective"]
+    earlier = _sessions(record)
+    return not earlier or earlier[-1]["objective"] != entry["objective"]
+
+
+def _sessions(record: Record) -> list[Entry]:
+    """The entries that began the sessions so far, oldest first."""
+    return [entry for entry in record.entries() if entry["kind"] == "search"]

@@ -12,7 +12,7 @@ from ..kernels import DeviceProfile, LatencyPredictor, predictor_for
 from ..spaces import BadInput, Impossible, Policy
 from .counting import counting
 from .meter import Meter
-from .profiling import FEW, NETWORKS, check_profile, empty_profile, make_profile, plan_of
+from .profiling import FEW, NETWORKS, check_profile, empty_profile, make_profile
 from .ready import prepare_task, ready, request_of
 from .spec import Spec, load_spec
 from .store import read_policy
@@ -67,7 +67,7 @@ def predict(
     plans = []
     for path, policy in zip(paths, policies, strict=True):
         try:
-            plans.append(plan_of(prepared, policy))
+            plans.append(prepared.plan(policy))
         except Impossible as error:
             raise BadInput(f"{path}: {error}") from error
     return [

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from ..kernels import DeviceProfile, LatencyPredictor
+from ..kernels.predictor import enough
 from ..spaces import BadInput, FlyweightError
 from .batch import BatchPredictor
 from .cache import cache_folder, key_of
@@ -56,8 +57,9 @@ class Preparation:
         torch.set_num_threads(1)  # what builds the networks must not spin while they are timed
         try:
             ours = kept.exists()  # else what is known is of another space: its intervals decide
-            known, enough = self._known(path, kept, wanted), FOR_EACH * ready.spec.search.trials
-            networks = min(MOST, enough) if ours else min(2 * MOST, known + min(MOST, enough))
+            known = self._known(path, kept, wanted)
+            more = min(MOST, FOR_EACH * ready.spec.search.trials)
+            networks = more if ours else min(2 * MOST, known + more)
             with counting("Timing networks for the device profile", networks, self.console) as bar:
                 make_profile(
                     ready, path, networks=networks,
@@ -76,7 +78,7 @@ class Preparation:
         try:
             found = DeviceProfile.load(self.run_dir / PROFILE)
             check_profile(found, wanted)
-            LatencyPredictor(found)  # raises if it is too small
+            enough(found)
         except BadInput as error:
             self.notes.append(f"No device profile: {error}. Each policy is timed instead.")
             return None

@@ -11,7 +11,6 @@ from ..kernels import LatencyPredictor
 from ..spaces import Impossible, Policy
 from .controller import Price
 from .limits import Limits
-from .profiling import plan_of
 from .store import compressed_bytes
 
 Pricing = Callable[[Policy], Price]
@@ -36,7 +35,7 @@ def predicted(prepared: Prepared, predictor: LatencyPredictor, limits: Limits) -
     the policy untrained, else those of its weights."""
 
     def price(policy: Policy) -> Price:
-        plan = plan_of(prepared, policy)
+        plan = prepared.plan(policy)
         low, middle, high = predictor.predict([plan])[0].tolist()
         if not math.isfinite(high):
             raise Impossible("the runtime died of networks with work that this policy has")

@@ -24,7 +24,7 @@ from ..kernels import (
 from ..kernels.predictor import LEAST, SESSIONS, large_sessions, least
 from ..kernels.signature import digest
 from ..kernels.timing import MOST_WAITING, TEACHER
-from ..spaces import BadInput, Blueprint, FlyweightError, Impossible, Policy, Space, blueprint
+from ..spaces import BadInput, FlyweightError, Impossible, Policy, Space
 from .ready import Ready, request_of
 from .spec import Spec
 
@@ -133,7 +133,7 @@ def make_profile(
 def empty_profile(spec: Spec, prepared: Prepared) -> DeviceProfile:
     """A profile of nothing yet, on this device, for the requests and the teacher of a task."""
     shapes = {name: tuple(value.shape) for name, value in request_of(spec, prepared).items()}
-    runtime, teacher = prepared.runtime, signature(plan_of(prepared, Policy()))
+    runtime, teacher = prepared.runtime, signature(prepared.plan(Policy()))
     return DeviceProfile(runtime.device, runtime.fingerprint, shapes, digest(teacher))
 
 
@@ -173,7 +173,7 @@ def _unseen(ready: Ready, profile: DeviceProfile, seed: int) -> Iterator[tuple[s
         if misses > MISSES:
             return
         try:
-            counts = signature(plan_of(ready.prepared, policy))
+            counts = signature(ready.prepared.plan(policy))
             if (key := frozenset(counts.items())) in known:
                 continue
             known.add(key)
@@ -208,12 +208,6 @@ class _Quiet:
             )
 
 
-def plan_of(prepared: Prepared, policy: Policy) -> Blueprint:
-    """The blueprint of ``policy``. Raises Impossible."""
-    start = prepared.start(policy)
-    return blueprint(start.network, policy, prepared.runtime.capabilities)
-
-
 def _time(
     ready: Ready,
     process: MeasuringProcess,
@@ -244,7 +238,7 @@ def _wide(ready: Ready, profile: DeviceProfile, seed: int, narrow: float, say: S
     if not narrow or len(large_sessions(profile.timed, least(profile))) < SESSIONS:
         return True
     unseen = islice(mixed_policies(ready.space, seed - 1), UNSEEN)
-    ends = LatencyPredictor(profile).predict([plan_of(ready.prepared, p) for p in unseen])
+    ends = LatencyPredictor(profile).predict([ready.prepared.plan(p) for p in unseen])
     ends = ends[np.isfinite(ends).all(1)]
     width = float(np.median((ends[:, 2] - ends[:, 0]) / ends[:, 1])) if len(ends) else math.inf
     say(f"90% intervals are {100 * width:.1f}% wide (enough: {100 * narrow:g}%)")

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ class Ready:
     teacher: bytes
     metric: float
     metric_test: float | None
+
+    @cached_property
+    def data_digest(self) -> str:
+        """SHA-256 of the training and validation data."""
+        digest, splits = hashlib.sha256(), self.prepared.splits
+        for items in (splits.train, splits.search, splits.selection):
+            for tensor in [*tensors(items.inputs), *tensors(items.targets)]:
+                digest.update(torch.as_tensor(tensor).contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def limits(self, latency_ms: float) -> Limits:
         """The limits of the spec for a teacher of this latency."""
@@ -124,15 +134,6 @@ def check_reachable(spec: Spec, bounds: Limits, cases: Sequence[Mapping[str, flo
         raise BadInput(
             f"objective: {'; '.join(missed)}; ask for less, or let space.prune.min_keep be smaller"
         )
-
-
-def data_digest(prepared: Prepared) -> str:
-    """SHA-256 of the training and validation data."""
-    digest = hashlib.sha256()
-    for items in (prepared.splits.train, prepared.splits.search, prepared.splits.selection):
-        for tensor in [*tensors(items.inputs), *tensors(items.targets)]:
-            digest.update(torch.as_tensor(tensor).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def versions(runtime: str) -> dict[str, str]:

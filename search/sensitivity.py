@@ -53,9 +53,7 @@ class Sensitivity:
 
 def axes_of(space: Space) -> tuple[Parameter, ...]:
     """The axes whose choices are judged alone: of every block, group and layer."""
-    return tuple(
-        p for p in space.parameters if p.name.startswith(("drop/", "width/", "precision/"))
-    )
+    return tuple(axis for axis in space.axes if axis.name != "student")
 
 
 def measure(space: Space, judge: Judge) -> Sensitivity:

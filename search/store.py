@@ -46,6 +46,12 @@ def artifact_path(digest: str) -> str:
     return f"artifacts/{digest}/model.onnx"
 
 
+def run_of(policy_path: Path) -> Path | None:
+    """The run directory in whose artifacts a policy's file would lie; None if it lies too high."""
+    folders = policy_path.resolve().parents
+    return folders[2] if len(folders) > 2 else None
+
+
 def write_artifact(run_dir: Path, candidate: Candidate, facts: dict[str, Any]) -> str:
     """Stores the artifact of ``candidate`` with its policy and ``facts``; its relative path."""
     digest = candidate.policy.digest

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..compressors import RUNGS
 from ..spaces import Policy, Space
 from .proposals import Proposals
 from .warm import WarmStart, coarse_first
 
-STRATEGIES = ("joint", "sequential", "uniform", "solver", "random")
 FIRST = 8  # one in so many trials is a policy of the warm start's sweep
 MOST_SOLVED, SWEEP_S = 32, 60.0  # of them at most, and seconds for them
 KEEPS = 16  # shares of channels of the uniform strategy
@@ -121,7 +121,7 @@ class Sequential:
 
     def _next_stage(self) -> None:
         self._stage += 1
-        rung = next((r for r in ("full", "short", "recalibrate") if r in self._best), None)
+        rung = next((r for r in reversed(RUNGS) if r in self._best), None)
         chosen = self.space.values(self._best[rung][1]) if rung else {}
         self._proposals = self._of_stage(chosen)
         self._best.clear()

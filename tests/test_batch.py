@@ -25,7 +25,6 @@ from flyweight.kernels import (
     signature,
 )
 from flyweight.search.batch import BatchPredictor
-from flyweight.search.profiling import plan_of
 from flyweight.spaces import Capabilities, Impossible, Policy, Settings, Space
 
 BOTH = ("fp32", "int8")
@@ -80,7 +79,7 @@ class Case:
         self.batch = BatchPredictor(self.prepared, self.space, self.predictor)
 
     def work_of(self, policy: Policy) -> Counter[Signature]:
-        return signature(plan_of(self.prepared, policy))
+        return signature(self.prepared.plan(policy))
 
     def sample(self, seed: int, count: int) -> list[Policy]:
         """Policies at random, some of them but a step apart, or in one precision."""
@@ -99,7 +98,7 @@ class Case:
     def check(self, policies: list[Policy], batch: BatchPredictor | None = None) -> Any:
         points = np.array([self.space.point(policy) for policy in policies])
         ends = (batch or self.batch).predict(points)
-        plans = [plan_of(self.prepared, policy) for policy in policies]
+        plans = [self.prepared.plan(policy) for policy in policies]
         np.testing.assert_allclose(ends, self.predictor.predict(plans), rtol=1e-9)
         return ends
 
@@ -152,7 +151,7 @@ def test_a_task_without_a_student_of_the_space_makes_it_impossible(networks: Mod
     ends = batch.predict(np.array([found.space.point(policy) for policy in policies]))
     assert np.isfinite(ends).all(1).tolist() == [True, False, True]
     with pytest.raises(Impossible):
-        plan_of(found.prepared, policies[1])
+        found.prepared.plan(policies[1])
 
 
 def test_work_that_kills_the_runtime_is_infinite_in_a_batch(case: Callable[..., Case]) -> None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from flyweight.kernels import Signature, Timed, signature
 from flyweight.search.cli import main
 from flyweight.search.explained import slower_in_int8
-from flyweight.search.profiling import empty_profile, mixed_policies, plan_of
+from flyweight.search.profiling import empty_profile, mixed_policies
 from flyweight.search.ready import make_space, prepare_task
 from flyweight.search.spec import load_spec
 from flyweight.spaces import Policy
@@ -90,7 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = [p for p in drawn if p.student == "pruned" and not p.prune.drop]
     policies, rng = [*whole[:120], *drawn[:60]], random.Random(0)
     for number, policy in enumerate(policies):
-        counts = signature(plan_of(prepared, policy))
+        counts = signature(prepared.plan(policy))
         ms = rng.gauss(1, 0.005) * sum(n * truth(s) for s, n in counts.items())
         profile.timed.append(Timed(counts, ms, 1.0, number // 36))
     profile.create(folder / "profile.jsonl")

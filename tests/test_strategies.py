@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import pytest
 
 from flyweight.compressors import RUNGS
-from flyweight.search.strategies import STAGES, STRATEGIES, source
+from flyweight.search.spec import Search
+from flyweight.search.strategies import STAGES, source
 from flyweight.spaces import Capabilities, Network, Policy, Settings, Space
 
 BOTH = ("fp32", "int8")
@@ -58,7 +59,7 @@ def drawn(space: Space, strategy: str, count: int, seed: int = 0) -> list[Policy
     return out
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", get_args(Search.model_fields["strategy"].annotation))
 def test_every_strategy_proposes_legal_policies_once(space: Space, strategy: str) -> None:
     found = drawn(space, strategy, 45)
     assert found
