@@ -233,6 +233,7 @@ def _where(source: Source, options: Options) -> list[str]:
     return [
         f"Ready: {url}/v2/models/{options.name} (version {source.version}, {source.runtime}, "
         f"{source.threads} thread{'s' * (source.threads > 1)}); Ctrl-C ends it",
+        f"Metrics for Prometheus: http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics",
     ]
 
 
