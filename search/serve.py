@@ -230,10 +230,11 @@ def _check(options: Options) -> None:
 def _where(source: Source, options: Options) -> list[str]:
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{options.port}"
+    node = ray.nodes()[0]  # type: ignore[no-untyped-call]  # Ray's own, without types
     return [
         f"Ready: {url}/v2/models/{options.name} (version {source.version}, {source.runtime}, "
         f"{source.threads} thread{'s' * (source.threads > 1)}); Ctrl-C ends it",
-        f"Metrics for Prometheus: http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics",
+        f"Metrics for Prometheus: http://127.0.0.1:{node['MetricsExportPort']}/metrics",
     ]
 
 

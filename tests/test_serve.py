@@ -590,6 +590,11 @@ def test_a_queue_that_is_full_refuses_and_metrics_count(tmp_path: Path) -> None:
         with ThreadPoolExecutor(40) as clients:
             asked = {"inputs": [tensor()]}
             answers = list(clients.map(lambda _: command.server.infer(asked), range(40)))
+        metrics = command.wait("Metrics for Prometheus:").split()[-1]
+        until = time.monotonic() + 60  # Ray gathers them every few seconds
+        while "serve_num_http_requests" not in requests.get(metrics, timeout=30).text:
+            assert time.monotonic() < until
+            time.sleep(1)
     codes = {answer.status_code for answer in answers}
     assert codes == {200, 503}
 
