@@ -139,6 +139,7 @@ def deploy(source: Source, options: Options) -> None:
         max_queued_requests=options.queue,
         max_surge_percent=100,
         max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=REQUEST_S,
         logging_config={"enable_access_log": False},
         **scale,
     )(ray_serve.ingress()(Replica))
@@ -213,8 +214,11 @@ def stop(options: Options, *, shared: bool) -> None:
 
 
 def _check(options: Options) -> None:
-    if not re.fullmatch(r"[\w.-]+", options.name):  # it becomes a path
-        raise BadInput(f"--name: letters, digits and _.- are allowed, but got {options.name!r}")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", options.name, re.ASCII):  # it becomes a path
+        raise BadInput(
+            "--name must begin with a letter or digit and go on with those and _.-, but got "
+            f"{options.name!r}"
+        )
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
