@@ -147,12 +147,16 @@ def deploy(source: Source, options: Options) -> None:
     try:
         ray_serve.run(app, name=options.name, route_prefix="/")
     except (RuntimeError, RayError) as error:
-        raise FlyweightError(f"{source.where} does not start: {_reason(error)}") from error
+        raise FlyweightError(f"{source.where} does not start: {_reason(options, error)}") from error
 
 
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((li for li in reversed(lines) if "Error:" in li or "Impossible" in li), lines[-1])
+def _reason(options: Options, error: Exception) -> str:
+    """The line that says what went wrong, of the traceback that Ray Serve keeps from a replica."""
+    told = str(error)
+    if (app := ray_serve.status().applications.get(options.name)) and app.deployments:
+        told = next(iter(app.deployments.values())).message or told
+    found = re.findall(r"^[\w.]*(?:Error|Impossible|BadInput): (.+)$", told, re.MULTILINE)
+    return str(found[-1]) if found else told.strip().splitlines()[-1]
 
 
 def serve(

@@ -570,7 +570,8 @@ def test_when_the_alias_moves_no_request_fails_and_a_bad_version_changes_nothing
             register(uri, tmp_path / "b", tiny(2), "2" * 64)
             command.wait("Version 2 serves now")
             register(uri, tmp_path / "c", broken(), "3" * 64)
-            command.wait("Version 3 is refused, version 2 goes on")
+            said = command.wait("Version 3 is refused, version 2 goes on")
+            assert "Incompatible dimensions for matrix multiplication" in said
             register(uri, tmp_path / "d", two(), "4" * 64)  # a good one, with other inputs
             command.wait("Version 4 is refused, version 2 goes on: its inputs and outputs")
             rollback("net", tracking_uri=uri)
