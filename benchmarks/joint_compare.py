@@ -76,7 +76,7 @@ class Bench:
     def warm_start(self, draws: bool) -> WarmStart:
         """draws: whether it goes on to be asked after its sweep."""
         kind = WarmStart if draws else SweepAlone
-        return kind(space(), self.table, self.batch, self.limits, 1.0)
+        return kind(space(), self.table, self.batch, self.limits)
 
 
 class SweepAlone(WarmStart):

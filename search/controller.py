@@ -144,6 +144,7 @@ class Controller:
     def _affordable(self) -> tuple[Policy, Price] | None:
         """A policy within the limits and its price; None when there seems to be none left."""
         for _ in range(ASKS):
+            self.proposals.prepare()
             with self._lock:
                 policy = self.proposals.ask()
             if policy is None:

@@ -125,7 +125,7 @@ class Preparation:
             return None
         space = self.ready.space
         batch = BatchPredictor(self.ready.prepared, space, predictor)
-        return WarmStart(space, table, batch, limits, predictor.teacher_ms)
+        return WarmStart(space, table, batch, limits)
 
     def _seconds(self, share: float, otherwise: float) -> float:
         budget = self.ready.spec.search.time_budget

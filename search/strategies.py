@@ -1,9 +1,10 @@
 """Where the policies of a search come from: the strategies to compare, over the same proposals.
 
-joint (the default): the warm start, the uniform recipes, then by turns the sampler over all
-parameters at once, and the solver. solver: the warm start and the recipes alone. uniform: recipes
-of every share of channels, in each precision. random: the space, uniformly. sequential: prune,
-then distill, then quantize, each chosen while what was chosen before stays.
+joint (the default): the warm start, the uniform recipes, then by turns the solver, with what the
+results have taught, and the sampler over all parameters at once. solver: the warm start and the
+recipes alone. uniform: recipes of every share of channels, in each precision. random: the space,
+uniformly. sequential: prune, then distill, then quantize, each chosen while what was chosen before
+stays.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,9 @@ class Source(Protocol):
 
     space: Space
     seed: int  # of the search
+
+    def prepare(self) -> None:
+        """Does what takes long of the next ``ask``; meanwhile results may be told."""
 
     def ask(self) -> Policy | None:
         """A policy that was not proposed before; None when none is found any more."""
@@ -109,6 +113,9 @@ class Sequential:
             if not p.name.startswith(free)
         }
         return Proposals(self.space, self._sampler, self.seed + self._stage, fixed=fixed)
+
+    def prepare(self) -> None:
+        self._proposals.prepare()
 
     def ask(self) -> Policy | None:
         policy = self._proposals.ask()
