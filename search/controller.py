@@ -446,6 +446,13 @@ class Controller:
         self._spent += last - began
         if entries and entries[-1]["kind"] == "search":  # what came before its trials counts
             self._began = last
+        for trial in self.trials.values():  # for which there was no time, and now there may be
+            if (
+                trial.ended == "deadline"
+                and self.remaining() > 0
+                and self._in_time(trial.next_rung)
+            ):
+                trial.ended = None
         self._again = [t for t in self.trials.values() if not t.ended]
 
 

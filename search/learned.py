@@ -64,7 +64,7 @@ class LearnedHarms:
         rungs = [tuple(known) for _, known in sorted(self._told.items())]
         if not rungs:
             return DOUBT * drawn
-        model = _Model(self.base, [tuple(map(np.array, zip(*r, strict=True))) for r in rungs])
+        model = HarmModel(self.base, [tuple(map(np.array, zip(*r, strict=True))) for r in rungs])
         start = self._found
         if start is None or len(start) != model.size:
             start = model.prior()
@@ -79,16 +79,19 @@ class LearnedHarms:
         return self._found[:axes] + np.linalg.solve(np.linalg.cholesky(marginal).T, drawn)
 
 
-class _Model:
+class HarmModel:
     """The misfit of all parameters, in standard deviations: log m [axes], then of each rung a, p
-    and w. rungs: of each the harms chosen [n, axes], the settings [n, s], the log losses [n]."""
+    and w. rungs: of each the harms chosen [n, axes], the settings [n, s], the log losses [n].
+    doubt: the prior's standard deviation of log m."""
 
-    def __init__(self, base: float, rungs: Sequence[tuple[Floats, ...]]) -> None:
+    def __init__(
+        self, base: float, rungs: Sequence[tuple[Floats, ...]], doubt: float = DOUBT
+    ) -> None:
         self._base, self._rungs = max(base, LEAST), rungs
         self._axes, self._each = rungs[0][0].shape[1], 2 + rungs[0][1].shape[1]
         self.size = self._axes + self._each * len(rungs)
         of_rung = [SCALE, STRAIGHT, *[SETTING] * (self._each - 2)]
-        self._deviations = np.array([DOUBT] * self._axes + of_rung * len(rungs))
+        self._deviations = np.array([doubt] * self._axes + of_rung * len(rungs))
 
     def prior(self) -> Floats:
         out = np.zeros(self.size)
@@ -98,10 +101,16 @@ class _Model:
     def misfit(self, at: Floats) -> Floats:
         parts = [(at - self.prior()) / self._deviations]
         for k, (chosen, settings, losses) in enumerate(self._rungs):
-            scale, power, weights = self._of(at, k)
-            total = np.log(self._base + chosen @ np.exp(at[: self._axes]))
-            parts.append((scale + power * total + settings @ weights - losses) / NOISE)
+            parts.append((self.predict(at, k, chosen, settings) - losses) / NOISE)
         return np.concatenate(parts)
+
+    def predict(self, at: Floats, rung: int, chosen: Floats, settings: Floats) -> Floats:
+        """The log loss at the ``rung``-th rung, of one policy or of many."""
+        begin = self._axes + rung * self._each
+        weights = at[begin + 2 : begin + self._each]
+        total = np.log(self._base + chosen @ np.exp(at[: self._axes]))
+        found: Floats = at[begin] + at[begin + 1] * total + settings @ weights
+        return found
 
     def slopes(self, at: Floats) -> Floats:
         parts = [np.diag(1 / self._deviations)]
@@ -116,7 +125,3 @@ class _Model:
             part[:, begin + 2 : begin + self._each] = settings
             parts.append(part / NOISE)
         return np.concatenate(parts)
-
-    def _of(self, at: Floats, rung: int) -> tuple[float, float, Floats]:
-        begin = self._axes + rung * self._each
-        return at[begin], at[begin + 1], at[begin + 2 : begin + self._each]

@@ -118,7 +118,7 @@ class _Student:
         return None if found is None else self._values(found)
 
     def tell(self, policy: Policy, rung: str, loss: float) -> None:
-        self._learned.tell(rung, self._point(policy), _settings(self._space, policy), loss)
+        self._learned.tell(rung, self._point(policy), settings_of(self._space, policy), loss)
 
     def _limit(self, way: float) -> float:
         """The latency so far of the way from the slowest that is wanted, in octaves."""
@@ -157,7 +157,7 @@ def _judged(axis: Parameter, student: str) -> bool:
     return axis.name != "student" and axis.student in ("", student)
 
 
-def _settings(space: Space, policy: Policy) -> NDArray[np.float64]:
+def settings_of(space: Space, policy: Policy) -> NDArray[np.float64]:
     """The settings of ``policy`` that are no axes: of a range where it is from -1 to 1, and the
     square of that; of a choice, for each but the first whether it is that."""
     values, axes = space.values(policy), {axis.name for axis in space.axes}

@@ -541,6 +541,27 @@ def test_what_an_earlier_session_left_is_not_begun_when_there_is_no_time_for_it(
     assert ended == waiting
 
 
+def test_with_more_time_what_the_deadline_ended_goes_on() -> None:
+    clock = Clock()
+    record = MemoryRecord([{"kind": "search", "time": clock.now}])
+    control = controller(record, seconds=20.0, trials=1000, clock=clock)
+    first = control.propose()
+    late = control.propose()
+    assert first is not None
+    assert late is not None
+    climb(control, first, clock)
+    clock.now += 30
+    best = outcome(late.policy, RUNGS[0]) | {"loss": 0.0}
+    assert not control.result(late.number, best)
+    assert late.ended == "deadline"
+    control.close()
+    record.append({"kind": "search", "time": clock.now})
+    assert controller(record, seconds=20.0, clock=clock).propose() is None
+    again = controller(record, seconds=200.0, clock=clock).propose()
+    assert again is not None
+    assert (again.number, again.next_rung) == (late.number, RUNGS[1])
+
+
 def test_what_a_changed_target_cannot_run_is_left_out() -> None:
     record = MemoryRecord()
     run(controller(record))

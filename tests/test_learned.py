@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from flyweight.search.learned import DOUBT, LearnedHarms, _Model
+from flyweight.search.learned import DOUBT, HarmModel, LearnedHarms
 
 AXES, CHOICES, SETTINGS = 6, 5, 3
 HARMS = [np.linspace(0, 1, CHOICES) ** 2 * (j + 1) / AXES for j in range(AXES)]
@@ -87,7 +87,7 @@ def test_the_doubt_is_that_of_the_whole_model() -> None:
     for point, settings, log_loss in told:
         learned.tell("full", point, settings, float(np.exp(log_loss)))
     chosen = np.array([[h[i] for h, i in zip(HARMS, p, strict=True)] for p, _, _ in told])
-    model = _Model(
+    model = HarmModel(
         1e-3, [(chosen, np.array([s for _, s, _ in told]), np.array([t[2] for t in told]))]
     )
     best = optimize.minimize(lambda at: 0.5 * (model.misfit(at) ** 2).sum(), model.prior()).x
@@ -101,7 +101,7 @@ def test_the_doubt_is_that_of_the_whole_model() -> None:
 def test_slopes_are_those_of_the_misfit() -> None:
     rng = np.random.default_rng(0)
     rungs = [(rng.random((n, AXES)), rng.normal(size=(n, 2)), rng.normal(size=n)) for n in (7, 3)]
-    model = _Model(0.01, rungs)
+    model = HarmModel(0.01, rungs)
     at = rng.normal(size=model.size)
     expected = optimize.approx_fprime(at, model.misfit, 1e-7)
     assert model.slopes(at) == pytest.approx(expected, abs=1e-4)
