@@ -46,12 +46,10 @@ class RayOptuna:
     def claim(self, _: Policy) -> bool:
         return True
 
-    def reject(self, policy: Policy, latency_ms: float, constraint: float) -> None:
+    def reject(self, policy: Policy, *_: float) -> None:
         self.fail(policy)
 
-    def tell(
-        self, policy: Policy, rung: str, loss: float, latency_ms: float, constraint: float
-    ) -> None:
+    def tell(self, policy: Policy, rung: str, loss: float, latency_ms: float, _: float) -> None:
         if rung == RUNGS[-1] and (ids := self._running.get(policy.digest)):
             found = dict(zip(OBJECTIVES, (loss, latency_ms), strict=True))
             self._search.on_trial_complete(ids.pop(0), result=found)
