@@ -33,9 +33,6 @@ class RayOptuna:
         self._count = 0
         self._running: dict[str, list[str]] = {}  # by digest, Tune's ids
 
-    def prepare(self) -> None:
-        return None
-
     def ask(self) -> Policy | None:
         self._count += 1
         values = self._search.suggest(f"t{self._count}")

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 
 from ..compressors import RUNGS
@@ -71,7 +72,8 @@ class Controller:
     cannot be written, or a meter that is gone, ends the search with ``fatal`` set.
 
     look_ahead: a thread finds and prices the next policy while trials run, so that nobody waits
-    for it; it then knows all results but those of the last moment. reprice: what the record knows
+    for it. What comes in meanwhile the proposals learn before they are asked again: what they know
+    when they are asked does not hang on how long that takes. reprice: what the record knows
     is priced anew, for a target or a profile that has changed.
     """
 
@@ -96,13 +98,15 @@ class Controller:
         self.exhausted = False
         self.interrupted = False
         self._clock, self._listen = clock, listen
-        self._lock = threading.RLock()  # guards everything but the price
+        self._lock = threading.RLock()  # guards everything but prices and proposals
+        self._untold: list[Callable[[], None]] = []  # what the proposals do not know yet
         self._finder = ThreadPoolExecutor(1, "flyweight-finder") if look_ahead else None
         self._ahead: Future[tuple[Policy, Price] | None] | None = None
         self._again: list[Trial] = []  # whose worker died, or that an earlier session left
         self._spent = 0.0
         self._began = clock()
         self._rebuild(record.entries(), reprice)
+        self._catch_up()
         self._points: dict[str, list[Point]] = {  # going through all results for each is slow
             rung: [_point(t.results[rung]) for t in reached.values() if _competes(t, rung)]
             for rung, reached in self._reached.items()
@@ -120,6 +124,8 @@ class Controller:
                 return trial
             with self._lock:
                 self._end(trial, "over_limit" if over else "deadline")
+        if self._ahead is None:
+            self._catch_up()
         if self.over():
             return None
         try:
@@ -138,15 +144,21 @@ class Controller:
             if not self._append(begin | asdict(trial.price)):
                 return None
         if self._finder and not self.over():
+            self._catch_up()
             self._ahead = self._finder.submit(self._affordable)
         return trial
+
+    def _catch_up(self) -> None:
+        """Tells the proposals what came in, while nobody asks them."""
+        with self._lock:
+            untold, self._untold = self._untold, []
+        for tell in untold:
+            tell()
 
     def _affordable(self) -> tuple[Policy, Price] | None:
         """A policy within the limits and its price; None when there seems to be none left."""
         for _ in range(ASKS):
-            self.proposals.prepare()
-            with self._lock:
-                policy = self.proposals.ask()
+            policy = self.proposals.ask()
             if policy is None:
                 return None
             try:
@@ -177,8 +189,7 @@ class Controller:
                 low, best = middle, (tried, price)
             else:
                 high = middle
-        with self._lock:
-            return best if best and self.proposals.claim(best[0]) else None
+        return best if best and self.proposals.claim(best[0]) else None
 
     def _cost(self, price: Price) -> float:
         # By the upper end: what is measured alone in the end must still be within the limit.
@@ -187,11 +198,11 @@ class Controller:
     def _reject(self, policy: Policy, reason: str, price: Price | None = None) -> None:
         entry = {"kind": "rejected", "digest": policy.digest, "reason": reason}
         known = {} if price is None else asdict(price)
+        if price is None:
+            self.proposals.fail(policy)
+        else:
+            self.proposals.reject(policy, price.latency_ms[1], self._cost(price))
         with self._lock:
-            if price is None:
-                self.proposals.fail(policy)
-            else:
-                self.proposals.reject(policy, price.latency_ms[1], self._cost(price))
             self._append({**entry, "policy": policy.to_dict(), **known, "time": self._clock()})
 
     def over(self) -> bool:
@@ -302,6 +313,7 @@ class Controller:
             for trial in self.trials.values():
                 if not trial.ended:
                     self._end(trial, "interrupted")
+            self._catch_up()
 
     # What is known.
 
@@ -346,13 +358,12 @@ class Controller:
         trial.results[entry["rung"]] = entry
         self._reached[entry["rung"]].pop(trial.number, None)  # of a trial that began anew
         self._reached[entry["rung"]][trial.number] = trial
-        self.proposals.tell(
-            trial.policy, entry["rung"], entry["loss"], entry["latency_ms"][1], entry["constraint"]
-        )
+        figures = entry["loss"], entry["latency_ms"][1], entry["constraint"]
+        self._untold.append(partial(self.proposals.tell, trial.policy, entry["rung"], *figures))
 
     def _end(self, trial: Trial, reason: str, error: str | None = None) -> None:
         trial.ended = reason
-        self.proposals.fail(trial.policy)
+        self._untold.append(partial(self.proposals.fail, trial.policy))
         self._append({"kind": "end", **self._name(trial), "reason": reason, "error": error})
 
     def _append(self, entry: Entry) -> bool:

@@ -60,11 +60,10 @@ class LearnedHarms:
     def _factors(self, rng: random.Random) -> Floats:
         """log m [axes], drawn."""
         drawn = np.array([rng.gauss(0, 1) for _ in self.harms])
-        # A snapshot: results may come in from another thread meanwhile.
-        rungs = [tuple(known) for _, known in sorted(self._told.items())]
-        if not rungs:
+        if not self._told:
             return DOUBT * drawn
-        model = HarmModel(self.base, [tuple(map(np.array, zip(*r, strict=True))) for r in rungs])
+        rungs = [tuple(map(np.array, zip(*self._told[r], strict=True))) for r in sorted(self._told)]
+        model = HarmModel(self.base, rungs)
         start = self._found
         if start is None or len(start) != model.size:
             start = model.prior()

@@ -55,7 +55,6 @@ class Proposals:
         self._sampler = sampler
         self._fixed = dict(fixed or {})
         self._warm, self._turn = warm, 1
-        self._drawn: dict[str, Any] | None = None  # for the next proposal, ahead of it
         self.seed = seed  # of the search
         self._rng = random.Random(seed)
         self._seed = seed  # of the newest study
@@ -65,11 +64,6 @@ class Proposals:
         self._asked: dict[str, tuple[str, optuna.Trial]] = {}  # digest -> (rung, trial)
         self._best: dict[str, dict[str, Any]] = {}  # rung -> values of its best policy
         self._best_loss: dict[str, float] = {}
-
-    def prepare(self) -> None:
-        """Does what takes long of the next ``ask``; meanwhile results may be told."""
-        if self._warm and self._drawn is None and not self._queue and self._turn % TURNS:
-            self._drawn = self._warm.draw(self._rng)
 
     def ask(self) -> Policy | None:
         """A policy that was not proposed before; None when none is found any more."""
@@ -160,12 +154,10 @@ class Proposals:
         else:  # nothing that is free acts at this rung
             policy = self._anywhere()
         turn, self._turn = self._turn, self._turn + 1
-        if self._warm and turn % TURNS:
-            axes, self._drawn = self._drawn or self._warm.draw(self._rng), None
-            if axes:
-                study.tell(trial, state=TrialState.FAIL)
-                values = self._warm.settings | self._inherited(rung) | suggested | axes
-                return self.space.policy(values)
+        if self._warm and turn % TURNS and (axes := self._warm.draw(self._rng)):
+            study.tell(trial, state=TrialState.FAIL)
+            values = self._warm.settings | self._inherited(rung) | suggested | axes
+            return self.space.policy(values)
         if policy.digest in self._seen:
             study.tell(trial, state=TrialState.FAIL)
         else:

@@ -34,9 +34,6 @@ class Source(Protocol):
     space: Space
     seed: int  # of the search
 
-    def prepare(self) -> None:
-        """Does what takes long of the next ``ask``; meanwhile results may be told."""
-
     def ask(self) -> Policy | None:
         """A policy that was not proposed before; None when none is found any more."""
 
@@ -113,9 +110,6 @@ class Sequential:
             if not p.name.startswith(free)
         }
         return Proposals(self.space, self._sampler, self.seed + self._stage, fixed=fixed)
-
-    def prepare(self) -> None:
-        self._proposals.prepare()
 
     def ask(self) -> Policy | None:
         policy = self._proposals.ask()

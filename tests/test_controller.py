@@ -1,6 +1,7 @@
 """The search without Ray: a record in memory, a clock and a price that a test sets."""
 
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -539,6 +540,49 @@ def test_what_an_earlier_session_left_is_not_begun_when_there_is_no_time_for_it(
     assert control.propose() is None  # as many trials as there may be have begun
     ended = {t.number for t in control.trials.values() if t.ended == "deadline"}
     assert ended == waiting
+
+
+class Gated(Proposals):
+    """Lets a test decide when a proposal is made."""
+
+    def __init__(self) -> None:
+        super().__init__(space())
+        self.gate, self.asked = threading.Event(), threading.Event()
+
+    def ask(self) -> Policy | None:
+        assert self.gate.wait(60)
+        found = super().ask()
+        self.asked.set()
+        return found
+
+
+def test_what_is_proposed_does_not_hang_on_how_long_proposing_takes() -> None:
+    def proposed(quick: bool) -> list[str]:
+        proposals = Gated()
+        proposals.gate.set()
+        control = Controller(
+            proposals, price, NONE, MemoryRecord(), Budget(40), clock=Clock(), look_ahead=True
+        )
+        out = []
+        trial = control.propose()
+        while trial is not None:
+            out.append(trial.policy.digest)
+            if quick:  # the next is known before there is any result of this one
+                assert len(out) == 40 or proposals.asked.wait(60)
+            climb(control, trial)
+            proposals.gate.set()
+            proposals.asked.clear()
+            trial = control.propose() if quick else _held(control, proposals)
+        control.close()
+        return out
+
+    def _held(control: Controller, proposals: Gated) -> Trial | None:
+        """The next trial; the one after it is not looked for until there are results."""
+        found = control.propose()
+        proposals.gate.clear()
+        return found
+
+    assert proposed(True) == proposed(False)
 
 
 def test_with_more_time_what_the_deadline_ended_goes_on() -> None:
