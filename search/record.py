@@ -81,8 +81,10 @@ class FileRecord:
                 )
             if entry.get("kind") in SYNCED:
                 self._sync()
-        except OSError:
+        except OSError as error:
             os.truncate(self._file.fileno(), before)  # a full disk leaves no half line behind
+            if error.errno and not error.filename:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             raise
         self._entries.append(json.loads(line))
 
