@@ -13,7 +13,8 @@ disk      a real search whose run directory is full, and one whose storage is, w
 searches  eight searches at once on one cluster and one MLflow server
 
 Network namespaces, Postgres and small disks need root; without, a node is stopped instead
-(SIGSTOP), the server keeps its runs in a file, and disk is left out. What was found is written to benchmarks/out/faults-*.json.
+(SIGSTOP), the server keeps its runs in a file, and disk is left out. What was found is written to
+benchmarks/out/faults-*.json.
 """
 
 import argparse
