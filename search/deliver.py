@@ -8,7 +8,7 @@ from ..spaces import BadInput, FlyweightError
 from .record import Entry, FileRecord
 from .spec import load_spec
 from .store import write_json
-from .tracking import TRACKED, MlflowTracker, Status, place_of
+from .tracking import TRACKED, MlflowTracker, Status, tracked_at
 from .tracking_process import locked
 
 ANSWERS_S = 60.0  # until the server must have answered
@@ -37,7 +37,7 @@ def deliver(run_dir: Path, uri: str | None = None) -> str:
         if not entries:
             raise BadInput(f"nothing to deliver in {run_dir}: its record is empty")
         with locked(run_dir):
-            return _deliver(run_dir, entries, place_of(tracking, spec.folder, entries[0]))
+            return _deliver(run_dir, entries, tracked_at(tracking, spec.folder, entries[0]))
     finally:
         record.close()
 

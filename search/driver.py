@@ -52,7 +52,7 @@ from .store import (
     write_whole,
 )
 from .strategies import source
-from .tracking import TRACKED, MemoryTracker, Status, Tracker, place_of
+from .tracking import TRACKED, MemoryTracker, Status, Tracker, tracked_at
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
 from .warm import WarmStart
@@ -214,7 +214,7 @@ class _Search:
         tracking = self.spec.tracking
         if tracking is None:
             return MemoryTracker()
-        return TrackerProcess(*place_of(tracking, self.spec.folder, header), self.run_dir)
+        return TrackerProcess(*tracked_at(tracking, self.spec.folder, header), self.run_dir)
 
     def _controller(
         self,

@@ -100,7 +100,9 @@ class MemoryTracker:
         return Undelivered(self._left_out, LATE if self._left_out else None)
 
 
-def place_of(tracking: "Tracking", folder: Path, header: Entry) -> tuple[str, str, str | None, str]:
+def tracked_at(
+    tracking: "Tracking", folder: Path, header: Entry
+) -> tuple[str, str, str | None, str]:
     """Where a search that ``header`` opens is tracked: the first arguments of a tracker. folder:
     of the spec."""
     files = (folder / "mlartifacts").as_uri() if tracking.uri.startswith("sqlite:") else None
