@@ -231,9 +231,11 @@ class _Search:
         def listen(entry: dict[str, Any]) -> None:
             if entry["kind"] in TRACKED:
                 tracker.record(entry)
+            self.progress.entry(entry)
+
+        def tidy(entry: dict[str, Any]) -> None:
             if entry["kind"] == "end" and entry["reason"] != "interrupted":
                 self.janitor.submit(remove_checkpoints, self.storage, entry["digest"])
-            self.progress.entry(entry)
 
         for entry in self.record.entries():  # of a resumed search also what came before
             listen(entry)
@@ -243,7 +245,7 @@ class _Search:
         )  # fmt: skip
         budget = Budget(search.trials, search.time_budget)
         return Controller(
-            proposals, price, limits, self.record, budget, listen=[listen], look_ahead=True,
+            proposals, price, limits, self.record, budget, listen=[listen, tidy], look_ahead=True,
             reprice=self.predictor is not None,
         )  # fmt: skip
 

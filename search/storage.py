@@ -32,7 +32,8 @@ class Storage:
             try:
                 self._files, self._folder = FileSystem.from_uri(self._folder)
             except (ArrowException, OSError) as error:
-                raise BadInput(f"storage: no file system for this URI: {error}") from error
+                what = redact(str(error), self._folder)
+                raise BadInput(f"storage: no file system for this URI: {what}") from error
 
     def under(self, name: str) -> "Storage":
         """The part of it below ``name``."""
@@ -107,7 +108,8 @@ def kept_record(spec: Spec, run_dir: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except (OSError, ArrowException) as error:
-        raise BadInput(f"storage: {redact(spec.storage)} cannot be read: {error}") from error
+        what = redact(f"{spec.storage} cannot be read: {error}", spec.storage)
+        raise BadInput(f"storage: {what}") from error
 
 
 class Mirror:
