@@ -166,7 +166,9 @@ class Node(Service):
             command += [f"--address={self.cluster.address}"]
             if self.cluster.isolated:
                 self._connect()
-                command = ["ip", "netns", "exec", self.network, *command]
+                # With a scratch folder of its own too: Ray keeps a machine's address there.
+                script = f'mount -t tmpfs tmpfs {self.cluster.scratch} && exec "$@"'
+                command = ["ip", "netns", "exec", self.network, "sh", "-c", script, "sh", *command]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.begin(command, PATH=path, HOME=str(self.cluster.scratch))
 
