@@ -324,6 +324,24 @@ def report(run_dir: Path) -> None:
 
 
 @main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--tracking-uri",
+    envvar="MLFLOW_TRACKING_URI",
+    help="Another MLflow than the search's, or its address with the password.",
+)
+@answers
+def deliver(run_dir: Path, tracking_uri: str | None) -> None:
+    """Tell MLflow what it lacks of the search in RUN_DIR: for when it was away at the end.
+
+    May be repeated; nothing is there twice.
+    """
+    from .deliver import deliver as run
+
+    click.echo(f"MLflow has all of it, as run {run(run_dir, tracking_uri)}")
+
+
+@main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--digest", help="An artifact of the front (its first digits suffice).")
 @click.option("--max-latency-ms", type=float, help="The most accurate within this latency.")

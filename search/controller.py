@@ -29,6 +29,11 @@ SHRINKS = 16  # steps in which a policy that is over a limit can be made smaller
 ASKS = 32  # proposals over a limit, one after another, until the search gives up
 HOPELESS = 8  # trials that failed, none of them having reached a result: the search ends
 DEATHS = 2  # of its worker, and a policy is not tried again: it may be what kills them
+# How much of a death it is, by what was lost. That a node goes says little of the policy, but one
+# that takes eight along is not tried for ever. That a node was taken away, or that there was no
+# place to store a result, says nothing.
+LOSSES = {"worker": 1.0, "node": 0.25, "preempted": 0.0, "unstored": 0.0}
+UNSTORED = 8  # results, one after another, that workers could not store: the search ends
 RECENT = 100  # newest results of a rung that say how long it takes
 SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
 
@@ -44,14 +49,14 @@ class Price:
 
 @dataclass
 class Trial:
-    """One policy climbing the rungs. deaths: of workers it ran on."""
+    """One policy climbing the rungs. deaths: of workers it ran on, weighed by LOSSES."""
 
     number: int
     policy: Policy
     price: Price
     results: dict[str, Entry] = field(default_factory=dict)
     ended: str | None = None
-    deaths: int = 0
+    deaths: float = 0.0
 
     @property
     def next_rung(self) -> str:
@@ -103,6 +108,7 @@ class Controller:
         self._finder = ThreadPoolExecutor(1, "flyweight-finder") if look_ahead else None
         self._ahead: Future[tuple[Policy, Price] | None] | None = None
         self._again: list[Trial] = []  # whose worker died, or that an earlier session left
+        self._unstored = 0  # results since the last artifact that was stored
         self._spent = 0.0
         self._began = clock()
         self._rebuild(record.entries(), reprice)
@@ -249,6 +255,12 @@ class Controller:
             return False  # a result that arrives after the end of its trial changes nothing
         if outcome["rung"] != trial.next_rung:
             return True  # nor does one that comes twice
+        if "unstored" in outcome:
+            self._unstored += 1
+            if self._unstored >= UNSTORED:
+                self.fatal = self.fatal or OSError(outcome["unstored"])
+            self.died(number, outcome["unstored"], "unstored")
+            return False
         error = outcome.get("error") or _not_a_number(outcome)
         if error:
             self._end(trial, "failed", error)
@@ -257,6 +269,8 @@ class Controller:
         rung = entry["rung"]
         if not self._append(entry):
             return False
+        if entry.get("artifact"):
+            self._unstored = 0
         self._learn(trial, entry)
         if _competes(trial, rung):
             self._points[rung].append(_point(entry))
@@ -279,19 +293,19 @@ class Controller:
             if trial and not trial.ended:
                 self._end(trial, "interrupted" if self.interrupted else "failed", error)
 
-    def died(self, number: int, error: str) -> None:
+    def died(self, number: int, error: str, lost: str = "worker") -> None:
         """The trial's worker died: the trial goes on from its last rung on another, but a policy
-        on which workers die again and again is poisonous."""
+        on which workers die again and again is poisonous. lost: one of ``LOSSES``."""
         with self._lock:
             trial = self.trials.get(number)
             if not trial or trial.ended or trial in self._again:
                 return
-            trial.deaths += 1
+            trial.deaths += LOSSES[lost]
             if self.interrupted:
                 self._end(trial, "interrupted", error)
             elif trial.deaths >= DEATHS:
                 self._end(trial, "failed", f"poisonous: {DEATHS} workers died on it: {error}")
-            elif self._append({"kind": "died", **self._name(trial), "error": error}):
+            elif self._append({"kind": "died", **self._name(trial), "error": error, "lost": lost}):
                 self._again.append(trial)
 
     def running(self) -> list[Trial]:
@@ -449,7 +463,7 @@ class Controller:
                 if entry["rung"] == RUNGS[-1]:
                     self.trials[entry["trial"]].ended = "finished"
             elif entry["kind"] == "died":
-                self.trials[entry["trial"]].deaths += 1
+                self.trials[entry["trial"]].deaths += LOSSES[entry.get("lost", "worker")]
             elif entry["kind"] == "end" and entry["reason"] != "interrupted":
                 trial = self.trials[entry["trial"]]
                 if trial.ended != "failed":

@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,17 @@ from .record import FileRecord
 from .report import write_report
 from .results import finalists, measured_front, result
 from .spec import Spec, load_spec
+from .storage import Mirror, storage_of
 from .store import (
     PROFILE,
+    fetch_artifact,
     read_artifact,
     remove_checkpoints,
     write_json,
     write_whole,
 )
 from .strategies import source
-from .tracking import MemoryTracker, Status, Tracker
+from .tracking import TRACKED, MemoryTracker, Status, Tracker, tracked_at
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
 from .warm import WarmStart
@@ -110,6 +113,9 @@ class _Search:
         self.spec, self.run_dir, self.record, self.ready = spec, run_dir, record, prepared
         self.console, self.began = console, began
         self.notes: list[str] = []
+        self.storage = storage_of(spec, run_dir)
+        self.mirror = Mirror(record.path, self.storage) if spec.storage else None
+        self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
         self.profile = profile
         self.preparation = Preparation(prepared, run_dir, console, self.notes)
         self.predictor: LatencyPredictor | None = None
@@ -156,11 +162,9 @@ class _Search:
         self._note_end(controller)
         found = self._measure(controller, header)
         found |= {"mlflow_run_id": tracker.wait_run_id(30.0)}
-        write_json(self.run_dir / "result.json", found)
-        self._explain(controller, found)
-        write_report(self.run_dir)
+        written = self._written(controller, found)
         self._finish(tracker, controller)
-        failed = bool(controller.fatal) or controller.hopeless()
+        failed = bool(controller.fatal) or controller.hopeless() or not written
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
 
     def _predictor(self, device: str, teacher_ms: float) -> LatencyPredictor | None:
@@ -210,9 +214,7 @@ class _Search:
         tracking = self.spec.tracking
         if tracking is None:
             return MemoryTracker()
-        folder = self.spec.folder / "mlartifacts" if tracking.uri.startswith("sqlite:") else None
-        location = folder.as_uri() if folder else None
-        return TrackerProcess(tracking.uri, tracking.experiment, location, header["search_id"])
+        return TrackerProcess(*tracked_at(tracking, self.spec.folder, header), self.run_dir)
 
     def _controller(
         self,
@@ -227,12 +229,13 @@ class _Search:
         )
 
         def listen(entry: dict[str, Any]) -> None:
-            # Of trials, MLflow shows results.
-            if entry["kind"] not in ("begin", "rejected", "died"):
+            if entry["kind"] in TRACKED:
                 tracker.record(entry)
-            if entry["kind"] == "end" and entry["reason"] != "interrupted":
-                remove_checkpoints(self.run_dir, entry["digest"])
             self.progress.entry(entry)
+
+        def tidy(entry: dict[str, Any]) -> None:
+            if entry["kind"] == "end" and entry["reason"] != "interrupted":
+                self.janitor.submit(remove_checkpoints, self.storage, entry["digest"])
 
         for entry in self.record.entries():  # of a resumed search also what came before
             listen(entry)
@@ -242,7 +245,7 @@ class _Search:
         )  # fmt: skip
         budget = Budget(search.trials, search.time_budget)
         return Controller(
-            proposals, price, limits, self.record, budget, listen=[listen], look_ahead=True,
+            proposals, price, limits, self.record, budget, listen=[listen, tidy], look_ahead=True,
             reprice=self.predictor is not None,
         )  # fmt: skip
 
@@ -250,7 +253,7 @@ class _Search:
         self, controller: Controller, header: dict[str, Any], answers: dict[int, Any]
     ) -> None:
         facts = facts_of(self.spec, header["target"]["fingerprint"])
-        job = Job(self.spec, self.run_dir, facts, self._inputs(header), answers)
+        job = Job(self.spec, self.storage, facts, self._inputs(header), answers)
         resources = {"cpu": self.spec.resources.cpus, "gpu": self.spec.resources.gpus}
         self.progress.spent_s = controller.elapsed()
         with self.progress, terminable():
@@ -261,8 +264,9 @@ class _Search:
                 resources=resources,
                 accelerator=self.spec.resources.accelerator,
             )
+        self.janitor.shutdown()
         if not (controller.interrupted or controller.fatal):
-            remove_checkpoints(self.run_dir)
+            remove_checkpoints(self.storage)
 
     def _inputs(self, header: dict[str, Any]) -> str:
         """A digest of what candidates depend on besides policy and rung: what has changed since a
@@ -299,6 +303,8 @@ class _Search:
     def _measure(self, controller: Controller, header: dict[str, Any]) -> dict[str, Any]:
         """Finalists, alone, in a process of its own; the front and result.json's content."""
         entries = finalists(controller.results(RUNGS[-1]), controller.limits)
+        if self.mirror:
+            self._fetch(controller, {entry["digest"] for entry in entries})
         models = {}
         for entry in entries:
             try:
@@ -334,6 +340,18 @@ class _Search:
         rows = measured_front(entries, timings, tests, header["teacher"]["latency_ms"])
         return result(header, counts, rows, teacher, time.time() - self.began, None)
 
+    def _fetch(self, controller: Controller, kept: set[str]) -> None:
+        """Brings the artifacts into the run directory; the storage keeps those of finalists."""
+        for entry in controller.results(RUNGS[-1]):
+            digest = entry["digest"]
+            try:
+                fetch_artifact(self.storage, self.run_dir, digest)
+            except OSError as error:
+                self.notes.append(f"artifact {digest[:12]} cannot be fetched: {error}")
+                continue
+            if digest not in kept and not (controller.interrupted or controller.fatal):
+                self.storage.remove(f"artifacts/{digest}")
+
     def _feed_back(self, controller: Controller, timings: Mapping[str, Timing]) -> None:
         """Adds the finalists to the device profile, which they make better where it matters."""
         if self.profile is None or self.spec.target.profile is None or disturbed(timings):
@@ -352,6 +370,20 @@ class _Search:
             profile.create(path)
         except (BadInput, OSError) as error:
             self.notes.append(f"the finalists were not added to the device profile: {error}")
+
+    def _written(self, controller: Controller, found: dict[str, Any]) -> bool:
+        """Whether result.json and the report could be written; each is whole or not there."""
+        try:
+            write_json(self.run_dir / "result.json", found)
+            self._explain(controller, found)
+            write_report(self.run_dir)
+        except OSError as error:
+            self.notes.append(
+                f"result.json or the report could not be written: {error}; the record is whole: "
+                "make room and go on with --resume"
+            )
+            return False
+        return True
 
     def _explain(self, controller: Controller, found: Mapping[str, Any]) -> None:
         """Why the best takes its time, for the report, on the machine as fast as it is now."""
@@ -373,6 +405,10 @@ class _Search:
             self.record.append(entry)
 
     def _finish(self, tracker: Tracker, controller: Controller) -> None:
+        if self.mirror:
+            self.mirror.close()
+            if self.mirror.failed:
+                self.notes.append(f"storage: the record was not copied: {self.mirror.failed}")
         for entry in self.record.entries():
             if entry["kind"] == "measured":
                 tracker.record(entry)
@@ -380,9 +416,9 @@ class _Search:
             "KILLED" if controller.interrupted else "FAILED" if controller.fatal else "FINISHED"
         )
         files = [self.run_dir / name for name in ("result.json", "report.html", "spec.yaml")]
-        missing = tracker.finish(status, files)
+        missing = tracker.finish(status, [file for file in files if file.is_file()])
         if missing.reason:
             self.notes.append(
                 f"MLflow lacks {missing.entries} entries ({missing.reason}); the record has them "
-                "all: run the search again with --resume when the server is back"
+                f"all: `flyweight deliver {self.run_dir}` when the server is back"
             )

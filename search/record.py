@@ -65,14 +65,14 @@ class FileRecord:
         except BadInput:
             self._file.close()
             raise
-        os.truncate(self._file.fileno(), len(_whole_lines(path.read_bytes())))
+        self._size = len(_whole_lines(path.read_bytes()))  # of what is whole, in bytes
+        os.truncate(self._file.fileno(), self._size)
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="flyweight-record")
         self._next_sync: Future[None] = Future()
         self._failed: OSError | None = None  # kept: the system tells of a failed sync only once
 
     def append(self, entry: Entry) -> None:
         line = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        before = os.fstat(self._file.fileno()).st_size
         try:
             written = self._file.write(line)
             if written != len(line):
@@ -81,9 +81,12 @@ class FileRecord:
                 )
             if entry.get("kind") in SYNCED:
                 self._sync()
-        except OSError:
-            os.truncate(self._file.fileno(), before)  # a full disk leaves no half line behind
+        except OSError as error:
+            os.truncate(self._file.fileno(), self._size)  # a full disk leaves no half line behind
+            if error.errno and not error.filename:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             raise
+        self._size += len(line)
         self._entries.append(json.loads(line))
 
     def entries(self) -> list[Entry]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import cloudpickle, tune
 from ray.air.execution._internal import RayActorManager
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.tune.execution import tune_controller
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -74,7 +74,7 @@ class ControlledScheduler(_Unpickled, FIFOScheduler):
         error = _error(trial)
         reason = (str(error).strip().splitlines() or ["its worker died or raised"])[-1]
         if isinstance(error, RayActorError) and not error.actor_init_failed:
-            controller.died(number, reason)
+            controller.died(number, reason, _lost(error))
         else:
             controller.failed(number, reason)
 
@@ -88,6 +88,16 @@ class OutlivingActors(RayActorManager):
 
     def _actor_start_failed(self, tracked_actor: Any, exception: Exception) -> None:
         super()._actor_start_failed(tracked_actor, _as_death(exception))
+
+
+def _lost(error: RayActorError) -> str:
+    """What was lost with a worker, as ``Controller.died`` is told it."""
+    if error.preempted:
+        return "preempted"
+    # Ray's errors say of a node that it died in words alone. Of an actor that does not answer for
+    # the moment, over a network that fails, nobody knows more.
+    gone = isinstance(error, ActorUnavailableError) or "node has died" in str(error)
+    return "node" if gone else "worker"
 
 
 def _as_death(error: Exception) -> Exception:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from ..spaces import FlyweightError, Impossible, Policy
 from .meter import Meter
 from .ready import Ready, prepare_task
 from .spec import Spec
+from .storage import Storage
 from .store import compressed_bytes, read_checkpoint, write_artifact, write_checkpoint
 
 # Rungs of which a trial leaves a checkpoint: those that train, but the last, which has an artifact.
@@ -31,10 +31,14 @@ class Job:
     its policy and rung. answers: the teacher's, per variant of the data."""
 
     spec: Spec
-    run_dir: Path
+    storage: Storage
     facts: dict[str, Any]
     inputs: str
     answers: dict[int, np.ndarray[Any, Any]]
+
+
+class Unstored(FlyweightError):
+    """What a trial made could not be stored: a disk is full, a storage away. No fault of it."""
 
 
 class CompressionTrial(tune.Trainable):
@@ -71,12 +75,14 @@ class CompressionTrial(tune.Trainable):
             began = time.perf_counter()
             candidate = compress(self.prepared, self.policy, rung, self.candidate, seed)
             outcome = self._outcome(candidate)
+        except Unstored as error:
+            return {"rung": rung, "unstored": f"{rung}: {error}"}
         except (Impossible, OSError) as error:
             return {"rung": rung, "error": f"{rung}: {error}"}
         if rung in KEPT:
             # Whatever keeps it from being written: without one the trial would begin anew.
             with contextlib.suppress(OSError, FlyweightError):
-                write_checkpoint(self.job.run_dir, candidate, self.job.inputs)
+                write_checkpoint(self.job.storage, candidate, self.job.inputs)
         self.candidate = candidate
         self.rung += 1
         outcome |= {"rung_seconds": time.perf_counter() - began}
@@ -89,7 +95,7 @@ class CompressionTrial(tune.Trainable):
         if rung in KEPT:
             try:
                 digest, inputs = self.policy.digest, self.job.inputs
-                content = read_checkpoint(self.job.run_dir, digest, rung, inputs)
+                content = read_checkpoint(self.job.storage, digest, rung, inputs)
                 return load_candidate(prepared, content), None
             except FlyweightError as error:
                 note = f"begun anew: {error}"
@@ -98,7 +104,10 @@ class CompressionTrial(tune.Trainable):
     def _outcome(self, candidate: Candidate) -> dict[str, Any]:
         artifact = None
         if candidate.rung == RUNGS[-1]:
-            artifact = write_artifact(self.job.run_dir, candidate, self.job.facts)
+            try:
+                artifact = write_artifact(self.job.storage, candidate, self.job.facts)
+            except OSError as error:
+                raise Unstored(f"the artifact cannot be stored: {error}") from error
         return {
             "rung": candidate.rung,
             "loss": candidate.loss,

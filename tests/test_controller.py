@@ -14,6 +14,7 @@ from flyweight.compressors import RUNGS
 from flyweight.search.controller import (
     DEATHS,
     HOPELESS,
+    UNSTORED,
     Budget,
     Controller,
     Price,
@@ -508,6 +509,71 @@ def test_a_policy_on_which_workers_die_is_poisonous(resumed: bool) -> None:
     run(later)
     assert [e["digest"] for e in kinds(record, "begin")].count(first.policy.digest) == 1
     assert later.proposals.running() == 0
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(("lost", "often"), [("node", 8), ("preempted", 30)])
+def test_nodes_that_are_lost_are_hardly_the_fault_of_a_policy(
+    lost: str, often: int, resumed: bool
+) -> None:
+    record = MemoryRecord()
+    control = controller(record, trials=1)
+    for loss in range(often):
+        trial = control.propose()
+        assert trial is not None, f"{loss} lost"
+        control.died(0, "gone", lost)
+        if resumed:
+            control = controller(record, trials=1)
+    if lost == "preempted":
+        run(control)
+        assert control.trials[0].ended == "finished"
+    else:  # it may be what takes them along
+        assert control.propose() is None
+        assert control.trials[0].ended == "failed"
+
+
+def unstored(policy: Policy, rung: str) -> Entry:
+    """What a worker says whose disk is full."""
+    if rung == RUNGS[-1]:
+        return {"rung": rung, "unstored": f"{rung}: no space left"}
+    return outcome(policy, rung)
+
+
+def test_a_result_that_could_not_be_stored_is_had_again() -> None:
+    record, full = MemoryRecord(), [True] * (UNSTORED - 1)
+    control = controller(record, trials=12)
+
+    def step(trial: Trial) -> Entry:
+        rung = trial.next_rung
+        found = (unstored if rung == RUNGS[-1] and full else outcome)(trial.policy, rung)
+        if "unstored" in found:
+            full.pop()
+        return found
+
+    while trial := control.propose():
+        while control.result(trial.number, step(trial)):
+            pass
+    assert not full
+    assert control.fatal is None
+    assert {t.ended for t in control.trials.values()} <= {"finished", "stopped", "over_limit"}
+    assert len(control.trials) == 12
+
+
+def test_a_search_whose_results_cannot_be_stored_ends_and_can_be_gone_on_with() -> None:
+    record = MemoryRecord()
+    control = controller(record, trials=12)
+    while trial := control.propose():
+        while control.result(trial.number, unstored(trial.policy, trial.next_rung)):
+            pass
+    control.close()
+    assert "no space left" in str(control.fatal)
+    assert "failed" not in {t.ended for t in control.trials.values()}
+    later = controller(record, trials=12)
+    run(later)
+    assert len(later.trials) == 12
+    assert later.results(RUNGS[-1])
+    rungs = [(e["trial"], e["rung"]) for e in kinds(record, "result")]
+    assert len(rungs) == len(set(rungs))
 
 
 def test_a_worker_that_dies_when_the_time_is_up_interrupts_its_trial() -> None:
