@@ -16,11 +16,13 @@ from ..spaces import BadInput, Blueprint, Impossible, Network, Policy, blueprint
 from ..spaces.tracing import arguments, trace
 from .data import Items, Splits, describe, split
 from .distill import CPU, Epoch
+from .outputs import OutputKind, kind_of
 from .parity import run_module
 from .prune import importance, lay_out
 from .reconstruct import Moments, input_moments
 from .task import Task
 
+KNOWN_BY = 512  # items of search validation by which the kind of the output is known
 MAX_VARIANTS = 3  # augmented copies of the training data: the teacher answers each beforehand
 
 
@@ -119,6 +121,12 @@ class Prepared:
     def search_answers(self) -> Tensor:
         """The teacher's answers on search validation, [N, ...]."""
         return run_module(self.teacher, self.splits.search)
+
+    @functools.cached_property
+    def kind(self) -> OutputKind:
+        """What the task's output is, from the teacher's answers and the task's loss."""
+        some = self.splits.search.first(KNOWN_BY)
+        return kind_of(self.task.loss, self.search_answers[: len(some)], some.targets)
 
     def importance(self, student: str, criterion: str) -> dict[str, Tensor]:
         """Importance of the channels of what ``student`` starts from: the same for every policy."""
