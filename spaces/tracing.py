@@ -4,7 +4,8 @@ import copy
 import inspect
 import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .network import Group, Layer, Network, Op
 from .operations import LAYERS, SHAPE, callee, operations, shape_of
 from .surgery import operate_
 
+MAKERS = ("zeros", "ones", "full")  # of tensors, from sizes alone
 _LIBRARY = (str(Path(torch.__file__).parent), "<eval_with_key>", __file__)
 
 
@@ -51,7 +53,8 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     """``model`` as an fx graph whose nodes carry their shapes and change nothing in place."""
     bound, defaults = _bind(model, example)
     try:
-        graph = fx.symbolic_trace(model, concrete_args=defaults or None)
+        with _sized_by_requests():
+            graph = fx.symbolic_trace(model, concrete_args=defaults or None)
     except Exception as error:
         raise Untraceable(
             f"the model cannot be traced at {_where(error)}: {error}{_advice(error)}"
@@ -61,6 +64,33 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     graph.graph.eliminate_dead_code()  # not before: it would drop changes whose result is not used
     graph.recompile()
     return graph
+
+
+@contextmanager
+def _sized_by_requests() -> Iterator[None]:
+    """While a model is traced, tensors that are made as large as a request asks (the first state
+    of a recurrent layer) are noted: of sizes alone torch.fx sees nothing."""
+
+    def noted(make: Any) -> Any:
+        def maker(*args: Any, **kwargs: Any) -> Any:
+            found: list[fx.Proxy] = []
+            fx.node.map_aggregate(
+                (args, kwargs), lambda a: found.append(a) if isinstance(a, fx.Proxy) else None
+            )
+            if not found:
+                return make(*args, **kwargs)
+            return found[0].tracer.create_proxy("call_function", make, args, kwargs)
+
+        return maker
+
+    known = {name: getattr(torch, name) for name in MAKERS}
+    try:
+        for name, make in known.items():
+            setattr(torch, name, noted(make))
+        yield
+    finally:
+        for name, make in known.items():
+            setattr(torch, name, make)
 
 
 def note_shapes(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Change]:
