@@ -21,6 +21,7 @@ from .parity import run_module
 from .prune import importance, lay_out
 from .reconstruct import Moments, input_moments
 from .task import Task
+from .unwrapped import unwrapped
 
 KNOWN_BY = 512  # items of search validation by which the kind of the output is known
 MAX_VARIANTS = 3  # augmented copies of the training data: the teacher answers each beforehand
@@ -173,8 +174,9 @@ def _module(model: Any, what: str) -> nn.Module:
     """A copy of ``model``, checked and ready to be read."""
     if not isinstance(model, nn.Module):
         raise BadInput(f"task: {what} must be a torch.nn.Module, but got {type(model).__name__}")
-    module = untied(model).eval().requires_grad_(False)
-    _check_values(module, "the model" if what == "model()" else what)
+    whose = "the model" if what == "model()" else what
+    module = unwrapped(model, whose).requires_grad_(False)
+    _check_values(module, whose)
     return module
 
 
@@ -193,22 +195,6 @@ def _students(task: Task) -> dict[str, nn.Module]:
         if name == "pruned":
             raise BadInput("task: 'pruned' is the pruned teacher; give the student another name")
     return {name: _module(model, f"students()[{name!r}]") for name, model in named.items()}
-
-
-def untied(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` in which modules that share a parameter have equal ones of their own.
-
-    It computes the same. Whatever works on one layer (reconstruction, equalization, rounding)
-    would change the parameter for the others too.
-    """
-    model = copy.deepcopy(model)
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():  # a module with two names comes once
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter in seen:
-                setattr(module, name, nn.Parameter(parameter.detach().clone()))
-            seen.add(parameter)
-    return model
 
 
 def _check_values(model: nn.Module, whose: str) -> None:
@@ -283,6 +269,8 @@ def _check(prepared: Prepared) -> None:
             )
     try:
         loss = torch.as_tensor(task.loss(output.requires_grad_(), some.targets))
+        if not loss.ndim and loss.requires_grad:  # a target in float64 fails only here
+            torch.autograd.grad(loss, output, allow_unused=True)
         output = output.detach()
         metric = task.metric(output, some.targets)
     except Exception as error:

@@ -80,6 +80,8 @@ GROUPS = {
     },
     "inplace": {"a": ("a", "b"), "c": ("c",)},
     "signal": {"stem": ("stem", "c2"), "c1": ("c1",)},
+    "text": {f"convs.{i}": (f"convs.{i}",) for i in range(3)},
+    "convnext": {"stem.0": ("stem.0", "depth", "down"), "up": ("up",)},
 }  # fmt: skip
 
 
@@ -101,7 +103,7 @@ def test_a_norm_in_groups_asks_for_multiples(traced: Traced) -> None:
     assert group.first(12) == [0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21]  # two of each four
 
 
-@pytest.mark.parametrize("name", sorted(GROUPS.keys() - {"groupnorm"}))  # it mixes channels
+@pytest.mark.parametrize("name", sorted(GROUPS.keys() - {"groupnorm", "convnext"}))  # mix channels
 def test_removing_channels_that_are_zero_changes_nothing(
     name: str, networks: ModuleType, traced: Traced
 ) -> None:
@@ -499,6 +501,22 @@ class Mixing(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.c2(self.operation(self.c1(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x * torch.sigmoid(x.mean(1, keepdim=True) + x.amax(1, keepdim=True)),
+        lambda x: x - x.max(dim=1, keepdim=True).values.min(1, keepdim=True)[0],
+        lambda x: (x - x.mean(1, True)) / (x.std(1, keepdim=True) + 0.1),
+        lambda x: torch.max(x.max(2, keepdim=True)[0], x),
+        nn.ChannelShuffle(2),
+    ],
+    ids=["attention", "maximum", "norm", "larger", "shuffle"],
+)
+def test_channels_that_an_operation_reads_on_average_can_go(operation: Any) -> None:
+    network = trace(Mixing(operation).eval(), torch.rand(1, 3, 6, 6))
+    assert {"c1", "c2"} <= network.groups.keys()
 
 
 @pytest.mark.parametrize(
