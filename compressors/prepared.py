@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Runtime
-from ..spaces import BadInput, Blueprint, Impossible, Network, Policy, blueprint, nearest
+from ..spaces import (
+    BadInput,
+    Blueprint,
+    Impossible,
+    Network,
+    Policy,
+    Untraceable,
+    blueprint,
+    nearest,
+)
 from ..spaces.tracing import arguments, trace
 from .data import Items, Splits, describe, split
 from .distill import CPU, Epoch
@@ -20,6 +29,7 @@ from .outputs import OutputKind, kind_of
 from .parity import run_module
 from .prune import importance, lay_out
 from .reconstruct import Moments, input_moments
+from .spelled_out import spelled_out
 from .task import Task
 from .unwrapped import unwrapped
 
@@ -220,6 +230,16 @@ def _start(model: nn.Module, example: Any) -> Start:
             lay_out(model, torch.channels_last)(*args, **kwargs)
     except Exception:  # if it is not the layout, tracing will say what it is
         lay_out(model, torch.contiguous_format)
+    return _traced(spelled_out(model, example), model, example)
+
+
+def _traced(spelled: nn.Module, model: nn.Module, example: Any) -> Start:
+    """``spelled``, traced; ``model`` itself where only that can be: a mask may be beyond it."""
+    try:
+        return Start(spelled, trace(spelled, example))
+    except Untraceable:
+        if spelled is model:
+            raise
     return Start(model, trace(model, example))
 
 

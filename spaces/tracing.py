@@ -53,8 +53,7 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     """``model`` as an fx graph whose nodes carry their shapes and change nothing in place."""
     bound, defaults = _bind(model, example)
     try:
-        with _sized_by_requests():
-            graph = fx.symbolic_trace(model, concrete_args=defaults or None)
+        graph = _symbolic(model, defaults)
     except Exception as error:
         raise Untraceable(
             f"the model cannot be traced at {_where(error)}: {error}{_advice(error)}"
@@ -64,6 +63,29 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     graph.graph.eliminate_dead_code()  # not before: it would drop changes whose result is not used
     graph.recompile()
     return graph
+
+
+class _Buffers(fx.Tracer):
+    """Notes how buffers are read, too: a table of positions is cut as long as a request is."""
+
+    proxy_buffer_attributes = True
+
+
+def _symbolic(model: nn.Module, defaults: dict[str, Any]) -> fx.GraphModule:
+    """``model`` as torch.fx traces it: first with its buffers as the tensors they are, by which it
+    may decide what runs."""
+    with _sized_by_requests():
+        try:
+            return fx.symbolic_trace(model, concrete_args=defaults or None)
+        except Exception:
+            tracer = _Buffers()
+            try:
+                graph = tracer.trace(model, defaults or None)
+            except Exception:
+                graph = None
+            if graph is None:
+                raise
+            return fx.GraphModule(tracer.root, graph, type(model).__name__)
 
 
 @contextmanager

@@ -233,6 +233,12 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "repeat": of(lambda x, m: m.m0.repeat(x.shape[0], 5, 1) * x, 5, 4, owned=(parameter(1, 1, 4),)),
     # arithmetic
     "positions": of(lambda x, m: x + m.m0[:, : x.size(1)], 5, 4, owned=(parameter(1, 9, 4),)),
+    "positions, a buffer": of(
+        lambda x, m: x + m.m0[:, : x.size(1)],
+        5,
+        4,
+        owned=(nn.Buffer(torch.randn(1, 9, 4)),),
+    ),
     "positions, embedded": of(
         lambda x, m: x + m.m0(torch.arange(x.size(1), device=x.device)),
         5,
