@@ -65,27 +65,43 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     return graph
 
 
-class _Buffers(fx.Tracer):
-    """Notes how buffers are read, too: a table of positions is cut as long as a request is."""
+class _Tracer(fx.Tracer):
+    """torch.fx's, that knows how many parts a tensor is cut into, and can note how buffers are
+    read: a table of positions is cut as long as a request is."""
 
-    proxy_buffer_attributes = True
+    def __init__(self, buffers: bool) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = buffers
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """The parts that ``obj`` gives, where it says how many."""
+        node = obj.node
+        name, given = getattr(node.target, "__name__", node.target), (*node.args, None)[1]
+        sizes = node.kwargs.get("chunks", node.kwargs.get("split_size_or_sections", given))
+        if name == "split" and isinstance(sizes, list | tuple):
+            sizes = len(sizes)
+        elif name != "chunk" or not isinstance(sizes, int):
+            return super().iter(obj)
+        parts: Any = obj
+        return (parts[i] for i in range(sizes))
 
 
 def _symbolic(model: nn.Module, defaults: dict[str, Any]) -> fx.GraphModule:
     """``model`` as torch.fx traces it: first with its buffers as the tensors they are, by which it
     may decide what runs."""
+
+    def traced(tracer: fx.Tracer) -> fx.GraphModule:
+        graph = tracer.trace(model, defaults or None)
+        return fx.GraphModule(tracer.root, graph, type(model).__name__)
+
     with _sized_by_requests():
         try:
-            return fx.symbolic_trace(model, concrete_args=defaults or None)
-        except Exception:
-            tracer = _Buffers()
+            return traced(_Tracer(buffers=False))
+        except Exception as error:
             try:
-                graph = tracer.trace(model, defaults or None)
+                return traced(_Tracer(buffers=True))
             except Exception:
-                graph = None
-            if graph is None:
-                raise
-            return fx.GraphModule(tracer.root, graph, type(model).__name__)
+                raise error from None
 
 
 @contextmanager
