@@ -35,6 +35,11 @@ def prepare_task(spec: Spec, answers: dict[int, torch.Tensor] | None = None) -> 
 def make_space(prepared: Prepared, spec: Spec) -> Space:
     """What ``spec`` allows to do to the networks of ``prepared``."""
     capabilities = prepared.runtime.capabilities
+    if "decoupled" in spec.space.distill.losses and prepared.kind.axis is None:
+        raise BadInput(
+            "space.distill.losses: 'decoupled' compares classes, but by the task's loss the output "
+            "is no scores of classes; leave it out"
+        )
     return Space(prepared.network, capabilities, spec.space.settings(), prepared.others)
 
 
