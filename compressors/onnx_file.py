@@ -214,9 +214,11 @@ class Writer(fx.Interpreter):
         tensor = torch.tensor(value, dtype=dtype)
         return self.constant(f"{value}:{plain(tensor.dtype)}", tensor)
 
-    def constants(self) -> Iterator[onnx.TensorProto]:
+    def constants(self, read: set[str]) -> Iterator[onnx.TensorProto]:
+        """Those that are called as one of ``read``."""
         for name, tensor in self.tensors.items():
-            yield numpy_helper.from_array(tensor.contiguous().numpy(), name)
+            if name in read:
+                yield numpy_helper.from_array(tensor.contiguous().numpy(), name)
 
 
 def plain(dtype: torch.dtype) -> str:

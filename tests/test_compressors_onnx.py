@@ -697,6 +697,11 @@ def test_what_the_policy_calls_int8_runs_in_int8_and_nothing_else(
         graph, artifact = quantized(model, example, int8, runtime)
         counts = int8_layers(artifact), float_layers(artifact)
         assert counts == (len(int8), len(layers) - len(int8)), int8
+        written = onnx.load_from_string(artifact).graph
+        made = {name for node in written.node for name in node.output}
+        made |= {tensor.name for tensor in written.initializer}
+        read = {name for node in written.node for name in node.input}
+        assert made <= read | {"output"}
         items = Items(drawn(example, 300), torch.zeros(300))
         found = compare(run_module(graph, items), run_session(runtime.load(artifact), items))
         assert found.agreement >= 0.99, int8
