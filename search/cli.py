@@ -7,7 +7,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -386,6 +386,50 @@ def rollback(name: str, alias: str, tracking_uri: str | None) -> None:
 
     found = run(name, alias=alias, tracking_uri=tracking_uri)
     click.echo(f"{name} version {found.version} is {alias}")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--name", default="model", show_default=True, help="What clients call the model.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--tracking-uri", help="The MLflow that holds the registry, for an alias.")
+@click.option("--batch", default=16, show_default=True, type=click.IntRange(1),
+              help="Rows that run together at most; 1: never.")  # fmt: skip
+@click.option("--batch-delay-ms", default=0.0, show_default=True, type=click.FloatRange(0, 1000),
+              help="How long a request waits for others.")  # fmt: skip
+@click.option("--max-body-mb", default=32.0, show_default=True, help="Longer requests get 413.",
+              type=click.FloatRange(0, 1000, min_open=True))  # fmt: skip
+@click.option("--queue", default=256, show_default=True, type=click.IntRange(1),
+              help="Requests that wait at most; further ones get 503.")  # fmt: skip
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--max-replicas", default=1, type=click.IntRange(1), help="More under load, to this.")
+@click.option("--poll-s", default=5.0, show_default=True, type=click.FloatRange(0.1),
+              help="Between looks at where the alias points.")  # fmt: skip
+@click.option("--address", help="A Ray cluster (auto, on one of its nodes); local without it.")
+@answers
+def serve(model: str, tracking_uri: str | None, address: str | None, **options: Any) -> None:
+    """Answer HTTP requests with MODEL (Open Inference Protocol v2) on Ray Serve, until Ctrl-C.
+
+    MODEL is an artifact's folder (RUN_DIR/artifacts/DIGEST, or of `deploy --folder`), a run
+    directory (its best), an .onnx file, or an alias in the registry (NAME@champion). It is verified
+    and warm before it answers. When an alias moves, the version that it names then is made ready
+    beside the old one and takes over; no request fails.
+
+    \b
+    For an artifact whose input is 1 x 4:
+      flyweight serve NAME@champion --tracking-uri sqlite:///mlflow.db
+      curl http://127.0.0.1:8000/v2/models/model           # its inputs and outputs
+      curl http://127.0.0.1:8000/v2/models/model/infer -d \\
+        '{"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [0, 1, 0, 1]}]}'
+
+    It listens on this machine alone; with another --host, whoever reaches it can ask the model.
+    """
+    from .serve import Options
+    from .serve import serve as run
+
+    say = partial(click.echo, err=True)
+    run(model, Options(**options), tracking_uri=tracking_uri, address=address, say=say)
 
 
 @main.command()

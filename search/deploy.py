@@ -114,10 +114,15 @@ def rollback(
     name: str, *, alias: str = "champion", tracking_uri: str | None = None
 ) -> "Registered":
     """Gives ``alias`` back to the version that had it before. Raises BadInput if none had."""
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return registry_at(tracking_uri, name, alias).roll_back()
+
+
+def registry_at(uri: str | None, name: str, alias: str) -> "Registry":
+    """The registered model at ``uri``, or where MLFLOW_TRACKING_URI says. Raises BadInput."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise BadInput("give --tracking-uri or set MLFLOW_TRACKING_URI: where is it registered?")
-    return _registry(uri, name, alias).roll_back()
+    return _registry(uri, name, alias)
 
 
 def _registry(uri: str, name: str, alias: str) -> "Registry":

@@ -27,12 +27,19 @@ def terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def connected(spec: Spec, address: str | None) -> Iterator[None]:
-    """Ray, local unless an address is given, protected by a token in either case."""
+    """Ray for a search, with the CPUs that it asks for."""
+    with started(int(spec.search.concurrency * spec.resources.cpus + 0.999), address):
+        yield
+
+
+@contextlib.contextmanager
+def started(cpus: int, address: str | None) -> Iterator[None]:
+    """Ray, local with at least ``cpus`` CPUs unless an address is given, protected by a token in
+    either case."""
     if address is None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    needed = int(spec.search.concurrency * spec.resources.cpus + 0.999)
     local: dict[str, Any] = {
-        "num_cpus": max(os.cpu_count() or 1, needed),
+        "num_cpus": max(os.cpu_count() or 1, cpus),
         "include_dashboard": False,
     }
     here = Path.cwd()
