@@ -325,25 +325,56 @@ def report(run_dir: Path) -> None:
 
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
+@JSON
+@answers
+def measure(run_dir: Path, as_json: bool) -> None:
+    """Time the finalists of RUN_DIR on this device; make its front, best and report anew.
+
+    For a run whose search could not measure (a cluster without a node like the target), or that
+    was fetched to another device. It needs RUN_DIR and nothing else, and changes nothing until all
+    is measured. Let nothing else run on the device meanwhile.
+    """
+    from rich.console import Console
+
+    from .measure import measure as run
+    from .progress import closing_sentence, closing_table
+
+    console = Console(stderr=as_json)
+    found = run(run_dir, console.print)
+    for note in found.notes:
+        console.print(f"Note: {note}", markup=False)
+    if as_json:
+        click.echo(json.dumps(found.result, indent=2))
+    else:
+        console.print(closing_table(found.result))
+    said = closing_sentence(found.result)
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--digest", help="An artifact of the front (its first digits suffice).")
 @click.option("--max-latency-ms", type=float, help="The most accurate within this latency.")
 @click.option("--alias", default="champion", show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="Also write what a device needs.")
 @click.option("--name", help="The registered model [default: the task's name].")
 @click.option("--tracking-uri", help="Another MLflow than the search's.")
+@click.option("--spec", type=click.Path(path_type=Path),
+              help="The search.yaml beside its task, for a run that was fetched.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace a model that another task registered.")
 @JSON
 @answers
 def deploy(
     run_dir: Path, digest: str | None, max_latency_ms: float | None, alias: str,
-    folder: Path | None, name: str | None, tracking_uri: str | None, force: bool, as_json: bool,
+    folder: Path | None, name: str | None, tracking_uri: str | None, spec: Path | None,
+    force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Verify an artifact of RUN_DIR in a clean process and register it under an alias."""
     from .deploy import deploy as run
 
     found = run(
         run_dir, digest=digest, max_latency_ms=max_latency_ms, alias=alias, folder=folder,
-        name=name, tracking_uri=tracking_uri, force=force,
+        name=name, tracking_uri=tracking_uri, force=force, spec_path=spec,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps(vars(found), indent=2, default=str))
@@ -352,9 +383,15 @@ def deploy(
     if found.misses:
         click.echo(f"It misses limits of its search: {'; '.join(found.misses)}.")
     if found.latency_ms is None:
-        click.echo("It is not on the front: its latency was not measured.")
-    if not found.same_device:
-        click.echo("It was measured on another device: its latency here is not known.")
+        click.echo(
+            "Its latency was not measured: it is not on the front, or the search could not measure "
+            f"(`flyweight measure {run_dir}` on the target does)."
+        )
+    elif not found.same_device:
+        click.echo(
+            "It was measured on another device: its latency here is not known until "
+            f"`flyweight measure {run_dir}` times it."
+        )
 
 
 @main.command()

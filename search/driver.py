@@ -39,7 +39,7 @@ from .ready import (
 )
 from .record import FileRecord
 from .report import write_report
-from .results import finalists, measured_front, result
+from .results import final_front, finalists, measured_entry, result
 from .spec import Spec, load_spec
 from .store import (
     PROFILE,
@@ -318,20 +318,12 @@ class _Search:
             digest: None if test is None else score(prepared, model, test)
             for digest, model in models.items()
         }
+        fingerprint = header["target"]["fingerprint"]
         for digest in models:
-            self._append(
-                {
-                    "kind": "measured",
-                    "digest": digest,
-                    "latency_ms": timings[digest].median_ms,
-                    "latency_spread": timings[digest].spread,
-                    "teacher_latency_ms": timings["teacher"].median_ms,
-                    "time": time.time(),
-                }
-            )
+            self._append(measured_entry(digest, timings, fingerprint, tests[digest]))
         self._feed_back(controller, timings)
         counts = Counter(rung for t in controller.trials.values() for rung in t.results)
-        rows = measured_front(entries, timings, tests, header["teacher"]["latency_ms"])
+        rows = final_front(entries, tests, header["teacher"]["latency_ms"], timings)
         return result(header, counts, rows, teacher, time.time() - self.began, None)
 
     def _feed_back(self, controller: Controller, timings: Mapping[str, Timing]) -> None:
