@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..kernels import disturbed, make_runtime
+from ..kernels import disturbed
 from ..spaces import BadInput
-from .cache import key_of
 from .choose import how_to_end, read_result
 from .explained import EXPLANATION
-from .meter import Meter
+from .meter import Device, Meter
 from .record import Entry, FileRecord
 from .report import write_report
 from .results import final_front, finalists, full_results, measured_entry, remeasured
@@ -44,7 +43,7 @@ def measure(run_dir: Path, say: Callable[[str], None] = print) -> Measured:
         check_ended(run_dir, entries)
         header = next(e for e in reversed(entries) if e["kind"] == "search")
         target = result["target"]
-        runtime = make_runtime(target["runtime"], target["threads"])
+        device = Device.of_this(target["runtime"], target["threads"])
         chosen, notes = finalists(*full_results(header, entries)), []
         present = [e for e in chosen if (run_dir / e["artifact"]).exists()]
         if missing := len(chosen) - len(present):
@@ -54,20 +53,20 @@ def measure(run_dir: Path, say: Callable[[str], None] = print) -> Measured:
         models = {e["digest"]: read_artifact(run_dir, e["digest"]) for e in present}
         teacher = (run_dir / "teacher" / "model.onnx").read_bytes()
         meter = Meter(target["runtime"], target["threads"], teacher, read_request(run_dir))
-        say(f"Measuring {len(models)} finalists on this device ({runtime.fingerprint})")
+        say(f"Measuring {len(models)} finalists on this device ({device.fingerprint})")
         timings = meter.finalists(models, meter.alone())
         if disturbed(timings):
             notes.append("Something else ran on this device: measure again when it is quiet")
-        if header.get("capabilities") != key_of(repr(runtime.capabilities)):
+        if header.get("capabilities") != device.capabilities:
             notes.append(
                 "The kernels here do int8 otherwise than those that were searched for: the metrics "
                 "may not hold here (flyweight deploy checks that of the one it deploys)"
             )
         tests = {e["digest"]: e["metric_test"] for e in entries if "metric_test" in e}
         rows = final_front(present, tests, header["teacher"]["latency_ms"], timings)
-        new = remeasured(result, rows, timings["teacher"].median_ms, runtime.fingerprint)
+        new = remeasured(result, rows, timings["teacher"].median_ms, device.fingerprint)
         for digest in models:
-            record.append(measured_entry(digest, timings, runtime.fingerprint, tests.get(digest)))
+            record.append(measured_entry(digest, timings, device, tests.get(digest)))
     finally:
         record.close()
     write_json(run_dir / "result.json", new)

@@ -7,6 +7,7 @@ from typing import Any
 from ..compressors import RUNGS
 from ..kernels import Timing
 from .limits import COSTS, Limits, limits
+from .meter import Device
 from .pareto import front, spread_order
 from .record import Entry
 
@@ -60,9 +61,9 @@ def full_results(header: Entry, entries: Sequence[Entry]) -> tuple[list[Entry], 
 
 
 def measured_entry(
-    digest: str, timings: Mapping[str, Timing], fingerprint: str, metric_test: float | None
+    digest: str, timings: Mapping[str, Timing], device: Device, metric_test: float | None
 ) -> Entry:
-    """What the record keeps of a finalist that was measured on the device ``fingerprint``."""
+    """What the record keeps of a finalist that was measured on ``device``."""
     return {
         "kind": "measured",
         "digest": digest,
@@ -70,7 +71,8 @@ def measured_entry(
         "latency_spread": timings[digest].spread,
         "teacher_latency_ms": timings["teacher"].median_ms,
         "metric_test": metric_test,
-        "fingerprint": fingerprint,
+        "fingerprint": device.fingerprint,
+        **({"node": device.node} if device.node else {}),
         "time": time.time(),
     }
 

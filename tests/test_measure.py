@@ -201,7 +201,7 @@ def test_ctrl_c_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flyweight.search.meter.time_sessions", interrupted)
-    refused(run, KeyboardInterrupt, "")  # type: ignore[arg-type]
+    refused(run, KeyboardInterrupt, "^$")  # type: ignore[arg-type]
 
 
 def test_deploy_asks_where_the_task_of_a_fetched_run_is(run: Run, tmp_path: Path) -> None:
