@@ -22,7 +22,7 @@ from .explained import EXPLANATION
 from .limits import Limits
 from .local_ray import connected, terminable
 from .opening import asks_anew, changed_target, is_done, open_run, opening_entry
-from .placement import Place, place_of
+from .placement import Place, place_of, trial_request
 from .predict import given_profile, predictor_of
 from .preflight import check_cluster
 from .preparation import Preparation, worth_preparing
@@ -253,16 +253,13 @@ class _Search:
     ) -> None:
         facts = facts_of(self.spec, header["target"]["fingerprint"])
         job = Job(self.spec, self.run_dir, facts, self._inputs(header), answers)
-        asked = self.spec.resources
-        resources = {"cpu": asked.cpus, "gpu": asked.gpus, "memory": float(asked.memory_bytes or 0)}
         self.progress.spent_s = controller.elapsed()
         with self.progress, terminable():
             run_trials(
                 controller,
                 trainable(job),
                 concurrency=self.spec.search.concurrency,
-                resources=resources,
-                accelerator=asked.accelerator,
+                resources=trial_request(self.spec.resources),
             )
         if not (controller.interrupted or controller.fatal):
             remove_checkpoints(self.run_dir)

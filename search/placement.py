@@ -198,7 +198,8 @@ class OnTarget:
             cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
             gone = 0.0 if cluster.get(TARGET) else gone + LOOK_S
             if gone >= PATIENCE_S:
-                ray.cancel(answer, force=True)
+                with contextlib.suppress(ValueError):  # an actor's cannot be; its actor is killed
+                    ray.cancel(answer, force=True)
                 raise OSError(f"no node carries the resource {TARGET!r} any more")
             free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
             if not told and not free.get(TARGET):
