@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
-from ray import tune
 
 from ..compressors import RUNGS
 from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
@@ -25,7 +23,9 @@ from .explained import EXPLANATION
 from .limits import Limits
 from .local_ray import connected, terminable
 from .opening import asks_anew, changed_target, is_done, open_run, opening_entry
+from .placement import Place, place_of, trial_request
 from .predict import given_profile, predictor_of
+from .preflight import check_cluster
 from .preparation import Preparation, worth_preparing
 from .pricing import Pricing, predicted, timed
 from .profiling import check_profile, empty_profile
@@ -40,7 +40,7 @@ from .ready import (
 )
 from .record import FileRecord
 from .report import write_report
-from .results import finalists, measured_front, result
+from .results import final_front, finalists, measured_entry, result
 from .spec import Spec, load_spec
 from .storage import Mirror, storage_of
 from .store import (
@@ -56,7 +56,7 @@ from .tracking import TRACKED, MemoryTracker, Status, Tracker, tracked_at
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
 from .warm import WarmStart
-from .workers import CompressionTrial, Job, start_meter
+from .workers import Job, trainable
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,11 @@ def search(
     *,
     resume: bool = False,
     address: str | None = None,
+    wait_s: float = 0.0,
     console: Any = None,
 ) -> Outcome:
-    """Runs the search that ``spec_path`` describes. Raises BadInput before anything is spent."""
+    """Runs the search that ``spec_path`` describes. Raises BadInput before anything is spent.
+    wait_s: for a node that can run its trials to come, where the cluster has none."""
     began = time.time()
     spec = load_spec(spec_path)
     profile = given_profile(spec)
@@ -92,7 +94,9 @@ def search(
             check_profile(profile, empty_profile(spec, prepared.prepared), device=False)
         write_whole(run_dir / "spec.yaml", spec.to_yaml().encode())
         with connected(spec, address):
-            return _Search(spec, run_dir, record, prepared, console, began, profile).run()
+            check_cluster(prepared, run_dir, address is None, wait_s, say)
+            place = place_of(prepared, profile, address is None, say)
+            return _Search(spec, run_dir, record, prepared, place, console, began, profile).run()
     finally:
         record.close()
 
@@ -106,33 +110,36 @@ class _Search:
         run_dir: Path,
         record: FileRecord,
         prepared: Ready,
+        place: Place,
         console: Any,
         began: float,
         profile: DeviceProfile | None,
     ) -> None:
         self.spec, self.run_dir, self.record, self.ready = spec, run_dir, record, prepared
         self.console, self.began = console, began
+        self.place = place
         self.notes: list[str] = []
         self.storage = storage_of(spec, run_dir)
         self.mirror = Mirror(record.path, self.storage) if spec.storage else None
         self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
         self.profile = profile
-        self.preparation = Preparation(prepared, run_dir, console, self.notes)
+        self.preparation = Preparation(prepared, place, run_dir, console, self.notes)
         self.predictor: LatencyPredictor | None = None
         self.nothing_left = is_done(record, spec.search.trials)
 
     def run(self) -> Outcome:
-        meter = start_meter(self.ready)
-        device, alone = ray.get([meter.fingerprint.remote(), meter.alone.remote()])
-        header = opening_entry(self.ready, self.record, device, alone)
+        header = opening_entry(self.ready, self.record, self.place.device, self.place.alone())
         teacher_ms = header["teacher"]["latency_ms"]
         limits = self.ready.limits(teacher_ms)
-        price = timed(self.ready.prepared, meter)
-        if asks_anew(header, self.record):
+        price = timed(self.ready.prepared, self.place)
+        new_limits = asks_anew(header, self.record)
+        if new_limits and self.place.there:
             self._check_limits(price, limits)
-        self.predictor = self._predictor(device, teacher_ms)
+        self.predictor = self._predictor(teacher_ms)
         if self.predictor is not None:
             price = predicted(self.ready.prepared, self.predictor, limits)
+            if new_limits and not self.place.there:
+                self._check_limits(price, limits)
         elif changed_target(header, self.record):
             raise BadInput(
                 "--resume: the target has changed, and without a device profile of the new one "
@@ -158,7 +165,7 @@ class _Search:
             controller.close()
         else:
             self._trials(controller, header, answers)
-        ray.kill(meter)
+        self.place.close()
         self._note_end(controller)
         found = self._measure(controller, header)
         found |= {"mlflow_run_id": tracker.wait_run_id(30.0)}
@@ -167,25 +174,20 @@ class _Search:
         failed = bool(controller.fatal) or controller.hopeless() or not written
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
 
-    def _predictor(self, device: str, teacher_ms: float) -> LatencyPredictor | None:
-        """The predictor for the target, which may be another node's device, from the given device
-        profile or one that is made now; None where each policy is timed instead."""
-        prepared = self.ready.prepared
+    def _predictor(self, teacher_ms: float) -> LatencyPredictor | None:
+        """The predictor for the device that is measured on, from the given device profile or one
+        that is made now; None where each policy is timed instead."""
         if self.profile is None and worth_preparing(self.ready):
-            if device == prepared.runtime.fingerprint:
-                made = self.preparation
-                self.profile = made.made() if self.nothing_left else made.profile()
-                self._name_profile()
-            else:
-                self.notes.append(
-                    "Each policy is timed on the target: make a device profile there with "
-                    "`flyweight profile` and name it as target.profile"
-                )
+            made = self.preparation
+            self.profile = made.made() if self.nothing_left else made.profile()
+            self._name_profile()
         if self.profile is None:
             return None
+        fingerprint = self.place.device.fingerprint
         return predictor_of(
-            self.spec, prepared, self.profile, fingerprint=device, teacher_ms=teacher_ms
-        )
+            self.spec, self.ready.prepared, self.profile, fingerprint=fingerprint,
+            teacher_ms=teacher_ms,
+        )  # fmt: skip
 
     def _name_profile(self) -> None:
         """Lets the spec of the run name the profile that was made for it."""
@@ -254,15 +256,13 @@ class _Search:
     ) -> None:
         facts = facts_of(self.spec, header["target"]["fingerprint"])
         job = Job(self.spec, self.storage, facts, self._inputs(header), answers)
-        resources = {"cpu": self.spec.resources.cpus, "gpu": self.spec.resources.gpus}
         self.progress.spent_s = controller.elapsed()
         with self.progress, terminable():
             run_trials(
                 controller,
-                tune.with_parameters(CompressionTrial, job=job),
+                trainable(job),
                 concurrency=self.spec.search.concurrency,
-                resources=resources,
-                accelerator=self.spec.resources.accelerator,
+                resources=trial_request(self.spec.resources),
             )
         self.janitor.shutdown()
         if not (controller.interrupted or controller.fatal):
@@ -312,32 +312,20 @@ class _Search:
             except FlyweightError as error:
                 self.notes.append(str(error))
         entries = [e for e in entries if e["digest"] in models]
-        self.progress.note(f"Measuring {len(models)} finalists, alone")
-        meter = start_meter(self.ready)
-        timings: dict[str, Timing] = ray.get(
-            meter.finalists.remote(models, header["teacher"]["latency_ms"])
-        )
-        ray.kill(meter)
-        teacher = dict(header["teacher"]) | {"latency_ms": timings["teacher"].median_ms}
+        timings = self._timings(models, header["teacher"]["latency_ms"])
+        teacher = dict(header["teacher"])
         prepared, test = self.ready.prepared, self.ready.prepared.splits.test
         tests = {
             digest: None if test is None else score(prepared, model, test)
             for digest, model in models.items()
         }
-        for digest in models:
-            self._append(
-                {
-                    "kind": "measured",
-                    "digest": digest,
-                    "latency_ms": timings[digest].median_ms,
-                    "latency_spread": timings[digest].spread,
-                    "teacher_latency_ms": timings["teacher"].median_ms,
-                    "time": time.time(),
-                }
-            )
-        self._feed_back(controller, timings)
+        if timings is not None:
+            teacher |= {"latency_ms": timings["teacher"].median_ms}
+            for digest in models:
+                self._append(measured_entry(digest, timings, self.place.device, tests[digest]))
+            self._feed_back(controller, timings)
         counts = Counter(rung for t in controller.trials.values() for rung in t.results)
-        rows = measured_front(entries, timings, tests, header["teacher"]["latency_ms"])
+        rows = final_front(entries, tests, header["teacher"]["latency_ms"], timings)
         return result(header, counts, rows, teacher, time.time() - self.began, None)
 
     def _fetch(self, controller: Controller, kept: set[str]) -> None:
@@ -351,6 +339,22 @@ class _Search:
                 continue
             if digest not in kept and not (controller.interrupted or controller.fatal):
                 self.storage.remove(f"artifacts/{digest}")
+
+    def _timings(self, models: Mapping[str, bytes], teacher_ms: float) -> dict[str, Timing] | None:
+        """The finalists, alone; None where they could not be measured."""
+        timings = None
+        if models:
+            self.progress.note(f"Measuring {len(models)} finalists, alone")
+        try:
+            timings = self.place.finalists(models, teacher_ms)
+        except OSError as error:
+            self.notes.append(f"The finalists could not be measured: {error}")
+        if timings is None:
+            self.notes.append(
+                "The latencies of the front are predicted; on the device that will run the model, "
+                f"`flyweight measure {self.run_dir}` measures them"
+            )
+        return timings
 
     def _feed_back(self, controller: Controller, timings: Mapping[str, Timing]) -> None:
         """Adds the finalists to the device profile, which they make better where it matters."""

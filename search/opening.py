@@ -9,6 +9,7 @@ from typing import Any
 
 from ..spaces import BadInput
 from .cache import key_of
+from .meter import Device
 from .ready import Ready, facts_of, versions
 from .record import Entry, Record
 from .spec import Spec
@@ -58,10 +59,10 @@ def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
 
 
 def opening_entry(
-    ready: Ready, record: Record, fingerprint: str, latency_ms: float
+    ready: Ready, record: Record, device: Device, latency_ms: float
 ) -> dict[str, Any]:
-    """The entry that begins each session of a search, of the target's ``fingerprint``; latency_ms:
-    the teacher's.
+    """The entry that begins each session of a search whose target is ``device``; latency_ms: the
+    teacher's there.
 
     A resumed one keeps the teacher's figures, so that its limits stay what they were. Raises
     BadInput if ``record`` is of another search.
@@ -71,7 +72,7 @@ def opening_entry(
     entry = {
         "kind": "search",
         "flyweight": version("flyweight"),
-        **facts_of(spec, fingerprint),
+        **facts_of(spec, device.fingerprint),
         "resolved_task": spec.task,
         "objective": spec.objective.model_dump(),
         "teacher": {
@@ -87,6 +88,7 @@ def opening_entry(
         "groups": {name: group.width for name, group in network.groups.items()},
         "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
         "layers": len(network.layers),
+        **({"target_node": device.node} if device.node else {}),
         "search_id": secrets.token_hex(8),
         "time": time.time(),
     }

@@ -18,7 +18,7 @@ from ..kernels import make_runtime
 from ..spaces import BadInput, Policy, Space
 from .limits import Limits, limits
 from .spec import Spec
-from .store import write_whole
+from .store import write_request, write_whole
 
 RECIPES = (0.5, 0.75, 1.0)  # shares of channels kept by the uniform recipes
 
@@ -98,12 +98,13 @@ def request_of(spec: Spec, prepared: Prepared) -> dict[str, np.ndarray[Any, Any]
 
 
 def ready(spec: Spec, run_dir: Path | None = None) -> Ready:
-    """Loads and checks everything; writes the teacher's artifact. Raises BadInput."""
+    """Loads and checks everything; writes the teacher's artifact and a request. Raises BadInput."""
     prepared = prepare_task(spec)
     space = make_space(prepared, spec)
     untouched = compress(prepared, Policy(), "recalibrate")
     if run_dir is not None:
         write_whole(run_dir / "teacher" / "model.onnx", untouched.model)
+        write_request(run_dir, request_of(spec, prepared))
     model, splits = untouched.model, prepared.splits
     test = None if splits.test is None else score(prepared, model, splits.test)
     return Ready(spec, prepared, space, model, score(prepared, model, splits.selection), test)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..spaces import BadInput
+from .hold import Hold, told
+from .hold import read as held_by
 
 Entry = dict[str, Any]
 # What is synced. The rest can be had again: a trial that began, a rejection; where its end is lost
@@ -57,12 +59,19 @@ class FileRecord:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
+            who = told(held_by(path.parent))
             raise BadInput(
-                f"{path} is being written by another search; wait or use --out"
+                f"{path} is being written by {who}; wait for it, or use --out"
             ) from error
+        try:
+            self._hold = Hold(path.parent)
+        except (BadInput, OSError):
+            self._file.close()
+            raise
         try:
             self._entries = list(read(path))
         except BadInput:
+            self._hold.close()
             self._file.close()
             raise
         self._size = len(_whole_lines(path.read_bytes()))  # of what is whole, in bytes
@@ -96,6 +105,7 @@ class FileRecord:
         """Waits until everything is on the disk. Raises OSError if it does not get there."""
         self._syncer.shutdown()
         self._bring_to_disk()
+        self._hold.close()
         self._file.close()
         if self._failed:
             raise self._failed

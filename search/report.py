@@ -260,11 +260,13 @@ def render(run: Run) -> str:
     )
     environment.filters |= {"size": progress.size, "lost": progress.lost, "speed": progress.speed}
     drawn, hidden = front_svg(run)
-    return environment.get_template("report.html").render(
+    return environment.get_template(
+        "report.html"
+    ).render(
         run=run,
         summary=run.summary,
         search=run.search,
-        target=run.search.get("target") or {},
+        target=(run.result or run.search).get("target") or {},  # it may be measured elsewhere
         teacher=run.summary.teacher,
         began=datetime.fromtimestamp(run.search["time"], UTC).strftime("%Y-%m-%d %H:%M UTC"),
         wall=progress.clock_time(run.result["wall_s"]) if run.result else None,

@@ -1,10 +1,16 @@
 """Artifacts and checkpoints: named by what they depend on, verified when read."""
 
 import hashlib
+import io
 import json
+import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..compressors import Candidate, save_candidate
 from ..spaces import BadInput, FlyweightError, Policy
@@ -12,6 +18,7 @@ from .storage import Storage
 from .storage import write_whole as write_whole  # other files know it from here
 
 PROFILE = "profile.jsonl"  # the device profile in a run directory
+REQUEST = "teacher/request.npz"  # beside the teacher's model
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -82,6 +89,27 @@ def read_artifact(run_dir: Path, digest: str) -> bytes:
     if (found := hashlib.sha256(model).hexdigest()) != known:
         raise FlyweightError(f"{place} is damaged: its SHA-256 is {found}, not {known}")
     return model
+
+
+def write_request(run_dir: Path, request: Mapping[str, NDArray[Any]]) -> None:
+    """Stores the request, arrays by input name, that latency is measured with, so that it can be
+    measured without the task. Raises OSError."""
+    content = io.BytesIO()
+    np.savez(content, **request)  # type: ignore[arg-type]  # its other arguments are keywords too
+    write_whole(run_dir / REQUEST, content.getvalue())
+
+
+def read_request(run_dir: Path) -> dict[str, NDArray[Any]]:
+    """What ``write_request`` stored. Raises BadInput."""
+    place = run_dir / REQUEST
+    try:
+        with np.load(place, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise BadInput(
+            f"{place}, the request that latency is measured with, cannot be read: {error}; fetch "
+            "the run again, or let `flyweight search --resume` write it"
+        ) from error
 
 
 def write_checkpoint(storage: Storage, candidate: Candidate, inputs: str) -> None:

@@ -121,9 +121,9 @@ def run_trials(
     *,
     concurrency: int,
     resources: dict[str, float],
-    accelerator: str | None = None,
 ) -> None:
-    """Runs trials until the controller proposes no more and all have ended.
+    """Runs trials until the controller proposes no more and all have ended. resources: what each
+    asks of a node, in Ray's words.
 
     On Ctrl-C Tune ends the running trials and this returns.
     """
@@ -131,14 +131,11 @@ def run_trials(
     # A trial whose worker dies is proposed again by the controller. Tune's own way, max_failures,
     # would begin it anew, and by its source (2.60) waits for ever for a worker that died between
     # two trials: the trial stays among those whose actor is being reset.
-    request: dict[str, Any] = dict(resources)
-    if accelerator:
-        request[f"accelerator_type:{accelerator}"] = 0.001
     tune_controller.RayActorManager = OutlivingActors  # type: ignore[attr-defined]  # an import
     scratch = tempfile.mkdtemp(prefix="flyweight-tune-")
     try:
         tune.Tuner(
-            tune.with_resources(trainable, request),
+            tune.with_resources(trainable, resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=ControlledScheduler(searcher),

@@ -1,4 +1,4 @@
-"""What runs on Ray's workers: the trial as a Tune trainable, the meter as an actor."""
+"""What runs on Ray's workers: the trial as a Tune trainable."""
 
 import contextlib
 import json
@@ -13,8 +13,7 @@ from ray import tune
 
 from ..compressors import RUNGS, Candidate, Prepared, compress, load_candidate
 from ..spaces import FlyweightError, Impossible, Policy
-from .meter import Meter
-from .ready import Ready, prepare_task
+from .ready import prepare_task
 from .spec import Spec
 from .storage import Storage
 from .store import compressed_bytes, read_checkpoint, write_artifact, write_checkpoint
@@ -63,7 +62,7 @@ class CompressionTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         # One string, so that Tune neither flattens nor inspects it.
-        return {"outcome": json.dumps(self._climb())}
+        return {"outcome": json.dumps(self._climb() | _where())}
 
     def _climb(self) -> dict[str, Any]:
         assert self.prepared is not None
@@ -128,10 +127,13 @@ class CompressionTrial(tune.Trainable):
         return None
 
 
-def start_meter(ready: Ready) -> Any:
-    """The one measuring actor, on a node that carries the resource ``target`` where one does."""
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    on_target = {"target": 1} if cluster.get("target") else None
-    actor = ray.remote(Meter).options(num_cpus=0, resources=on_target)
-    target = ready.spec.target
-    return actor.remote(target.runtime, target.threads, ready.teacher, ready.request())
+def trainable(job: Job) -> Any:
+    """The trial for Tune; ``job`` goes once to each node, through the object store."""
+    return tune.with_parameters(CompressionTrial, job=job)
+
+
+def _where() -> dict[str, str]:
+    """The node of the cluster that this is."""
+    if not ray.is_initialized():
+        return {}
+    return {"node": ray.get_runtime_context().get_node_id()}
