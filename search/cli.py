@@ -315,12 +315,19 @@ def replay(policy: Path, spec: Path, rung: str, out: Path, as_json: bool) -> Non
 
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option(
+    "--beside", multiple=True, type=click.Path(path_type=Path), metavar="OTHER_RUN",
+    help="A run of the same task and target to compare with; up to four times.",
+)  # fmt: skip
 @answers
-def report(run_dir: Path) -> None:
-    """Write the report of RUN_DIR anew, also while its search still runs."""
+def report(run_dir: Path, beside: tuple[Path, ...]) -> None:
+    """Write the report of RUN_DIR anew, also while its search still runs.
+
+    RUN_DIR/report.html is the page; front.csv, trials.csv and front.png lie beside it.
+    """
     from .report import write_report
 
-    click.echo(write_report(run_dir))
+    click.echo(write_report(run_dir, beside))
 
 
 @main.command()

@@ -77,6 +77,7 @@ def opening_entry(
         "groups": {name: group.width for name, group in network.groups.items()},
         "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
         "layers": len(network.layers),
+        "layer_groups": {name: layer.out_group for name, layer in network.layers.items()},
         "search_id": secrets.token_hex(8),
         "time": time.time(),
     }
