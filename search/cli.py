@@ -128,11 +128,12 @@ def search(spec: Path, out: Path | None, resume: bool, address: str | None, as_j
 
     from .driver import search as run
     from .progress import closing_sentence, closing_table
+    from .spec import load_spec
 
     console = Console(stderr=as_json)
     # Ray prints by itself that a worker died.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        outcome = run(spec, out, resume=resume, address=address, console=console)
+        outcome = run(load_spec(spec), out, resume=resume, address=address, console=console)
     for note in outcome.notes:
         console.print(f"Note: {note}", markup=False)
     if as_json:

@@ -40,7 +40,7 @@ from .ready import (
 from .record import FileRecord
 from .report import write_report
 from .results import finalists, measured_front, result
-from .spec import Spec, load_spec
+from .spec import Spec
 from .store import (
     PROFILE,
     read_artifact,
@@ -68,16 +68,15 @@ class Outcome:
 
 
 def search(
-    spec_path: Path,
+    spec: Spec,
     out: Path | None = None,
     *,
     resume: bool = False,
     address: str | None = None,
     console: Any = None,
 ) -> Outcome:
-    """Runs the search that ``spec_path`` describes. Raises BadInput before anything is spent."""
+    """Runs the search that ``spec`` describes. Raises BadInput before anything is spent."""
     began = time.time()
-    spec = load_spec(spec_path)
     profile = given_profile(spec)
     run_dir = open_run(spec, out, resume)
     record = FileRecord(run_dir / "record.jsonl")
