@@ -165,6 +165,12 @@ def test_requests_that_run_together_get_what_each_gets_alone(tmp_path: Path) -> 
         np.testing.assert_array_equal(answer, inputs["input"][:, :3])
 
 
+def test_a_request_of_many_rows_runs_in_pieces(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(19, 4)).astype(np.float32)
+    (answer,) = model_of(tiny(), tmp_path, rows=8).answer([{"input": rows}])
+    np.testing.assert_array_equal(answer, rows[:, :3])
+
+
 def test_who_asks_for_the_impossible_harms_no_other(tmp_path: Path) -> None:
     model = model_of(two(), tmp_path)
 
@@ -564,7 +570,8 @@ def test_when_the_alias_moves_no_request_fails_and_a_bad_version_changes_nothing
             register(uri, tmp_path / "b", tiny(2), "2" * 64)
             command.wait("Version 2 serves now")
             register(uri, tmp_path / "c", broken(), "3" * 64)
-            command.wait("Version 3 is refused, version 2 goes on")
+            said = command.wait("Version 3 is refused, version 2 goes on")
+            assert "Incompatible dimensions for matrix multiplication" in said
             register(uri, tmp_path / "d", two(), "4" * 64)  # a good one, with other inputs
             command.wait("Version 4 is refused, version 2 goes on: its inputs and outputs")
             rollback("net", tracking_uri=uri)
