@@ -54,7 +54,23 @@ def started(cpus: int, address: str | None) -> Iterator[None]:
         )
         yield
     except ConnectionError as error:
-        raise BadInput(f"no Ray cluster at {address}: {error}") from error
+        # Ray says no more of a token that is not the cluster's.
+        raise BadInput(
+            f"no Ray cluster at {address} that takes this token: {error}; set RAY_AUTH_TOKEN, or "
+            "RAY_AUTH_TOKEN_PATH to a file that holds the cluster's"
+        ) from error
+    except ray.exceptions.AuthenticationError as error:
+        raise BadInput(
+            f"the cluster at {address} asks for a token; set RAY_AUTH_TOKEN, or "
+            "RAY_AUTH_TOKEN_PATH to a file that holds it"
+        ) from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise BadInput(  # Ray's text says both versions, of itself and of Python
+            f"the cluster at {address} is of other versions than this process; flyweight needs the "
+            f"same on both. {' '.join(str(error).split())}"
+        ) from error
     finally:
         ray.shutdown()
         os.chdir(here)

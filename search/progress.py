@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from .choose import is_measured
 from .limits import COSTS, limits
 from .mlflow_entries import RUNGS
 from .record import Entry
@@ -127,7 +128,9 @@ class Summary:
         if limit.get("speedup") is not None and figures.speedup < limit["speedup"]:
             out.append(f"{speed(figures.speedup)}, the limit is {limit['speedup']:g}")
         if limit.get("latency_ms") is not None and figures.latency_ms > limit["latency_ms"]:
-            out.append(f"{figures.latency_ms:.3f} ms, the limit is {limit['latency_ms']:g} ms")
+            out.append(
+                f"{milliseconds(figures.latency_ms)} ms, the limit is {limit['latency_ms']:g} ms"
+            )
         if limit.get("max_drop") is not None and round(drop - limit["max_drop"], 9) > 0:
             out.append(f"{lost(drop)}, the limit is {limit['max_drop']:g}")
         if limit.get("size_bytes") is not None and figures.size_bytes > limit["size_bytes"]:
@@ -299,7 +302,7 @@ def closing_table(result: Mapping[str, Any]) -> Table:
     table.add_column("")
     summary = Summary(teacher, result.get("objective") or {})
     table.add_row(
-        "teacher", "1.00", "", "", f"{teacher['latency_ms']:.3f}", "", size(teacher[bytes_])
+        "teacher", "1.00", "", "", milliseconds(teacher["latency_ms"]), "", size(teacher[bytes_])
     )
     for model in result["front"]:
         best = model["digest"] == result.get("best")
@@ -310,8 +313,8 @@ def closing_table(result: Mapping[str, Any]) -> Table:
             f"{teacher['latency_ms'] / model['latency_ms']:.2f}",
             f"{teacher['metric'] - model['metric']:.2f}",
             _difference(teacher.get("metric_test"), model.get("metric_test")),
-            f"{model['latency_ms']:.3f}",
-            f"{model['predicted_latency_ms'][1]:.3f}",
+            milliseconds(model["latency_ms"]) if is_measured(model) else "",
+            milliseconds(model["predicted_latency_ms"][1]),
             size(model[bytes_]),
             "best" if best else "nearest miss" if nearest else "outside" if outside else "",
             style="bold" if best else None,
@@ -337,6 +340,8 @@ def closing_sentence(result: Mapping[str, Any]) -> str:
     if summary.objective.get("compressed_bytes") is not None:
         ratio = teacher["compressed_bytes"] / figures.compressed_bytes
         text += f" ({ratio:.1f} times when compressed)"
+    if not figures.measured:
+        text += "; latency is predicted, not measured"
     if result.get("best"):
         return f"Best: {figures.digest[:10]}, {text}."
     why = "; ".join(summary.misses(figures)) or "its figures cannot be judged"
@@ -348,12 +353,17 @@ def front_figures(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> Figur
     return Figures(
         model["digest"], RUNGS[-1], float(model["metric"]), float(model["latency_ms"]),
         float(model["size_bytes"]), float(model.get("compressed_bytes") or math.nan),
-        float(teacher["latency_ms"]), measured=True,
+        float(teacher["latency_ms"]), measured=is_measured(model),
     )  # fmt: skip
 
 
 def speed(ratio: float) -> str:
     return f"{ratio:.2f} times {'faster' if ratio >= 1 else 'as fast'}"
+
+
+def milliseconds(ms: float) -> str:
+    """Three digits that mean something, of 800 ms as of 0.0123: times repeat within 1%."""
+    return f"{ms:.{max(0, 2 - math.floor(math.log10(ms)))}f}" if ms > 0 else f"{ms:g}"
 
 
 def lost(drop: float) -> str:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..compressors import Prepared, Schedule, compress, load_task, prepare
+from ..compressors import Prepared, Schedule, compress, prepare
 from ..compressors.data import Items, tensors
 from ..compressors.parity import feed, run_session
 from ..kernels import make_runtime
 from ..spaces import BadInput, Policy, Space
 from .limits import Limits, limits
 from .spec import Spec
-from .store import write_whole
+from .store import write_request, write_whole
 
 RECIPES = (0.5, 0.75, 1.0)  # shares of channels kept by the uniform recipes
 
@@ -26,15 +26,19 @@ RECIPES = (0.5, 0.75, 1.0)  # shares of channels kept by the uniform recipes
 def prepare_task(spec: Spec, answers: dict[int, torch.Tensor] | None = None) -> Prepared:
     """The prepared task of ``spec`` on its target. answers: the teacher's, where they are known."""
     runtime = make_runtime(spec.target.runtime, spec.target.threads)
-    task = load_task(spec.task, spec.folder, spec.task_args)
     schedule = Schedule(full_epochs=spec.rungs.full_epochs, short=spec.rungs.short)
     device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
-    return prepare(task, runtime, schedule, answers, device)
+    return prepare(spec.load_task(), runtime, schedule, answers, device)
 
 
 def make_space(prepared: Prepared, spec: Spec) -> Space:
     """What ``spec`` allows to do to the networks of ``prepared``."""
     capabilities = prepared.runtime.capabilities
+    if "decoupled" in spec.space.distill.losses and prepared.kind.axis is None:
+        raise BadInput(
+            "space.distill.losses: 'decoupled' compares classes, but by the task's loss the output "
+            "is no scores of classes; leave it out"
+        )
     return Space(prepared.network, capabilities, spec.space.settings(), prepared.others)
 
 
@@ -93,12 +97,13 @@ def request_of(spec: Spec, prepared: Prepared) -> dict[str, np.ndarray[Any, Any]
 
 
 def ready(spec: Spec, run_dir: Path | None = None) -> Ready:
-    """Loads and checks everything; writes the teacher's artifact. Raises BadInput."""
+    """Loads and checks everything; writes the teacher's artifact and a request. Raises BadInput."""
     prepared = prepare_task(spec)
     space = make_space(prepared, spec)
     untouched = compress(prepared, Policy(), "recalibrate")
     if run_dir is not None:
         write_whole(run_dir / "teacher" / "model.onnx", untouched.model)
+        write_request(run_dir, request_of(spec, prepared))
     model, splits = untouched.model, prepared.splits
     test = None if splits.test is None else score(prepared, model, splits.test)
     return Ready(spec, prepared, space, model, score(prepared, model, splits.selection), test)

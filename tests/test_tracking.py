@@ -454,6 +454,36 @@ os.kill(os.getpid(), 9)
         parent = next(r for r in runs if "mlflow.parentRunId" not in r.data.tags)
         assert parent.info.status == "RUNNING"  # to be resumed
 
+    def test_what_a_killed_driver_left_under_way_comes_first(self, store: Path) -> None:
+        """Two processes at once would each create runs that the other does not know."""
+        uri, many = f"sqlite:///{store}/made/mlflow.db", 40
+        record = [search_entry(), *(result(n) for n in range(many)), *(end(n) for n in range(many))]
+        code = f"""
+import os
+from pathlib import Path
+from flyweight.search.tracking_process import TrackerProcess
+tracker = TrackerProcess({uri!r}, "left", None, "left", Path({str(store)!r}))
+assert tracker.wait_run_id({LONG_S})
+for entry in {record!r}:
+    tracker.record(entry)
+while not tracker._outbox.empty():
+    pass
+os.kill(os.getpid(), 9)
+"""
+        subprocess.run([sys.executable, "-c", code], check=False)
+        again = TrackerProcess(uri, "left", None, "left", store)
+        for entry in record:
+            again.record(entry)
+        assert again.finish("FINISHED", timeout_s=LONG_S) == ALL
+        from mlflow import MlflowClient
+
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name("left")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id])
+        assert len(runs) == 1 + many
+        assert {run.info.status for run in runs} == {"FINISHED"}
+
 
 class TestNoServer:
     """A search that has no server loses nothing but what MLflow would have shown."""

@@ -1,0 +1,168 @@
+"""What is found out about a cluster before a search costs anything: whether its nodes can run the
+trials at all, and whether each of them has what a trial needs."""
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..compressors import load_task
+from ..spaces import BadInput, FlyweightError
+from .meter import Device
+from .placement import for_actor, trial_request
+from .ready import Ready
+from .spec import Resources, Spec
+
+LOOK_S = 5.0  # between two looks for a node that is waited for
+PATIENCE_S = 300.0  # for a node to say what it has: its first import of torch takes long
+PACKAGES = ("ray", "flyweight")  # whose versions must be the driver's
+UNITS = {"memory": "bytes of memory", "CPU": "CPUs", "GPU": "GPUs"}
+
+Say = Callable[[str], None]
+Node = Mapping[str, Any]
+
+
+def check_cluster(ready: Ready, run_dir: Path, local: bool, wait_s: float, say: Say) -> None:
+    """Raises BadInput if no node can run a trial of ``ready`` (after ``wait_s`` seconds), or if one
+    that can lacks something. local: Ray is of this machine alone, which has what the search has."""
+    resources = ready.spec.resources
+    nodes = _fitting(resources)
+    until = time.monotonic() + (0.0 if local else wait_s)
+    if not nodes and time.monotonic() < until:
+        say(f"Waiting for a node with {_asked(resources)}")
+        # So that an autoscaler knows what is wanted.
+        waiting = ray.remote(_nothing).options(**for_actor(resources)).remote()
+        while not nodes and time.monotonic() < until:
+            time.sleep(min(LOOK_S, max(0.0, until - time.monotonic())))
+            nodes = _fitting(resources)
+        ray.cancel(waiting, force=True)
+    if not nodes:
+        wait = "" if local else "; for nodes that an autoscaler still brings, give --wait 20m"
+        raise BadInput(
+            f"resources: a trial asks for {_asked(resources)}, but no node has that; there is "
+            f"{_there()}{wait}"
+        )
+    if not local:
+        say(f"Checking {len(nodes)} nodes that can run trials")
+        _check_nodes(nodes, ready, run_dir)
+
+
+def _fitting(resources: Resources) -> list[Node]:
+    """The nodes that could run a trial if nothing else ran there."""
+    asked = trial_request(resources)
+    return [
+        node
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"] and all(node["Resources"].get(k, 0) >= v for k, v in asked.items())
+    ]
+
+
+def _nothing() -> None:
+    return None
+
+
+def _asked(resources: Resources) -> str:
+    return ", ".join(_words(name, n) for name, n in trial_request(resources).items())
+
+
+def _words(name: str, amount: float) -> str:
+    if name.startswith("accelerator_type:"):
+        return f"a GPU of type {name.partition(':')[2]}"
+    return f"{amount:g} {UNITS.get(name, name)}"
+
+
+def _there() -> str:
+    """What the nodes have, a phrase for each."""
+    phrases = []
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["Alive"]:
+            has = {
+                k: v
+                for k, v in sorted(node["Resources"].items())
+                if k in UNITS or k.startswith("accelerator_type:")
+            }
+            phrases.append(" and ".join(_words(k, v) for k, v in has.items()) or "nothing")
+    counts = {phrase: phrases.count(phrase) for phrase in phrases}
+    return "; ".join(f"{n} x ({phrase})" for phrase, n in counts.items()) or "no node"
+
+
+def _check_nodes(nodes: list[Node], ready: Ready, run_dir: Path) -> None:
+    """Asks every node for what a trial needs. Raises BadInput with what is missing, and where."""
+    spec, own = ready.spec, facts(ready.spec)
+    mark = run_dir / ".reached"
+    answers = {}
+    for node in nodes:
+        where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        # It takes no CPU of the node: a cluster that is busy is asked too.
+        task: Any = ray.remote(facts)
+        task = task.options(num_cpus=0, scheduling_strategy=where, max_retries=0)
+        place = mark / node["NodeID"]
+        answers[task.remote(spec, place)] = node, place
+    problems: dict[str, list[str]] = {}
+    try:
+        ray.wait([*answers], num_returns=len(answers), timeout=PATIENCE_S)
+        for answer, (node, place) in answers.items():
+            for problem in _problems(answer, own, place, run_dir):
+                problems.setdefault(problem, []).append(node["NodeManagerAddress"])
+    finally:
+        shutil.rmtree(mark, ignore_errors=True)
+    if problems:
+        lines = [f"  {', '.join(sorted({*at}))}: {what}" for what, at in problems.items()]
+        raise BadInput("the cluster cannot run this search:\n" + "\n".join(lines))
+
+
+def _problems(answer: Any, own: dict[str, str], place: Path, run_dir: Path) -> list[str]:
+    """What a node's ``answer`` says that would not do."""
+    if not ray.wait([answer], timeout=0)[0]:
+        return [f"it did not answer within {PATIENCE_S:g} s"]
+    try:
+        found: dict[str, str] = ray.get(answer)
+    except ray.exceptions.RayError as error:
+        return [f"it failed: {str(error).strip().splitlines()[-1]}"]
+    out = [
+        f"{name} is {found[name]}, but {own[name]} on the driver"
+        for name in own
+        if name in found and found[name] != own[name]
+    ]
+    if "problem" in found:
+        out.append(found["problem"])
+    if "unwritable" in found:
+        out.append(f"it cannot write to the run directory: {found['unwritable']}")
+    elif "problem" not in found and not place.is_file():
+        out.append(
+            f"it does not reach the run directory {run_dir}, where artifacts are kept; put --out "
+            "on a file system that all nodes share, or name a storage that they all reach"
+        )
+    return out
+
+
+def facts(spec: Spec, place: Path | None = None) -> dict[str, str]:
+    """What a process has of what a trial of ``spec`` needs. place: a file to write, so that the
+    driver sees whether it can. problem: why the task or its runtime cannot be had."""
+    found = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    if place is not None:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text("")
+        except OSError as error:
+            found["unwritable"] = str(error)
+    try:
+        device = Device.of_this(spec.target.runtime, spec.target.threads)
+        # Artifacts are quantized, run and scored by workers: as the driver plans them.
+        found["int8 of the kernels"] = device.capabilities
+        if place is not None:
+            load_task(spec.task, spec.folder, spec.task_args)
+    except FlyweightError as error:
+        found["problem"] = str(error)
+    return found
