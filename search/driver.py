@@ -94,7 +94,7 @@ def search(
             check_profile(profile, empty_profile(spec, prepared.prepared), device=False)
         write_whole(run_dir / "spec.yaml", spec.to_yaml().encode())
         with connected(spec, address):
-            check_cluster(prepared, run_dir, address is None, wait_s, say)
+            check_cluster(prepared, storage_of(spec, run_dir), address is None, wait_s, say)
             place = place_of(prepared, profile, address is None, say)
             return _Search(spec, run_dir, record, prepared, place, console, began, profile).run()
     finally:
