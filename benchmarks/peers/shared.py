@@ -45,7 +45,7 @@ LIMITS = (2.5, 3.5, 4.5)  # times as fast as the teacher
 BUDGET = 2 * 20 * 60.0  # CPU seconds for all limits: 20 minutes of two cores
 MARGIN = 1.02  # over the limit, when measured before training: timings are off by a per cent or two
 MOST_EPOCHS = 24  # as many as the teacher was trained for
-# In the middle of what the front of a search of an hour has (docs/benchmarks.md): peers get it free.
+# The middle of what the front of a search of an hour has (docs/benchmarks.md): peers get it free.
 SETTINGS = Distill(temperature=4.5, alpha=0.8, learning_rate=0.03)
 FEW = 64  # calibration items where only the speed is asked for
 CHUNK = 64  # items whose every value ONNX Runtime's calibration holds in memory at once
