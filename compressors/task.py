@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from ..spaces import BadInput, nearest
 
+NOTEBOOK = "<notebook>"  # where a task is that a search was given as an object
+
 
 @runtime_checkable
 class Dataset(Protocol):
@@ -91,6 +93,11 @@ def load_task(reference: str, folder: Path, arguments: Mapping[str, Any]) -> Any
     place, _, name = reference.rpartition(":")
     if not place or not name.isidentifier():
         raise BadInput(f"task is 'file.py:Name' or 'module:Name', but got {reference!r}")
+    if place == NOTEBOOK:
+        raise BadInput(
+            f"task: {name} was an object of the process that searched, and no file has it; write "
+            "it as a class into a task.py and name that in the spec.yaml of the run"
+        )
     module = _from_file(folder / place) if place.endswith(".py") else _from_module(place)
     if not hasattr(module, name):
         known = [n for n, v in vars(module).items() if isinstance(v, type) and n[0] != "_"]

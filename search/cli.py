@@ -88,6 +88,7 @@ def main() -> None:
       flyweight search my-search/search.yaml --out my-search/run
       flyweight report my-search/run
       flyweight deploy my-search/run
+      flyweight serve my-search/run     answers HTTP
 
     Exit codes: 0 done, 1 failure, 2 bad input (before any cost), 130 interrupted.
     """
@@ -150,11 +151,14 @@ def search(
 
     from .driver import search as run
     from .progress import closing_sentence, closing_table
+    from .spec import load_spec
 
     console = Console(stderr=as_json)
     # Ray prints by itself that a worker died.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        outcome = run(spec, out, resume=resume, address=address, wait_s=wait, console=console)
+        outcome = run(
+            load_spec(spec), out, resume=resume, address=address, wait_s=wait, console=console
+        )
     for note in outcome.notes:
         console.print(f"Note: {note}", markup=False)
     if as_json:
@@ -337,12 +341,19 @@ def replay(policy: Path, spec: Path, rung: str, out: Path, as_json: bool) -> Non
 
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option(
+    "--beside", multiple=True, type=click.Path(path_type=Path), metavar="OTHER_RUN",
+    help="A run of the same task and target to compare with; up to four times.",
+)  # fmt: skip
 @answers
-def report(run_dir: Path) -> None:
-    """Write the report of RUN_DIR anew, also while its search still runs."""
+def report(run_dir: Path, beside: tuple[Path, ...]) -> None:
+    """Write the report of RUN_DIR anew, also while its search still runs.
+
+    RUN_DIR/report.html is the page; front.csv, trials.csv and front.png lie beside it.
+    """
     from .report import write_report
 
-    click.echo(write_report(run_dir))
+    click.echo(write_report(run_dir, beside))
 
 
 @main.command()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..compressors import load_task
 from ..compressors.data import split
 from ..compressors.parity import feed
 from ..spaces import BadInput, FlyweightError
@@ -165,7 +164,7 @@ def verify(artifact: Artifact, spec: Spec) -> tuple[float, str]:
 
     Raises FlyweightError if it is not what metrics.json says, to ``TOLERANCE``.
     """
-    task = load_task(spec.task, spec.folder, spec.task_args)
+    task = spec.load_task()
     selection = split(task).selection
     with tempfile.TemporaryDirectory(prefix="flyweight-verify-") as temporary:
         place = Path(temporary)

@@ -42,7 +42,7 @@ from .ready import (
 from .record import FileRecord
 from .report import write_report
 from .results import final_front, finalists, measured_entry, result
-from .spec import Spec, load_spec
+from .spec import Spec
 from .storage import Mirror, storage_of
 from .store import (
     PROFILE,
@@ -72,7 +72,7 @@ class Outcome:
 
 
 def search(
-    spec_path: Path,
+    spec: Spec,
     out: Path | None = None,
     *,
     resume: bool = False,
@@ -80,10 +80,9 @@ def search(
     wait_s: float = 0.0,
     console: Any = None,
 ) -> Outcome:
-    """Runs the search that ``spec_path`` describes. Raises BadInput before anything is spent.
+    """Runs the search that ``spec`` describes. Raises BadInput before anything is spent.
     wait_s: for a node that can run its trials to come, where the cluster has none."""
     began = time.time()
-    spec = load_spec(spec_path)
     profile = given_profile(spec)
     run_dir = open_run(spec, out, resume)
     with contextlib.ExitStack() as held:

@@ -11,7 +11,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from .drawing import BEST, FRONT, INK, svg
+from .drawing import Colours, svg
 from .progress import speed
 
 EXPLANATION = "explain.json"  # in a run directory
@@ -48,7 +48,7 @@ def explained(found: Found) -> Explained:
     """Raises KeyError, TypeError or ValueError for what is no explanation."""
     low, middle, high = found["predicted_latency_ms"]
     teacher_ms = found["teacher_predicted_latency_ms"][1]
-    places = _places(middle)
+    places = places_of(middle)
     return Explained(
         digest=found["digest"],
         headline=(
@@ -161,7 +161,7 @@ def slower_in_int8(layer: Mapping[str, Any]) -> str:
 
 def bars_svg(found: Found) -> str:
     """Time per kernel of teacher and policy, the largest one by one, the others together."""
-    rows, places = found["kernels"], _places(found["predicted_latency_ms"][1])
+    rows, places = found["kernels"], places_of(found["predicted_latency_ms"][1])
 
     def most(row: Mapping[str, Any]) -> float:
         return max(row["ms"] or 0.0, row["teacher_ms"] or 0.0)
@@ -170,7 +170,9 @@ def bars_svg(found: Found) -> str:
     least = sorted(map(most, rows), reverse=True)[BARS] if len(rows) > BARS + 1 else -math.inf
     others = [row for row in rows if most(row) <= least]
 
-    def bar(axes: Axes, at: float, row: Mapping[str, Any], whose: str, **how: Any) -> None:
+    def bar(
+        axes: Axes, at: float, row: Mapping[str, Any], whose: str, ink: str, **how: Any
+    ) -> None:
         ms = row[f"{whose}ms"]
         if ms is None:
             return
@@ -178,16 +180,16 @@ def bars_svg(found: Found) -> str:
         # A time below 0 is one that is not known apart from its neighbours'.
         axes.barh(at, max(ms, 0.0), 0.2, **how)
         ends = max(0.0, ms - error), max(0.0, ms + error)
-        axes.plot(ends, (at, at), color=INK, linewidth=0.8, alpha=0.6)
+        axes.plot(ends, (at, at), color=ink, linewidth=0.8, alpha=0.6)
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: Axes, colours: Colours) -> None:
         drawn = [row for row in rows if most(row) > least]
         for at, row in enumerate(drawn):
-            colour = BEST if row["precision"] == "int8" else FRONT
+            colour = colours.best if row["precision"] == "int8" else colours.front
             # Above the bars and not beside them, where a long name would leave no room.
             axes.text(0, at + 0.22, f" {_label(row)}", va="center", parse_math=False)
-            bar(axes, at + 0.56, row, "teacher_", color=INK, alpha=0.4)
-            bar(axes, at + 0.78, row, "", color=colour)
+            bar(axes, at + 0.56, row, "teacher_", colours.ink, color=colours.ink, alpha=0.4)
+            bar(axes, at + 0.78, row, "", colours.ink, color=colour)
         if others:  # no bar: together they might dwarf the rest
             now, was = (sum(row[key] or 0.0 for row in others) for key in ("ms", "teacher_ms"))
             text = f" {len(others)} others: {now:.{places}f} ms, teacher {was:.{places}f} ms"
@@ -226,7 +228,7 @@ def _signed(case: Mapping[str, Any], places: int) -> str:
     return _sure(f"{case['change_ms']:+.{places}f}", case["deviation_ms"], places)
 
 
-def _places(ms: float) -> int:
+def places_of(ms: float) -> int:
     """Places behind the point of times that add up to ``ms``: what is less than a fifth of a
     per cent of it does not matter."""
     return max(0, math.ceil(-math.log10(0.002 * ms))) if ms > 0 else 4

@@ -89,6 +89,7 @@ def opening_entry(
         "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
         "layers": len(network.layers),
         **({"target_node": device.node} if device.node else {}),
+        "layer_groups": {name: layer.out_group for name, layer in network.layers.items()},
         "search_id": secrets.token_hex(8),
         "time": time.time(),
     }

@@ -128,7 +128,9 @@ class Summary:
         if limit.get("speedup") is not None and figures.speedup < limit["speedup"]:
             out.append(f"{speed(figures.speedup)}, the limit is {limit['speedup']:g}")
         if limit.get("latency_ms") is not None and figures.latency_ms > limit["latency_ms"]:
-            out.append(f"{figures.latency_ms:.3f} ms, the limit is {limit['latency_ms']:g} ms")
+            out.append(
+                f"{milliseconds(figures.latency_ms)} ms, the limit is {limit['latency_ms']:g} ms"
+            )
         if limit.get("max_drop") is not None and round(drop - limit["max_drop"], 9) > 0:
             out.append(f"{lost(drop)}, the limit is {limit['max_drop']:g}")
         if limit.get("size_bytes") is not None and figures.size_bytes > limit["size_bytes"]:
@@ -300,7 +302,7 @@ def closing_table(result: Mapping[str, Any]) -> Table:
     table.add_column("")
     summary = Summary(teacher, result.get("objective") or {})
     table.add_row(
-        "teacher", "1.00", "", "", f"{teacher['latency_ms']:.3f}", "", size(teacher[bytes_])
+        "teacher", "1.00", "", "", milliseconds(teacher["latency_ms"]), "", size(teacher[bytes_])
     )
     for model in result["front"]:
         best = model["digest"] == result.get("best")
@@ -311,8 +313,8 @@ def closing_table(result: Mapping[str, Any]) -> Table:
             f"{teacher['latency_ms'] / model['latency_ms']:.2f}",
             f"{teacher['metric'] - model['metric']:.2f}",
             _difference(teacher.get("metric_test"), model.get("metric_test")),
-            f"{model['latency_ms']:.3f}" if is_measured(model) else "",
-            f"{model['predicted_latency_ms'][1]:.3f}",
+            milliseconds(model["latency_ms"]) if is_measured(model) else "",
+            milliseconds(model["predicted_latency_ms"][1]),
             size(model[bytes_]),
             "best" if best else "nearest miss" if nearest else "outside" if outside else "",
             style="bold" if best else None,
@@ -357,6 +359,11 @@ def front_figures(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> Figur
 
 def speed(ratio: float) -> str:
     return f"{ratio:.2f} times {'faster' if ratio >= 1 else 'as fast'}"
+
+
+def milliseconds(ms: float) -> str:
+    """Three digits that mean something, of 800 ms as of 0.0123: times repeat within 1%."""
+    return f"{ms:.{max(0, 2 - math.floor(math.log10(ms)))}f}" if ms > 0 else f"{ms:g}"
 
 
 def lost(drop: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..compressors import Prepared, Schedule, compress, load_task, prepare
+from ..compressors import Prepared, Schedule, compress, prepare
 from ..compressors.data import Items, tensors
 from ..compressors.parity import feed, run_session
 from ..kernels import make_runtime
@@ -26,10 +26,9 @@ RECIPES = (0.5, 0.75, 1.0)  # shares of channels kept by the uniform recipes
 def prepare_task(spec: Spec, answers: dict[int, torch.Tensor] | None = None) -> Prepared:
     """The prepared task of ``spec`` on its target. answers: the teacher's, where they are known."""
     runtime = make_runtime(spec.target.runtime, spec.target.threads)
-    task = load_task(spec.task, spec.folder, spec.task_args)
     schedule = Schedule(full_epochs=spec.rungs.full_epochs, short=spec.rungs.short)
     device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
-    return prepare(task, runtime, schedule, answers, device)
+    return prepare(spec.load_task(), runtime, schedule, answers, device)
 
 
 def make_space(prepared: Prepared, spec: Spec) -> Space:

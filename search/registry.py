@@ -122,8 +122,11 @@ class Registry:
             )
             place = f"deployed/{found.tags[DIGEST][:12]}/metrics.json"
             metrics = self._client.download_artifacts(found.run_id, place, folder)
-            facts: dict[str, Any] = json.loads(Path(metrics).read_text())
-            return Path(model).read_bytes(), {**facts, "sha256": found.tags[SHA256]}
+            try:
+                facts = json.loads(Path(metrics).read_text())
+                return Path(model).read_bytes(), {**facts, "sha256": found.tags[SHA256]}
+            except (ValueError, TypeError) as error:
+                raise FlyweightError(f"metrics.json of version {version} is damaged") from error
 
     def _model(self) -> RegisteredModel | None:
         try:

@@ -139,6 +139,7 @@ def deploy(source: Source, options: Options) -> None:
         max_queued_requests=options.queue,
         max_surge_percent=100,
         max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=REQUEST_S,
         logging_config={"enable_access_log": False},
         **scale,
     )(ray_serve.ingress()(Replica))
@@ -146,12 +147,16 @@ def deploy(source: Source, options: Options) -> None:
     try:
         ray_serve.run(app, name=options.name, route_prefix="/")
     except (RuntimeError, RayError) as error:
-        raise FlyweightError(f"{source.where} does not start: {_reason(error)}") from error
+        raise FlyweightError(f"{source.where} does not start: {_reason(options, error)}") from error
 
 
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((li for li in reversed(lines) if "Error:" in li or "Impossible" in li), lines[-1])
+def _reason(options: Options, error: Exception) -> str:
+    """The line that says what went wrong, of the traceback that Ray Serve keeps from a replica."""
+    told = str(error)
+    if (app := ray_serve.status().applications.get(options.name)) and app.deployments:
+        told = next(iter(app.deployments.values())).message or told
+    found = re.findall(r"^[\w.]*(?:Error|Impossible|BadInput): (.+)$", told, re.MULTILINE)
+    return str(found[-1]) if found else told.strip().splitlines()[-1]
 
 
 def serve(
@@ -213,8 +218,11 @@ def stop(options: Options, *, shared: bool) -> None:
 
 
 def _check(options: Options) -> None:
-    if not re.fullmatch(r"[\w.-]+", options.name):  # it becomes a path
-        raise BadInput(f"--name: letters, digits and _.- are allowed, but got {options.name!r}")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", options.name, re.ASCII):  # it becomes a path
+        raise BadInput(
+            "--name must begin with a letter or digit and go on with those and _.-, but got "
+            f"{options.name!r}"
+        )
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,5 +1,6 @@
 """The protocol over HTTP: a FastAPI application for one model. It knows nothing of Ray."""
 
+import math
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
@@ -125,14 +126,14 @@ async def _read(request: Request, most: int) -> bytes:
 
 
 def _body(protocol: Protocol) -> dict[str, Any]:
-    each = [_tensor(tensor, _example(tensor)) for tensor in protocol.inputs.values()]
+    each = [_tensor(tensor) for tensor in protocol.inputs.values()]
     outputs = {
         "type": "object",
         "properties": {"name": {"enum": [*protocol.outputs]}, "parameters": {"type": "object"}},
         "required": ["name"],
         "additionalProperties": False,
     }
-    example = {"inputs": [tensor["example"] for tensor in each]}
+    example = {"inputs": [_example(tensor) for tensor in protocol.inputs.values()]}
     schema = {
         "type": "object",
         "properties": {
@@ -174,13 +175,11 @@ def _response(protocol: Protocol) -> dict[str, Any]:
 
 def _example(tensor: Tensor) -> dict[str, Any]:
     shape = [1 if size is None else size for size in tensor.shape]
-    data: Any = False if tensor.datatype == "BOOL" else 0
-    for size in reversed(shape):
-        data = [data] * size
+    data = [False if tensor.datatype == "BOOL" else 0] * math.prod(shape)
     return {"name": tensor.name, "shape": shape, "datatype": tensor.datatype, "data": data}
 
 
-def _tensor(tensor: Tensor, example: dict[str, Any] | None = None) -> dict[str, Any]:
+def _tensor(tensor: Tensor) -> dict[str, Any]:
     """The JSON schema of a tensor; its data may be nested as its shape, or flat."""
     sizes = [
         {"type": "integer", "minimum": 1} if size is None else {"const": size}
@@ -191,7 +190,7 @@ def _tensor(tensor: Tensor, example: dict[str, Any] | None = None) -> dict[str, 
     for _ in tensor.shape:
         data = {"type": "array", "items": data}
     flat = {"type": "array", "items": {"type": value}}
-    schema = {
+    return {
         "type": "object",
         "properties": {
             "name": {"const": tensor.name},
@@ -208,4 +207,3 @@ def _tensor(tensor: Tensor, example: dict[str, Any] | None = None) -> dict[str, 
         "required": ["name", "shape", "datatype", "data"],
         "additionalProperties": False,
     }
-    return schema if example is None else {**schema, "example": example}

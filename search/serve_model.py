@@ -11,11 +11,14 @@ from .serve_source import Source, check
 
 class ServedModel:
     """One artifact in its target's runtime. Making it verifies, loads and warms up; raises
-    FlyweightError (BadInput where the runtime is not here) if any of that fails."""
+    FlyweightError (BadInput where the runtime is not here) if any of that fails.
+
+    most_rows: what runs at once; a request of more runs in pieces, so that memory has a bound.
+    """
 
     def __init__(self, source: Source, most_rows: int) -> None:
         check(source.content, source.sha256, source.where)  # again: it has travelled
-        self.source = source
+        self.source, self._most = source, most_rows
         self._session = make_runtime(source.runtime, source.threads).load(source.content)
         values = [*source.io["inputs"], *source.io["outputs"]]
         self.batches = all(value["shape"] and value["shape"][0] is None for value in values)
@@ -71,4 +74,11 @@ class ServedModel:
             return error
 
     def _run(self, inputs: Inputs) -> Array:
-        return self._session.run(inputs)
+        rows = len(next(iter(inputs.values()))) if self.batches else 1
+        if rows <= self._most:
+            return self._session.run(inputs)
+        pieces = [
+            self._session.run({name: a[i : i + self._most] for name, a in inputs.items()})
+            for i in range(0, rows, self._most)
+        ]
+        return np.concatenate(pieces)

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .registry import Registry
 
 ALIAS = re.compile(r"(?:models:/)?(?P<name>[\w.-]+)@(?P<alias>[\w-]+)")
-LEFT, FIX = "models:/", "build the artifact again, or copy it whole"
+SCHEME = "models:/"
+FIX = "build the artifact again, or copy it whole"
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,11 @@ def alias_of(model: str) -> tuple[str, str] | None:
     found = ALIAS.fullmatch(model)
     if found and not Path(model).exists():
         return found["name"], found["alias"]
-    if model.startswith(LEFT):
-        raise BadInput(f"MODEL: a registered model is given by an alias, {LEFT}NAME@champion, but "
-                       f"got {model!r}")  # fmt: skip
+    if model.startswith(SCHEME):
+        raise BadInput(
+            f"MODEL: a registered model is given by an alias, {SCHEME}NAME@champion, but got "
+            f"{model!r}"
+        )
     return None
 
 
@@ -112,6 +115,11 @@ def _source(
         io = describe(content)
     except Exception as error:  # protobuf's, which has no public base
         raise BadInput(f"MODEL: {where} is no ONNX file: {error}") from error
+    if not io["inputs"] or len(io["outputs"]) != 1:
+        raise BadInput(
+            f"MODEL: what is served has inputs and one output, but {where} has "
+            f"{len(io['inputs'])} and {len(io['outputs'])}"
+        )
     measured = facts.get("fingerprint")
     if measured is not None and measured != make_runtime(runtime, threads).fingerprint:
         notes += ("it was measured on another device: its latency here is not known",)

@@ -18,9 +18,11 @@ from pydantic import (
 from ..compressors.distill import LOSSES
 from ..compressors.observe import ACTIVATION_RANGES
 from ..compressors.prune import CRITERIA
+from ..compressors.task import load_task
 from ..kernels import RUNTIMES
 from ..spaces import BadInput, Settings, nearest
 from ..spaces.policy import MAX_SPARSITY
+from .live import LiveTask
 from .tracking import redact
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -200,11 +202,24 @@ class Spec(Section):
     tracking: Tracking | None = Tracking()
     folder: Path = Field(default=Path(), exclude=True)
     _given: str = PrivateAttr("")
+    _live: LiveTask | None = PrivateAttr(None)
 
     @property
     def given_task(self) -> str:
         """The task as the file says it; ``task`` says where that is on this machine."""
         return self._given or self.task
+
+    def with_task(self, live: LiveTask) -> Self:
+        """The same for a task that no file has."""
+        out = self.model_copy()
+        out._live = live
+        return out
+
+    def load_task(self) -> Any:
+        """The task. Raises BadInput."""
+        if self._live is not None:
+            return self._live.load()
+        return load_task(self.task, self.folder, self.task_args)
 
     def to_yaml(self) -> str:
         """The spec with every default written out and no secrets: what a run directory keeps."""
@@ -231,15 +246,20 @@ def load_spec(path: Path) -> Spec:
         raise BadInput(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise BadInput(f"{path} must hold keys and values, but holds {type(values).__name__}")
+    return make_spec(values, path.resolve().parent, str(path))
+
+
+def make_spec(values: dict[str, Any], folder: Path, source: str) -> Spec:
+    """The spec of these ``values``, paths being relative to ``folder``. Raises BadInput, which
+    begins with ``source``."""
     if "folder" in values:
-        raise BadInput(f"{path}: unknown key 'folder'")
-    folder = path.resolve().parent
+        raise BadInput(f"{source}: unknown key 'folder'")
     try:
         spec = Spec(**values, folder=folder)
     except ValidationError as error:
-        raise BadInput(f"{path}:\n" + "\n".join(_explain(e) for e in error.errors())) from None
+        raise BadInput(f"{source}:\n" + "\n".join(_explain(e) for e in error.errors())) from None
     except TypeError as error:
-        raise BadInput(f"{path}: {error}") from error
+        raise BadInput(f"{source}: {error}") from error
     resolved = spec.model_copy(update=_absolute(spec, folder))
     resolved._given = spec.task
     return resolved

@@ -1,10 +1,12 @@
 """What every test may ask for."""
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +70,20 @@ def load() -> Callable[[str], ModuleType]:
 def resnet() -> ModuleType:
     """examples/fashion_mnist/resnet.py: the network of the reference task."""
     return _load(ROOT / "examples" / "fashion_mnist" / "resnet.py")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, as playwright drives it: that of the system, which CI lacks."""
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no chromium on the path")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield found
+        found.close()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from flyweight.search.figures import at_work
 from flyweight.search.fragile import groups_sheet, layers_sheet, read_harms
 from flyweight.search.report import write_report
 from flyweight.spaces import BadInput
@@ -24,6 +25,10 @@ TARGET = {"runtime": "onnxruntime", "threads": 1, "batch_size": 1, "fingerprint"
 OBJECTIVE = {"speedup": 2.5, "latency_ms": None, "max_drop": 0.5, "size_bytes": None}
 GROUPS = {"stem.0": 32, "body.0.c1": 32, "body.2.c1": 64, "body.4.c1": 128}
 NONE = "\N{EN DASH}"
+START = 1_760_000_000.0
+FRONT, OTHERS = "Teacher and front", "Teacher and other"
+ENDS, FAILURES, AGREE = "How trials", "Reasons", "Whether a rung"
+RUNGS = "Results per rung"
 # trial: (predicted ms, metric at the full rung, metric on test, measured ms, bytes)
 FULL = {
     1: (0.318, 92.84, 92.70, 0.312, 610_000),
@@ -51,7 +56,7 @@ def policy(trial: int) -> dict:
 def search_entry(**changes) -> dict:
     return {
         "kind": "search", "flyweight": "0.1.0", "task": "task.py:FashionMnist", "seed": 0,
-        "time": 1_760_000_000.0, "teacher": TEACHER, "objective": OBJECTIVE,
+        "time": START, "teacher": TEACHER, "objective": OBJECTIVE,
         "target": TARGET,
         "versions": {"torch": "2.13.0", "onnxruntime": "1.30.1"}, "data_digest": "ab" * 32,
         "groups": GROUPS, "layers": 12, **changes,
@@ -60,24 +65,25 @@ def search_entry(**changes) -> dict:
 
 def result_entry(trial: int, rung: str, ms: float, metric: float, size: int) -> dict:
     return {
-        "kind": "result", "trial": trial, "digest": digest(trial), "policy": policy(trial),
+        "kind": "result", "trial": trial, "digest": digest(trial), "policy": policy(trial % 9),
         "rung": rung, "loss": 100 - metric, "metric": metric, "size_bytes": size, "seconds": 3.0,
+        "compressed_bytes": size - 50_000,
         "latency_ms": [0.97 * ms, ms, 1.04 * ms], "samples": 1000, "artifact": None,
-        "time": 1_760_000_010.0 + trial, "constraint": -0.1,
+        "time": START + 10 + trial, "constraint": -0.1,
     }  # fmt: skip
 
 
 def end_entry(trial: int, reason: str, error: str | None = None) -> dict:
     return {
         "kind": "end", "trial": trial, "digest": digest(trial), "reason": reason, "error": error,
-        "time": 1_760_000_100.0 + trial,
+        "time": START + 100 + trial,
     }  # fmt: skip
 
 
 def entries(**changes) -> list[dict]:
     """A search of 15 trials: 12 recalibrated, 7 short, 5 full, 3 failed, 2 over the limit."""
     out = [search_entry(**changes)]
-    out += [{"kind": "begin", "trial": t, "digest": digest(t), "time": 1.0} for t in range(15)]
+    out += [{"kind": "begin", "trial": t, "digest": digest(t), "time": START} for t in range(15)]
     out += [result_entry(t, "recalibrate", 0.5, 60.0 + t, 700_000) for t in range(12)]
     out += [result_entry(t, "short", 0.4, 88.0 + t / 10, 700_000) for t in range(1, 8)]
     for trial, (predicted, metric, _, _, size) in FULL.items():
@@ -121,12 +127,14 @@ def run_directory(folder: Path, entries: list[dict], result: dict | None = None)
 
 
 class Page(HTMLParser):
-    """Tables as lists of rows of text, the visible text, all attributes, ids and open tags."""
+    """Tables as lists of rows of text, by caption, the visible text, all attributes, ids and open
+    tags."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.source = path.read_text("utf-8")
-        self.tables: list[list[list[str]]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self._table: list[list[str]] = []
         self.words: list[str] = []
         self.attributes: list[tuple[str, str, str]] = []
         self.tags: list[str] = []
@@ -138,11 +146,11 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.attributes += [(tag, name, value or "") for name, value in attrs]
         if tag == "table":
-            self.tables.append([])
+            self._table = []
         elif tag == "tr":
-            self.tables[-1].append([])
+            self._table.append([])
         elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
+            self._table[-1].append("")
             self._cell = True
 
     def handle_endtag(self, tag):
@@ -154,11 +162,19 @@ class Page(HTMLParser):
             return
         self.words.append(data)
         if self._cell:
-            self.tables[-1][-1][-1] += data
+            self._table[-1][-1] += data
+        elif "caption" in self.tags[-1:] and data.strip():
+            assert data not in self.tables
+            self.tables[data] = self._table
 
-    def row(self, table: int, name: str) -> list[str]:
+    def table(self, caption: str) -> list[list[str]]:
+        """The table whose caption begins with ``caption``."""
+        (found,) = [rows for name, rows in self.tables.items() if name.startswith(caption)]
+        return found
+
+    def row(self, table: str, name: str) -> list[str]:
         """The cells of the row whose first cell begins with ``name``."""
-        (found,) = [r for r in self.tables[table] if r[0].startswith(name)]
+        (found,) = [r for r in self.table(table) if r[0].startswith(name)]
         return [" ".join(cell.split()) for cell in found]
 
 
@@ -212,43 +228,48 @@ def test_headline(page: Page) -> None:
 
 
 def test_front_table(page: Page) -> None:
-    assert page.row(0, digest(1)[:10]) == [
-        f"{digest(1)[:10]} best", "2.56", "0.312", "1.2%", "0.318 0.308 to 0.331", "92.84", "0.26",
-        NONE, "92.70", "0.30", "610 kB 560 kB compressed", "56%", "4 of 12", "taylor", "mse", "yes",
+    assert page.row(FRONT, digest(1)[:10]) == [
+        f"{digest(1)[:10]} best", "2.56", "0.312 1.2%", "0.318 0.308 to 0.331", "0.26 92.84",
+        "0.30 92.70", NONE, "610 kB 560 kB compressed", "56%", "4 of 12", "taylor",
+        "mse trained with it",
     ]  # fmt: skip
-    assert page.row(0, "teacher")[:6] == ["teacher", "1.00", "0.800", NONE, NONE, "93.10"]
-    assert page.row(0, digest(2)[:10])[-1] == "no"
-    assert [row[0][:10] for row in page.tables[0][2:]] == [digest(t)[:10] for t in (2, 1, 3)]
+    assert page.row(FRONT, "teacher")[:5] == ["teacher", "1.00", "0.800", NONE, f"{NONE} 93.10"]
+    assert page.row(FRONT, digest(2)[:10])[-1] == "mse"
+    assert [row[0][:10] for row in page.table(FRONT)[2:]] == [digest(t)[:10] for t in (2, 1, 3)]
 
 
 def test_everything_drawn_is_in_a_table(page: Page) -> None:
-    others = [row[0][:10] for row in page.tables[1][2:]]
+    others = [row[0][:10] for row in page.table(OTHERS)[2:]]
     assert sorted(others) == sorted(digest(t)[:10] for t in (4, 5))
-    assert page.row(1, digest(4)[:10])[2] == NONE  # not measured
+    assert page.row(OTHERS, digest(4)[:10])[2] == NONE  # not measured
     assert "1 other artifact lies below the figure" in page.text
 
 
 def test_trials_and_failures(page: Page) -> None:
-    assert page.tables[2][1:] == [["recalibrate", "12"], ["short", "7"], ["full", "5"]]
-    assert dict(page.tables[3][1:]) == {
+    assert page.table(RUNGS)[1:] == [
+        ["recalibrate", "12", "0:36", "3.0", "3.0"],
+        ["short", "7", "0:21", "3.0", "3.0"],
+        ["full", "5", "0:15", "3.0", "3.0"],
+    ]
+    assert dict(page.table(ENDS)[1:]) == {
         "finished": "5", "stopped": "5", "failed": "3", "over limit": "2",
     }  # fmt: skip
-    assert page.tables[5][1:] == [
+    assert page.table(FAILURES)[1:] == [
         ["2", "parity: 97.1% of predictions agree", "12, 14"],
         ["1", "out of memory", "13"],
     ]
 
 
 def test_how_far_rungs_agree(tmp_path: Path, page: Page) -> None:
-    assert page.row(4, "recalibrate, short")[1:] == ["7", "0", "1.00 biased", NONE]
-    assert page.row(4, "short, full")[1:3] == ["5", "0"]
+    assert page.row(AGREE, "recalibrate, short")[1:] == ["7", "0", "1.00 biased", NONE]
+    assert page.row(AGREE, "short, full")[1:3] == ["5", "0"]
     known = entries()
     for entry in known:
         if entry.get("rung") == "recalibrate":
             entry |= {"through": "chance", "latency_ms": [0.1, 0.1 + entry["trial"] % 3, 4.0]}
     known += [result_entry(t, "short", 0.4, 88.0 + t / 10, 700_000) for t in (0, 8, 9, 10, 11)]
     page = Page(write_report(run_directory(tmp_path / "chance", known)))
-    assert page.row(4, "recalibrate, short")[1:] == ["12", "12", "1.00", "1.00"]
+    assert page.row(AGREE, "recalibrate, short")[1:] == ["12", "12", "1.00", "1.00"]
     assert "Biased: too few went on by chance" in page.text
 
 
@@ -291,7 +312,7 @@ def test_same_input_same_page(tmp_path: Path) -> None:
     run_directory(tmp_path, entries(), result())
     assert write_report(tmp_path).read_bytes() == write_report(tmp_path).read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "front.csv", "record.jsonl", "report.html", "result.json",
+        "front.csv", "front.png", "record.jsonl", "report.html", "result.json", "trials.csv",
     ]  # fmt: skip
 
 
@@ -305,16 +326,19 @@ def test_csv_has_all_digits(tmp_path: Path) -> None:
 
 
 def test_a_search_that_still_runs(tmp_path: Path) -> None:
-    running = [*entries(), {"kind": "begin", "trial": 15, "digest": digest(15), "time": 2.0}]
+    running = [
+        *entries(),
+        {"kind": "begin", "trial": 15, "digest": digest(15), "time": START},
+    ]
     page = Page(write_report(run_directory(tmp_path, running)))
     assert "This search has not ended" in page.text
     assert "1 running, 3 failed, 2 over the limit" in page.text
     # The best by prediction: trial 1 is 0.800 / 0.318 times faster.
     assert "2.52 times faster, 0.26 points lost" in page.text
     assert "0.318 ms predicted" in page.text
-    assert [row[0][:10] for row in page.tables[0][2:]] == [digest(t)[:10] for t in (2, 1, 3)]
-    assert page.row(0, digest(1)[:10])[2] == NONE
-    assert ["still running", "1"] in page.tables[3]
+    assert [row[0][:10] for row in page.table(FRONT)[2:]] == [digest(t)[:10] for t in (2, 1, 3)]
+    assert page.row(FRONT, digest(1)[:10])[2] == NONE
+    assert ["still running", "1"] in page.table(ENDS)
 
 
 def test_half_a_last_line_is_a_search_that_writes(tmp_path: Path) -> None:
@@ -334,7 +358,7 @@ def test_nothing_feasible(tmp_path: Path) -> None:
         "It misses: 2.56 times faster, the limit is 3; 0.26 points lost, the limit is 0.2."
         in page.text
     )
-    assert page.row(0, digest(1)[:10])[0].endswith("nearest miss")
+    assert page.row(FRONT, digest(1)[:10])[0].endswith("nearest miss")
 
 
 @pytest.mark.parametrize("ended", [None, result(front=[], best=None)])
@@ -352,9 +376,9 @@ def test_no_limits_no_test_data_no_widths_known(tmp_path: Path) -> None:
     ended = result(teacher=teacher, objective=only_size, front=models)
     record = entries(teacher=teacher, objective=only_size, groups=None, layers=None)
     page = Page(write_report(run_directory(tmp_path, record, ended)))
-    row = page.row(0, digest(1)[:10])
-    assert row[8:10] == [NONE, NONE]
-    assert row[11:13] == ["34 channels in 4 groups", "4"]
+    row = page.row(FRONT, digest(1)[:10])
+    assert row[5:7] == [NONE, NONE]
+    assert row[8:10] == ["34 channels in 4 groups", "4"]
     assert "Limits: at most 700 kB;" in page.text
 
 
@@ -369,10 +393,10 @@ def test_what_zeros_and_dropped_blocks_bring_is_told(tmp_path: Path) -> None:
             }  # fmt: skip
     page = Page(write_report(run_directory(tmp_path, record, result(objective=limit))))
     assert "Limits: at most 600 kB compressed;" in page.text
-    row = page.row(0, digest(1)[:10])
-    assert row[10] == "610 kB 560 kB compressed"
-    assert row[11] == "31% 75% zeros without body.2, body.4"  # (24/32 + 16/32 + 0 + 0) / 4
-    assert "zeros" not in page.row(0, digest(2)[:10])[11]
+    row = page.row(FRONT, digest(1)[:10])
+    assert row[7] == "610 kB 560 kB compressed"
+    assert row[8] == "31% 75% zeros without body.2, body.4"  # (24/32 + 16/32 + 0 + 0) / 4
+    assert "zeros" not in page.row(FRONT, digest(2)[:10])[8]
     rows = list(csv.DictReader((tmp_path / "front.csv").open()))
     found = {r["digest"]: (r["compressed_bytes"], r["sparsity"], r["dropped_blocks"]) for r in rows}
     assert found[digest(1)] == ("560000.0", "75%", "body.2, body.4")
@@ -396,7 +420,7 @@ def test_what_a_user_supplies_is_escaped(tmp_path: Path) -> None:
 def test_what_breaks_a_limit_is_told_apart(tmp_path: Path) -> None:
     page = Page(write_report(run_directory(tmp_path, entries(), result())))
     outside = "outside the limits"
-    assert [page.row(0, digest(t)[:10])[0] for t in (1, 2, 3)] == [
+    assert [page.row(FRONT, digest(t)[:10])[0] for t in (1, 2, 3)] == [
         f"{digest(1)[:10]} best", f"{digest(2)[:10]} {outside}", f"{digest(3)[:10]} {outside}",
     ]  # fmt: skip
     assert "front, outside the limits" in page.text
@@ -414,7 +438,7 @@ def test_where_the_time_goes(tmp_path: Path) -> None:
     page = Page(write_report(explained_run(tmp_path)))
     headline = "0.3200 ms predicted (0.3000 to 0.3400) against 0.8000 ms of the teacher: 2.50 times"
     assert headline in page.text
-    kernels, kinds, groups = page.tables[2:5]
+    kernels, kinds, groups = (page.table(c) for c in ("Policy ", "By kind", "What the next"))
     assert kernels[1:3] == [
         ["(each call)", "session", "", "0.0100 ±0.0040", "0.0100 ±0.0020", "3.1%"],
         ["body.0.c1.0", "conv fp32", "24/32", "0.0800 ±0.0040", "0.0300 ±0.0020", "9.4%"],
@@ -437,7 +461,7 @@ def test_many_kernels_are_drawn_in_one_figure(tmp_path: Path) -> None:
     page = Page(write_report(explained_run(tmp_path, kernels=60)))
     # The first 40 of 60, the session, and one that only the teacher has.
     assert "42 others: 1.9900 ms, teacher 4.0700 ms" in page.text
-    assert len(page.tables[2]) == 64
+    assert len(page.table("Policy ")) == 64
     assert page.source.count("body.0.c1.59 24/32 int8") == 1
     assert "body.0.c1.2 24/32" not in page.source
 
@@ -446,7 +470,7 @@ def test_without_a_device_profile_it_says_how_to_get_one(tmp_path: Path) -> None
     run_directory(tmp_path, entries(predicted_by="timing"), result(predicted_by="timing"))
     page = Page(write_report(tmp_path))
     assert "timed untrained" in page.text
-    assert "Timed untrained, ms" in page.tables[0][0]
+    assert "Timed untrained, ms" in page.table(FRONT)[0]
     command = f"flyweight explain artifacts/{digest(1)}/policy.json --spec spec.yaml"
     assert "flyweight profile --spec spec.yaml -o profile.jsonl" in page.text
     assert f"{command} --profile profile.jsonl --json > explain.json" in page.text
@@ -550,3 +574,161 @@ def test_a_damaged_sensitivity_table_is_named(tmp_path: Path, content: str) -> N
 def test_a_run_without_a_table_says_nothing_of_it(tmp_path: Path) -> None:
     run_directory(tmp_path, entries(), result())
     assert "What is fragile" not in write_report(tmp_path).read_text()
+
+
+def spec_of(folder: Path, strategy: str) -> Path:
+    (folder / "spec.yaml").write_text(f"search: {{strategy: {strategy}}}\n")
+    return folder
+
+
+def test_other_runs_stand_beside(tmp_path: Path) -> None:
+    run = spec_of(run_directory(tmp_path / "joint-run", entries(), result()), "joint")
+    faster = result(teacher={**TEACHER, "latency_ms": 0.4}, best=digest(2), wall_s=60.0)
+    other = spec_of(run_directory(tmp_path / "uniform-run", entries(), faster), "uniform")
+    page = Page(write_report(run, [other]))
+    table = page.table("Runs side by side")
+    assert table[1] == ["joint-run", "joint", "24", "4:11", "3", "best", "2.56", "0.26", "0.30"]
+    # By the teacher as it was timed there: 0.4 / 0.246.
+    assert table[2] == ["uniform-run", "uniform", "24", "1:00", "3", "best", "1.63", "0.90", "0.90"]
+    assert "front of uniform-run, uniform" in page.text
+    assert "Runs side by side" not in Page(write_report(run)).text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data_digest": "cd" * 32}, "its data must be those of"),
+        ({"target": {**TARGET, "threads": 2}}, "its target must be those of"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path: Path, changes: dict, words: str) -> None:
+    run = run_directory(tmp_path / "run", entries(), result())
+    other = run_directory(tmp_path / "other", entries(**changes), result())
+    with pytest.raises(BadInput, match=words):
+        write_report(run, [other])
+    assert not (run / "report.html").exists()
+
+
+def test_how_the_front_grew(page: Page) -> None:
+    # Full results come 11 to 15 s after the beginning, the last of all results 21 s.
+    assert page.table("By predicted")[1:] == [
+        ["0:16", "5", "3", "2.52", "0.26", "best"],
+        ["0:21", "5", "3", "2.52", "0.26", "best"],
+    ]
+
+
+def test_time_between_sessions_is_not_at_work() -> None:
+    times = [("search", 100), ("result", 110), ("search", 500), ("result", 507)]
+    assert at_work([{"kind": kind, "time": at} for kind, at in times]) == [0, 10, 10, 17]
+
+
+def test_predicted_against_measured(page: Page) -> None:
+    # 0.312 of 0.318 (-1.9%), 0.246 of 0.250 (-1.6%), 0.410 of 0.402 (+2.0%): within -3% to +4%.
+    assert "3 of 3 measured latencies lay within" in page.text
+    assert "they were -1.9% to +2.0% from its middle" in page.text
+
+
+def test_the_chosen_layer_by_layer(tmp_path: Path) -> None:
+    known = entries(layer_groups={"stem.0": "stem.0", "body.0.c1": "body.0.c1", "head": None})
+    for entry in known:
+        if entry["kind"] == "result" and entry["digest"] == digest(2):
+            entry["policy"]["prune"]["width"] = {"stem.0": 8, "body.0.c1": 16}
+    run_directory(tmp_path, known, result())
+    (tmp_path / "sensitivity.json").write_text(json.dumps({"harm": HARMS}))
+    page = Page(write_report(tmp_path))
+    rows = page.table("Layers of the best")
+    assert [" ".join(name.split()) for name in rows[0]] == [
+        "Layer", "faster 3.25 times, 0.90 lost", "best 2.56 times, 0.26 lost",
+        "slower 1.95 times, 0.08 lost", "Width harms", "int8 harms",
+    ]  # fmt: skip
+    assert rows[1:4] == [
+        ["stem.0", "8 fp32", "24 fp32", "24 fp32", "", ""],
+        ["body.0.c1", "16 int8", "16 int8", "16 int8", "0.1", "0.002"],
+        ["head", " fp32", " fp32", " fp32", "", ""],
+    ]
+    assert page.source.count('class="differs"') == 1
+    assert ["quantize.qat", "no", "yes", "yes"] in [row[:4] for row in rows]
+
+
+def test_trials_as_csv(tmp_path: Path) -> None:
+    known = entries()
+    known[1:1] = [{"kind": "measured", "digest": digest(1), "latency_ms": 0.312,
+                   "teacher_latency_ms": 0.8, "time": START}]  # fmt: skip
+    write_report(run_directory(tmp_path, known, result()))
+    rows = list(csv.DictReader((tmp_path / "trials.csv").open(newline="")))
+    assert [int(row["trial"]) for row in rows] == list(range(15))
+    assert (rows[1]["rung"], rows[1]["ended"], rows[1]["latency_ms"]) == (
+        "full",
+        "finished",
+        "0.312",
+    )
+    assert [rows[1][f"metric_{rung}"] for rung in ("recalibrate", "short", "full")] == [
+        "61.0", "88.1", "92.84",
+    ]  # fmt: skip
+    assert rows[12]["error"].startswith("parity: 97.1%")
+
+
+def test_a_search_that_was_resumed_is_running(tmp_path: Path) -> None:
+    measured = {"kind": "measured", "digest": digest(1), "latency_ms": 0.312, "time": START + 300,
+                "teacher_latency_ms": 0.8}  # fmt: skip
+    again = search_entry(time=START + 400)
+    run_directory(tmp_path, [*entries(), measured, again], result())
+    assert "This search has not ended" in Page(write_report(tmp_path)).text
+    run_directory(tmp_path, [*entries(), measured, again, measured], result())
+    assert "not ended" not in Page(write_report(tmp_path)).text
+
+
+def test_the_front_so_far_holds_what_is_ahead_in_loss(tmp_path: Path) -> None:
+    known = entries()
+    for entry in known:  # trial 4 is behind trial 3 in metric and latency
+        if entry.get("rung") == "full" and entry["trial"] == 4:
+            entry["loss"] = 0.001
+    page = Page(write_report(run_directory(tmp_path, known)))
+    found = [row[0][:10] for row in page.table(FRONT)[2:]]
+    assert found == [digest(t)[:10] for t in (2, 1, 3, 4)]
+
+
+def thousands(folder: Path) -> Path:
+    """A search of 5,000 trials, 700 of which finished."""
+    out = [search_entry()]
+    for trial in range(5000):
+        out += [{"kind": "begin", "trial": trial, "digest": digest(trial), "time": START + trial}]
+        ms, metric = 0.2 + trial % 701 / 1500, 90 + trial % 503 / 200
+        rungs = ("recalibrate", "short", "full")[: 3 if trial % 7 == 0 else 1 + (trial % 3 == 0)]
+        changes = {"time": START + trial}
+        out += [result_entry(trial, r, ms, metric, 600_000) | changes for r in rungs]
+        error = f"parity at layer body.{trial}" if trial % 50 == 1 else None
+        out.append(end_entry(trial, "failed" if error else "stopped", error))
+    return run_directory(folder, out)
+
+
+def test_thousands_of_trials_make_a_page_that_can_be_sent(tmp_path: Path) -> None:
+    page = write_report(thousands(tmp_path))
+    assert page.stat().st_size <= 5_000_000
+    assert "5000" in Page(page).table(RUNGS)[1]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One with every section, one of thousands of trials."""
+    run = explained_run(tmp_path_factory.mktemp("run"))
+    (run / "sensitivity.json").write_text(json.dumps({"harm": HARMS}))
+    other = run_directory(tmp_path_factory.mktemp("other"), entries(), result())
+    return [write_report(run, [other]), write_report(thousands(tmp_path_factory.mktemp("many")))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_finds_nothing_serious(browser, pages, width: int, scheme: str) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    for path in pages:
+        page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        page.goto(path.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        found = Axe().run(page).response["violations"]
+        bad = {v["id"]: v["nodes"] for v in found if v["impact"] in ("serious", "critical")}
+        assert not bad
+        assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing is cut off
+        page.close()

@@ -142,6 +142,9 @@ def test_what_is_not_what_was_scored_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(BadInput, match="is no ONNX file"):
         read_path(tmp_path / "text.onnx")
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"inputs and one output, but .* has 0 and 0"):
+        read_path(tmp_path / "empty.onnx")
 
 
 def test_an_alias_is_told_from_a_path(tmp_path: Path) -> None:
@@ -163,6 +166,12 @@ def test_requests_that_run_together_get_what_each_gets_alone(tmp_path: Path) -> 
     answers = model.answer(batch)
     for inputs, answer in zip(batch, answers, strict=True):
         np.testing.assert_array_equal(answer, inputs["input"][:, :3])
+
+
+def test_a_request_of_many_rows_runs_in_pieces(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(19, 4)).astype(np.float32)
+    (answer,) = model_of(tiny(), tmp_path, rows=8).answer([{"input": rows}])
+    np.testing.assert_array_equal(answer, rows[:, :3])
 
 
 def test_who_asks_for_the_impossible_harms_no_other(tmp_path: Path) -> None:
@@ -564,7 +573,8 @@ def test_when_the_alias_moves_no_request_fails_and_a_bad_version_changes_nothing
             register(uri, tmp_path / "b", tiny(2), "2" * 64)
             command.wait("Version 2 serves now")
             register(uri, tmp_path / "c", broken(), "3" * 64)
-            command.wait("Version 3 is refused, version 2 goes on")
+            said = command.wait("Version 3 is refused, version 2 goes on")
+            assert "Incompatible dimensions for matrix multiplication" in said
             register(uri, tmp_path / "d", two(), "4" * 64)  # a good one, with other inputs
             command.wait("Version 4 is refused, version 2 goes on: its inputs and outputs")
             rollback("net", tracking_uri=uri)
@@ -595,6 +605,8 @@ def test_a_queue_that_is_full_refuses_and_metrics_count(tmp_path: Path) -> None:
         while "serve_num_http_requests" not in requests.get(metrics, timeout=30).text:
             assert time.monotonic() < until
             time.sleep(1)
+        command.process.terminate()  # as a service manager ends it
+        assert command.process.wait(60) == 0, command.lines
     codes = {answer.status_code for answer in answers}
     assert codes == {200, 503}
 

@@ -4,9 +4,10 @@
 
 All are timed in interleaved rounds by the same code (docs/latency.md), on one thread, and scored on
 the official 10,000 test images in ONNX Runtime. For each limit what counts of everybody is the most
-accurate on selection validation, among what keeps the limit once measured here; nothing is chosen
-by the test set. Of a run that is what its front holds. Prints a table for docs/benchmarks.md, says
-where a peer wins, and writes benchmarks/out/peers.json.
+accurate on selection validation (``--by loss``: nearest to the teacher on search validation), among
+what keeps the limit once measured here; nothing is chosen by the test set. Of a run that is what
+its front holds. Prints tables for docs/benchmarks.md, says where a peer wins, and writes
+benchmarks/out/peers.json.
 """
 
 import argparse
@@ -47,12 +48,14 @@ CLOCKS = {"wall": time.perf_counter_ns, "cpu": time.thread_time_ns}
 
 @dataclass(frozen=True)
 class Artifact:
-    """A model of somebody. metric: on selection validation; cpu_seconds: what it cost."""
+    """A model of somebody. metric: on selection validation; loss: KL to the teacher on search
+    validation; cpu_seconds: what it cost."""
 
     whose: str
     name: str
     model: bytes
     metric: float
+    loss: float
     cpu_seconds: float | None = None
 
 
@@ -62,8 +65,8 @@ def of_peers(folder: Path) -> list[Artifact]:
         for path in sorted((folder / peer).glob("*.json")):
             figures = json.loads(path.read_text())
             name, model = f"{peer} {path.stem}", path.with_suffix(".onnx").read_bytes()
-            metric, cost = figures["metric_selection"], figures["cpu_seconds"]
-            found.append(Artifact(peer, name, model, metric, cost))
+            keys = ("metric_selection", "loss", "cpu_seconds")
+            found.append(Artifact(peer, name, model, *(figures[key] for key in keys)))
     return found
 
 
@@ -72,7 +75,7 @@ def of_run(label: str, folder: Path) -> list[Artifact]:
     return [
         Artifact(
             label, f"{label} {row['digest'][:8]}", (folder / row["artifact"]).read_bytes(),
-            row["metric"],
+            row["metric"], row["loss"],
         )
         for row in result["front"]
     ]  # fmt: skip
@@ -95,10 +98,14 @@ class Measured:
     int8: int
 
 
-def best(of: list[Measured], limit: float) -> Measured | None:
-    """What keeps ``limit``, the most accurate on selection validation."""
+# What counts as the best of somebody, the greatest of this.
+BY = {"metric": lambda a: a.metric, "loss": lambda a: -a.loss}
+
+
+def best(of: list[Measured], limit: float, by: str) -> Measured | None:
+    """What keeps ``limit``, the best by validation."""
     enough = [one for one in of if one.speedup >= limit]
-    return max(enough, key=lambda one: one.artifact.metric) if enough else None
+    return max(enough, key=lambda one: BY[by](one.artifact)) if enough else None
 
 
 def verdict(ours: Measured | None, theirs: Measured | None) -> str:
@@ -120,6 +127,7 @@ def main() -> None:
     parser.add_argument("--run", action="append", default=[], metavar="LABEL=RUN_DIR")
     parser.add_argument("--artifacts", type=Path, default=HERE / "artifacts")
     parser.add_argument("--limits", type=float, nargs="+", default=list(LIMITS))
+    parser.add_argument("--by", choices=BY, default="metric", help="what chooses for a limit")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: on a busy machine")
     args = parser.parse_args()
@@ -189,7 +197,7 @@ def report(
     print("\n| limit | " + " | ".join(whose) + " |\n|" + "---|" * (len(whose) + 1))
     chosen: dict[str, dict[str, Any]] = {}
     for limit in args.limits:
-        picks = {name: best(some, limit) for name, some in whose.items()}
+        picks = {name: best(some, limit, args.by) for name, some in whose.items()}
         cells = [
             f"{p.speedup:.2f}x at {100 * float(own.mean() - p.hits.mean()):.2f}" if p else "-"
             for p in picks.values()
@@ -199,8 +207,8 @@ def report(
     for label in labels:
         print(f"\n{label} against (points on test, 95%):")
         for limit in args.limits:
-            ours = best(whose[label], limit)
-            says = {p: verdict(ours, best(whose[p], limit)) for p in PEERS if whose[p]}
+            ours = best(whose[label], limit, args.by)
+            says = {p: verdict(ours, best(whose[p], limit, args.by)) for p in PEERS if whose[p]}
             print(f"  {limit:g}: " + "; ".join(f"{p} {said}" for p, said in says.items()))
     rows = [
         {
@@ -212,7 +220,7 @@ def report(
         for m in measured
     ]  # fmt: skip
     figures = {
-        "clock": args.clock, "busy": busy, "rounds": args.rounds, "runs": args.run,
+        "clock": args.clock, "by": args.by, "busy": busy, "rounds": args.rounds, "runs": args.run,
         "teacher": {"latency_ms": latency(TEACHER), "metric_test": accuracy},
         "artifacts": rows, "chosen": chosen,
     }  # fmt: skip
