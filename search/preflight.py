@@ -168,7 +168,7 @@ def facts(spec: Spec, storage: Storage | None = None, mark: str = "") -> dict[st
     try:
         device = Device.of_this(spec.target.runtime, spec.target.threads)
         # Artifacts are quantized, run and scored by workers: as the driver plans them.
-        found["int8 of the kernels"] = device.capabilities
+        found["what the kernels can do (digest)"] = device.capabilities
         if storage is not None:
             load_task(spec.task, spec.folder, spec.task_args)
     except FlyweightError as error:
