@@ -2,7 +2,6 @@
 trials at all, and whether each of them has what a trial needs."""
 
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -18,9 +17,12 @@ from .meter import Device
 from .placement import for_actor, trial_request
 from .ready import Ready
 from .spec import Resources, Spec
+from .storage import Storage, storage_of
+from .tracking import redact
 
 LOOK_S = 5.0  # between two looks for a node that is waited for
 PATIENCE_S = 300.0  # for a node to say what it has: its first import of torch takes long
+MARK = ".reached"  # where nodes write, beside the artifacts
 PACKAGES = ("ray", "flyweight")  # whose versions must be the driver's
 UNITS = {"memory": "bytes of memory", "CPU": "CPUs", "GPU": "GPUs"}
 
@@ -95,30 +97,35 @@ def _there() -> str:
 def _check_nodes(nodes: list[Node], ready: Ready, run_dir: Path) -> None:
     """Asks every node for what a trial needs. Raises BadInput with what is missing, and where."""
     spec, own = ready.spec, facts(ready.spec)
-    mark = run_dir / ".reached"
+    storage = storage_of(spec, run_dir)
     answers = {}
     for node in nodes:
         where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         # It takes no CPU of the node: a cluster that is busy is asked too.
         task: Any = ray.remote(facts)
         task = task.options(num_cpus=0, scheduling_strategy=where, max_retries=0)
-        place = mark / node["NodeID"]
-        answers[task.remote(spec, place)] = node, place
+        answers[task.remote(spec, (storage, f"{MARK}/{node['NodeID']}"))] = node
     problems: dict[str, list[str]] = {}
     try:
         ray.wait([*answers], num_returns=len(answers), timeout=PATIENCE_S)
-        for answer, (node, place) in answers.items():
-            for problem in _problems(answer, own, place, run_dir):
+        try:
+            reached = storage.names(MARK)
+        except OSError:  # something else is there: the nodes say so
+            reached = []
+        for answer, node in answers.items():
+            there = node["NodeID"] in reached
+            for problem in _problems(answer, own, there, spec.storage or run_dir):
                 problems.setdefault(problem, []).append(node["NodeManagerAddress"])
     finally:
-        shutil.rmtree(mark, ignore_errors=True)
+        storage.remove(MARK)
     if problems:
         lines = [f"  {', '.join(sorted({*at}))}: {what}" for what, at in problems.items()]
         raise BadInput("the cluster cannot run this search:\n" + "\n".join(lines))
 
 
-def _problems(answer: Any, own: dict[str, str], place: Path, run_dir: Path) -> list[str]:
-    """What a node's ``answer`` says that would not do."""
+def _problems(answer: Any, own: dict[str, str], there: bool, kept: str | Path) -> list[str]:
+    """What a node's ``answer`` says that would not do. there: whether what it wrote to ``kept``
+    is seen from here."""
     if not ray.wait([answer], timeout=0)[0]:
         return [f"it did not answer within {PATIENCE_S:g} s"]
     try:
@@ -133,16 +140,17 @@ def _problems(answer: Any, own: dict[str, str], place: Path, run_dir: Path) -> l
     if "problem" in found:
         out.append(found["problem"])
     if "unwritable" in found:
-        out.append(f"it cannot write to the run directory: {found['unwritable']}")
-    elif "problem" not in found and not place.is_file():
+        what = redact(found["unwritable"], str(kept))
+        out.append(f"it cannot write to {redact(str(kept))}, where artifacts are kept: {what}")
+    elif "problem" not in found and not there:
         out.append(
-            f"it does not reach the run directory {run_dir}, where artifacts are kept; put --out "
-            "on a file system that all nodes share, or name a storage that they all reach"
+            f"it does not reach {redact(str(kept))}, where artifacts are kept; put --out on a file "
+            "system that all nodes share, or name a storage that they all reach"
         )
     return out
 
 
-def facts(spec: Spec, place: Path | None = None) -> dict[str, str]:
+def facts(spec: Spec, place: tuple[Storage, str] | None = None) -> dict[str, str]:
     """What a process has of what a trial of ``spec`` needs. place: a file to write, so that the
     driver sees whether it can. problem: why the task or its runtime cannot be had."""
     found = {"Python": platform.python_version()}
@@ -153,8 +161,8 @@ def facts(spec: Spec, place: Path | None = None) -> dict[str, str]:
             found[package] = "missing"
     if place is not None:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text("")
+            storage, name = place
+            storage.write(name, b"")
         except OSError as error:
             found["unwritable"] = str(error)
     try:

@@ -138,7 +138,7 @@ def test_a_run_directory_that_workers_cannot_write(
     (run / ".reached").write_text("a file where a folder should be")  # root may write anywhere
     done = search(nodes, spec(starter, "unwritable.yaml"), run)
     assert done.returncode == 2, done.stderr + done.stdout
-    assert "cannot write to the run directory" in done.stderr
+    assert f"cannot write to {run}, where artifacts are kept" in done.stderr
 
 
 def test_a_wrong_token_is_refused(nodes: Any, starter: Path, tmp_path: Path) -> None:
