@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 120.0  # until a service must answer, on a busy machine
+PATIENCE_S = 400.0  # until a service must answer, on a busy machine
 
 
 def free_port() -> int:
