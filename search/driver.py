@@ -23,7 +23,7 @@ from .explain import explanation
 from .explained import EXPLANATION
 from .limits import Limits
 from .local_ray import connected, terminable
-from .opening import asks_anew, changed_target, is_done, open_run, opening_entry
+from .opening import asks_anew, changed_target, is_done, open_run, opening_entry, unmake
 from .predict import given_profile, predictor_of
 from .preparation import Preparation, worth_preparing
 from .pricing import Pricing, predicted, timed
@@ -78,6 +78,7 @@ def search(
     """Runs the search that ``spec`` describes. Raises BadInput before anything is spent."""
     began = time.time()
     profile = given_profile(spec)
+    fresh = out is None or not out.is_dir() or not any(out.iterdir())
     run_dir = open_run(spec, out, resume)
     record = FileRecord(run_dir / "record.jsonl")
     try:
@@ -87,8 +88,14 @@ def search(
         if profile is not None:
             check_profile(profile, empty_profile(spec, prepared.prepared), device=False)
         write_whole(run_dir / "spec.yaml", spec.to_yaml().encode())
+        say("Starting Ray" if address is None else f"Joining the Ray cluster at {address}")
         with connected(spec, address):
+            say("Timing the teacher on the target")
             return _Search(spec, run_dir, record, prepared, console, began, profile).run()
+    except BadInput:
+        if fresh and not record.entries():
+            unmake(run_dir)
+        raise
     finally:
         record.close()
 
