@@ -38,6 +38,7 @@ from .ready import (
     teacher_answers,
 )
 from .record import FileRecord
+from .report import FILES as REPORT
 from .report import write_report
 from .results import finalists, measured_front, result
 from .spec import Spec
@@ -385,7 +386,7 @@ class _Search:
         status: Status = (
             "KILLED" if controller.interrupted else "FAILED" if controller.fatal else "FINISHED"
         )
-        files = [self.run_dir / name for name in ("result.json", "report.html", "spec.yaml")]
+        files = [self.run_dir / name for name in ("result.json", "spec.yaml", *REPORT)]
         missing = tracker.finish(status, files)
         if missing.reason:
             self.notes.append(
