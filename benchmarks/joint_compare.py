@@ -21,6 +21,7 @@ import moocore
 import numpy as np
 import torch
 from common import write
+from joint_optuna import RayOptuna
 from joint_sensitivity import judged
 from joint_surrogate import Surrogate
 from joint_table import read, space, spec
@@ -76,7 +77,7 @@ class Bench:
     def warm_start(self, draws: bool) -> WarmStart:
         """draws: whether it goes on to be asked after its sweep."""
         kind = WarmStart if draws else SweepAlone
-        return kind(space(), self.table, self.batch, self.limits, 1.0)
+        return kind(space(), self.table, self.batch, self.limits)
 
 
 class SweepAlone(WarmStart):
@@ -127,6 +128,14 @@ def searching(
     return method
 
 
+def ray_optuna(seed: int, bench: Bench, clock: Clock, cost: float) -> Controller:
+    """Ray's OptunaSearch: every policy is trained whole."""
+    return Patient(
+        RayOptuna(space(), seed), bench.price, bench.limits, MemoryRecord(),
+        Budget(MOST_TRIALS, cost * bench.surrogate.trial_seconds), clock=clock,
+    )  # fmt: skip
+
+
 METHODS: dict[str, Method] = {
     "joint": searching("joint"),  # what `flyweight search` does
     "joint without draws": searching("joint", draws=False),
@@ -137,6 +146,7 @@ METHODS: dict[str, Method] = {
     "uniform": searching("uniform"),
     "TPE": searching("joint", rungs=False, warm=False, recipes=False),
     "TPE with rungs": searching("joint", warm=False, recipes=False),
+    "Ray's OptunaSearch": ray_optuna,
     "random": searching("random", rungs=False),
     "random with rungs": searching("random"),
 }

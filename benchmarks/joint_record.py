@@ -14,30 +14,39 @@ import json
 import math
 import random
 import time
+from functools import cache
 from statistics import median
 from typing import Any
 
 import torch
 from common import machine, versions
-from joint_table import TEACHER, Row, append, by_policy, read, space, spec
+from joint_sensitivity import judged
+from joint_surrogate import latencies, plan
+from joint_table import FOLDER, TEACHER, Row, append, by_policy, read, space, spec, teacher
 
 from flyweight.compressors import RUNGS, Candidate, Prepared, compress
 from flyweight.kernels import Session, time_sessions
 from flyweight.kernels.timing import TEACHER as SENTINEL
+from flyweight.search.batch import BatchPredictor
+from flyweight.search.limits import Limits
 from flyweight.search.pareto import front
 from flyweight.search.ready import RECIPES, prepare_task, request_of
+from flyweight.search.warm import WarmStart
 from flyweight.spaces import Impossible, Policy, Space
 
-SOURCES = {"random": 0.4, "near": 0.45, "extreme": 0.15}
+SOURCES = {"random": 0.15, "near": 0.75, "extreme": 0.1}  # 0.4, 0.45, 0.15 up to 85 policies
 KINDS = {"both": 0.5, "prune": 0.3, "quantize": 0.2}  # of random and extreme policies
 REPEATED = 10  # one policy in so many is tried with SEEDS seeds
 SEEDS = 3
 ROUNDS = 40
+SOLVED = FOLDER / "solved.json"  # policies of the warm start, as a search of this space begins
+SWEPT, DRAWN = 12, 28  # how many of them
 
 
 def draw(of: Space, rng: random.Random, rows: list[Row]) -> tuple[str, Policy]:
-    """The next policy and how it was drawn: everything at random; a few steps from a recipe or
-    from a trial that none dominates so far; or most widths and precisions at an end."""
+    """The next policy and how it was drawn: everything at random; a few steps from a recipe, from a
+    policy that was solved for or from a trial that none dominates so far; or most widths and
+    precisions at an end."""
     source = _pick(rng, SOURCES)
     if source == "near":
         return source, _near(of, rng, rows)
@@ -60,17 +69,28 @@ def draw(of: Space, rng: random.Random, rows: list[Row]) -> tuple[str, Policy]:
 
 def _near(of: Space, rng: random.Random, rows: list[Row]) -> Policy:
     whole = [row for row in rows if row.whole]
-    ahead = front([(row.rungs[RUNGS[-1]]["loss"], row.latency) for row in whole])
-    starts = [whole[i].policy for i in ahead]
-    starts += [of.uniform(keep, p) for keep in RECIPES for p in ("fp32", "int8")]
-    policy = rng.choice(starts)
-    for _ in range(rng.randint(1, 6)):
+    points = [(row.rungs[RUNGS[-1]]["loss"], row.latency) for row in whole]
+    ahead = [whole[i].policy for i in front(points)]
+    recipes = [of.uniform(keep, p) for keep in RECIPES for p in ("fp32", "int8")]
+    kinds = [some for some in (ahead, recipes, solved()) if some]
+    policy = rng.choice(rng.choice(kinds))
+    for _ in range(rng.randint(0, 4)):
         policy = rng.choice(list(of.neighbours(policy)))
     values = of.values(policy)
+    good = of.values(rng.choice(ahead or recipes))
     for parameter in of.parameters:  # neighbours leave ranges alone
-        if not parameter.choices and rng.random() < 0.5:
-            values[parameter.name] = parameter.sample(rng)
+        if not parameter.choices:
+            anew = rng.random() < 0.3
+            values[parameter.name] = parameter.sample(rng) if anew else good[parameter.name]
     return of.policy(_rounded(values))
+
+
+@cache
+def solved() -> list[Policy]:
+    """What ``Bench.solve`` wrote."""
+    if not SOLVED.exists():
+        return []
+    return [Policy.from_dict(policy) for policy in json.loads(SOLVED.read_text())]
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:
@@ -122,6 +142,19 @@ class Bench:
         }
         TEACHER.write_text(json.dumps(figures, indent=1) + "\n")
 
+    def solve(self, rows: list[Row]) -> None:
+        """Writes policies of the warm start, their latencies predicted from ``rows``."""
+        table, _ = judged()
+        priced = latencies(rows, [plan(row.policy) for row in rows])
+        batch = BatchPredictor(self.prepared, space(), priced)
+        limits = Limits(float(teacher()["metric_selection"]), 1.0)
+        start, rng = WarmStart(space(), table, batch, limits, 1.0), random.Random("solved")
+        policies = start.sweep(SWEPT)
+        drawn = [start.draw(rng) for _ in range(DRAWN)]
+        policies += [space().policy({**start.settings, **v}) for v in drawn if v is not None]
+        lines = [policy.canonical() for policy in dict.fromkeys(policies)]
+        SOLVED.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+
     def timed(self, model: bytes) -> tuple[float, float]:
         """The latency of ``model`` as a share of the teacher's, and the teacher's in ms."""
         sessions = {SENTINEL: self._session, "model": self.prepared.runtime.load(model)}
@@ -158,6 +191,8 @@ def main() -> None:
     bench, rows = Bench(), read()
     if not TEACHER.exists():
         bench.describe()
+    if not SOLVED.exists():
+        bench.solve([row for row in rows if row.whole])
     while time.monotonic() < ends:
         row = bench.trial(*due(space(), rows))
         append(row)

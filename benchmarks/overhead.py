@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from common import OUT, machine, versions, write
+from no_op import make_controller, no_op
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "fashion_mnist"
 CONCURRENCY = 2
 WARM_UP = 4  # trials
 LIMIT = 1.5  # times bare
@@ -36,52 +36,6 @@ AS_INSTALLED = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "0",
 }
 PARTS = ("no MLflow", "no record file", "no TPE")  # flyweight without one of its parts
-
-
-def no_op() -> Any:
-    """A trainable that does nothing and reports what a trial might have found."""
-    import random
-
-    from ray import tune
-
-    rungs = ("recalibrate", "short", "full")
-
-    class NoOp(tune.Trainable):  # in a function: workers get it by value, and import nothing more
-        def setup(self, config: dict[str, Any]) -> None:
-            self.reset_config(config)
-
-        def reset_config(self, new_config: dict[str, Any]) -> bool:
-            # Bare trials are told how many steps they have. flyweight's scheduler ends its own: a
-            # result that says "done" would pass it by.
-            self.steps, self.done_steps = new_config.get("steps"), 0
-            self.quality = random.gauss(0.0, 0.3)
-            return True
-
-        def step(self) -> dict[str, Any]:
-            loss = 0.4 + abs(self.quality) / (1 + self.done_steps) + random.random() * 0.05
-            outcome = {
-                "rung": rungs[self.done_steps],
-                "loss": loss,
-                "metric": 94.0 - 4 * loss,
-                "size_bytes": 900_000,
-                "compressed_bytes": 800_000,
-                "seconds": 0.001,
-                "rung_seconds": 0.001,
-                "samples": 0,
-                "macs": 1_000_000,
-                "parity": None,
-                "artifact": None,
-            }
-            self.done_steps += 1
-            return {"outcome": json.dumps(outcome), "done": self.done_steps == self.steps}
-
-        def save_checkpoint(self, *_: Any) -> None:
-            return None
-
-        def load_checkpoint(self, *_: Any) -> None:
-            return None
-
-    return NoOp
 
 
 class Each:
@@ -115,9 +69,6 @@ def bare(steps: list[int]) -> dict[str, Any]:
 
 def flyweight(trials: int, without: str, profile: Path | None) -> dict[str, Any]:
     """The search's own machinery around ``trials`` no-op trials."""
-    from flyweight.search.controller import Budget, Controller, Price
-    from flyweight.search.limits import Limits
-    from flyweight.search.proposals import Proposals
     from flyweight.search.record import FileRecord, MemoryRecord
     from flyweight.search.tracking import MemoryTracker
     from flyweight.search.tracking_process import TrackerProcess
@@ -139,18 +90,7 @@ def flyweight(trials: int, without: str, profile: Path | None) -> dict[str, Any]
             if entry["kind"] not in ("begin", "rejected"):
                 tracker.record(entry)
 
-        def price(policy: Any) -> Price:
-            """Costs nothing and is within the limit, but differs: were all latencies the same,
-            every trial would be a front of its own and sorting them would be what is measured."""
-            latency_ms = 0.1 + 0.2 * int(policy.digest[:8], 16) / 2**32
-            return Price((0.95 * latency_ms, latency_ms, 1.05 * latency_ms), 900_000, 800_000)
-
-        proposals = Proposals(_space(), sampler, seed=secrets.randbits(16))
-        limits = Limits(92.5, latency_ms=0.4, max_drop=0.5)
-        budget = Budget(trials)
-        controller = Controller(
-            proposals, price, limits, record, budget, listen=[listen], look_ahead=True
-        )
+        controller = make_controller(trials, record, listen, sampler)
         with Stopwatch(profile) as watch:
             resources = {"cpu": 1.0}
             run_trials(controller, no_op(), concurrency=CONCURRENCY, resources=resources)
@@ -163,26 +103,6 @@ def flyweight(trials: int, without: str, profile: Path | None) -> dict[str, Any]
     reached = [len(trial.results) for trial in controller.trials.values()]
     lacking = {"finish_s": finish_s, "undelivered": missing.entries, "why": missing.reason}
     return watch.figures() | {"steps": reached} | lacking
-
-
-def _space() -> Any:
-    import importlib.util
-
-    import torch
-
-    from flyweight.kernels import make_runtime
-    from flyweight.search.spec import load_spec
-    from flyweight.spaces import Space, trace
-
-    torch.set_num_threads(1)
-    place = importlib.util.spec_from_file_location("resnet", EXAMPLE / "resnet.py")
-    assert place is not None
-    assert place.loader is not None
-    module = importlib.util.module_from_spec(place)
-    place.loader.exec_module(module)
-    network = trace(module.ResNet().eval(), torch.zeros(1, 1, 28, 28))
-    settings = load_spec(EXAMPLE / "search.yaml").space.settings()
-    return Space(network, make_runtime("onnxruntime", 1).capabilities, settings)
 
 
 class Stopwatch:

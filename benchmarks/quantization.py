@@ -1,15 +1,15 @@
 """Post-training int8 of flyweight beside ONNX Runtime's quantizer and NNCF's, on equal data.
 
     pip install -c constraints.txt -e '.[dev,benchmarks]'
-    python benchmarks/quantization.py resnet [mobilenet_v2 efficientnet_lite0] [--draws 5]
-        [--ours minmax ...] [--theirs minmax ...]
+    python benchmarks/quantization.py resnet [vit har article_cnn minilm mobilenet_v2
+        efficientnet_lite0] [--draws 5] [--ours minmax ...] [--theirs minmax ...]
 
 All layers are int8; where the example has a policy in mixed precision (imagenet/NETWORK.json), that
 too. Each draw takes other calibration items, the same for everybody. Where a tool has several
 calibrations, the one with the least KL to the teacher on search validation counts.
 
-Lost are points of the metric on the test set: accuracy of the ResNet on the official Fashion-MNIST
-images, agreement with the teacher of the others. The interval is a paired bootstrap over test items
+Lost are points of the metric on the test set: agreement with the teacher of the networks of
+imagenet, accuracy of the others. The interval is a paired bootstrap over test items
 of (ours - theirs), in points, all draws together; ours is the mixed policy where there is one.
 Writes benchmarks/out/quantization-NETWORK.json.
 """
@@ -29,6 +29,8 @@ import numpy as np
 import onnx
 import torch
 from common import versions, write
+from networks import NETWORKS as OTHERS
+from networks import joined
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -43,7 +45,7 @@ from flyweight.compressors.data import CALIBRATION, Items
 from flyweight.compressors.distill import kl_divergence
 from flyweight.compressors.export import to_onnx
 from flyweight.compressors.freeze import freeze
-from flyweight.compressors.parity import INPUTS, compare, run_module, run_session
+from flyweight.compressors.parity import INPUTS, compare, feed, run_module, run_session
 from flyweight.compressors.quantize import fold_norms
 from flyweight.kernels import float_layers, int8_layers, make_runtime, time_sessions
 from flyweight.spaces import Policy, Quantize
@@ -52,13 +54,15 @@ from flyweight.spaces.tracing import trace_graph
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 PHOTOGRAPHS = {"val": INPUTS, "tested": ("evaluation", "unseen")}
-NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "resnet": ("fashion_mnist/task.py:FashionMnist", {}),
-    "mobilenet_v2": ("imagenet/task.py:ImageNet", {"network": "mobilenet_v2", **PHOTOGRAPHS}),
-    "efficientnet_lite0": (
-        "imagenet/task.py:ImageNet", {"network": "efficientnet_lite0", **PHOTOGRAPHS},
-    ),
-}  # fmt: skip
+
+
+def _imagenet(network: str) -> Callable[[], Any]:
+    given = {"network": network, **PHOTOGRAPHS}
+    return lambda: load_task("task.py:ImageNet", EXAMPLES / "imagenet", given)
+
+
+IMAGENET = {name: _imagenet(name) for name in ("mobilenet_v2", "efficientnet_lite0")}
+NETWORKS: dict[str, Callable[[], Any]] = {**OTHERS, **IMAGENET}
 OURS = ("minmax", "percentile", "mse", "fitted")
 THEIRS = {
     "minmax": CalibrationMethod.MinMax,
@@ -85,7 +89,7 @@ class Reader(CalibrationDataReader):
 
     def get_next(self) -> dict[str, Any] | None:
         batch = next(self.rest, None)
-        return None if batch is None else {"input": batch.inputs.numpy()}
+        return None if batch is None else feed(batch.inputs)
 
 
 def onnxruntime_int8(fp32: bytes, items: Items, settings: dict[str, Any]) -> bytes:
@@ -112,7 +116,7 @@ def onnxruntime_settings(calibration: str, weight_bits: int) -> dict[str, Any]:
 
 
 def nncf_int8(fp32: bytes, items: Items) -> bytes:
-    data = nncf.Dataset([{"input": batch.inputs.numpy()} for batch in items.batches(1)])
+    data = nncf.Dataset([feed(batch.inputs) for batch in items.batches(1)])
     made = nncf.quantize(onnx.load_from_string(fp32), data, subset_size=len(items))
     return made.SerializeToString()
 
@@ -149,16 +153,14 @@ def best_flyweight(prepared: Prepared, calibrations: list[str]) -> Candidate:
 
 def mixed_policy(name: str) -> Policy | None:
     """The example's own policy for the network ``name``, None if it has none."""
-    path = (EXAMPLES / NETWORKS[name][0]).parent / f"{name}.json"
+    path = EXAMPLES / "imagenet" / f"{name}.json"
     return Policy.from_json(path.read_text()) if path.exists() else None
 
 
 def parity(prepared: Prepared, student: torch.nn.Module, model: bytes) -> dict[str, float]:
     """Of an artifact with its student, on validation."""
     splits = prepared.splits
-    both = Items(*(torch.cat([getattr(part, name) for part in (splits.search, splits.selection)])
-                   for name in ("inputs", "targets")))  # fmt: skip
-    some = both.take(torch.arange(min(INPUTS, len(both))))
+    some = joined([splits.search, splits.selection]).first(INPUTS)
     answers = run_session(prepared.runtime.load(model), some)
     return dataclasses.asdict(compare(run_module(student, some), answers))
 
@@ -172,9 +174,7 @@ def interval(ours: np.ndarray, theirs: np.ndarray) -> list[float]:
 
 
 def measure(name: str, draws: int, ours: list[str], theirs: list[str]) -> dict[str, Any]:
-    reference, arguments = NETWORKS[name]
-    file, _, kind = reference.rpartition(":")
-    task = load_task(f"{Path(file).name}:{kind}", (EXAMPLES / file).parent, arguments)
+    task = NETWORKS[name]()
     runtime = make_runtime("onnxruntime", 1)
     prepared = prepare(task, runtime, Schedule())
     test, mixed = prepared.splits.test, mixed_policy(name)
@@ -232,7 +232,7 @@ def measure(name: str, draws: int, ours: list[str], theirs: list[str]) -> dict[s
             print(f"{name}, draw {draw}, {method}: {lost:.2f} lost", flush=True)
     ours_is = "flyweight" if mixed is None else "flyweight, mixed"
     sessions = {n: runtime.load(m) for n, m in models.items()}
-    times = time_sessions(sessions, {"input": prepared.example.numpy()})
+    times = time_sessions(sessions, feed(prepared.example))
     rows = {
         method: {
             "lost": [round(100 * float(teacher.mean() - h.mean()), 3) for h in of],

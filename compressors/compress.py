@@ -105,14 +105,16 @@ def compress(
     session = prepared.runtime.load(model)
     splits, task = prepared.splits, prepared.task
     answers = _answers(session, splits.search)
-    loss = kl_divergence(answers, prepared.search_answers).item()
+    loss = kl_divergence(answers, prepared.search_answers, kind=prepared.kind).item()
     if rung != "full":
         metric, parity = task.metric(answers, splits.search.targets), None
     else:
         answers = _answers(session, splits.selection)
         metric = task.metric(answers, splits.selection.targets)
         precision = "int8" if plan.quantized else "fp32"
-        parity = check_parity(frozen, model, answers, splits.selection, precision, prepared.runtime)
+        parity = check_parity(
+            frozen, model, answers, splits.selection, precision, prepared.runtime, prepared.kind
+        )
     lay_out(student, torch.contiguous_format)
     seconds += time.perf_counter() - began
     return Candidate(policy, rung, plan, student, model, loss, metric, samples, seconds, parity)
@@ -204,4 +206,5 @@ def _train(
         device=prepared.device,
         # With quantizers in place bfloat16 would round as coarsely as they do.
         mixed=prepared.device.type == "cuda" and stage != "qat",
+        kind=prepared.kind,
     )

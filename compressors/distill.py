@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..spaces import Distill, Impossible, nearest
 from .data import Items
+from .outputs import CLASSES, OutputKind
 from .prune import call
 from .sparsify import masks
 
@@ -28,17 +29,35 @@ class Epoch:
     answers: Tensor  # [N, ...]
 
 
-def kl_divergence(output: Tensor, answer: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean KL(teacher || student) of softened answers, times T^2 (Hinton et al. 2015, sec. 2)."""
-    student = F.log_softmax(output / temperature, -1).flatten(0, -2)  # [n, classes]
-    teacher = F.log_softmax(answer / temperature, -1).flatten(0, -2)
+def kl_divergence(
+    output: Tensor, answer: Tensor, temperature: float = 1.0, kind: OutputKind = CLASSES
+) -> Tensor:
+    """Mean KL(teacher || student) of softened answers, times T^2 (Hinton et al. 2015, sec. 2).
+
+    Of quantities that between normal distributions around them, of the variance that the teacher's
+    answers have: the squared error, in units that any output has.
+    """
+    if kind.axis is None:
+        return (output - answer).square().mean() / (2 * kind.variance)
+    pair = (kind.scores(x) / temperature for x in (output, answer))
+    student, teacher = (x.log_softmax(-1).flatten(0, -2) for x in pair)  # [n, classes]
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
 
 
-def decoupled(output: Tensor, answer: Tensor, temperature: float, beta: float = 4.0) -> Tensor:
+def decoupled(
+    output: Tensor,
+    answer: Tensor,
+    temperature: float,
+    kind: OutputKind = CLASSES,
+    beta: float = 4.0,
+) -> Tensor:
     """Zhao et al. 2022, "Decoupled knowledge distillation", eq. 7: target class against the rest,
-    plus ``beta`` times the rest among itself. The target is the teacher's first choice."""
-    ours, theirs = ((x / temperature).flatten(0, -2) for x in (output, answer))  # [n, classes]
+    plus ``beta`` times the rest among itself. The target is the teacher's first choice. Raises
+    Impossible where the output are quantities."""
+    if kind.axis is None:
+        raise Impossible("the loss 'decoupled' compares classes, but this output is quantities")
+    pair = (kind.scores(x) / temperature for x in (output, answer))
+    ours, theirs = (x.flatten(0, -2) for x in pair)  # [n, classes]
     target = F.one_hot(theirs.argmax(-1), theirs.shape[-1]).bool()
 
     def apart(logits: Tensor) -> tuple[Tensor, Tensor]:  # [n, 2], [n, classes]
@@ -51,9 +70,9 @@ def decoupled(output: Tensor, answer: Tensor, temperature: float, beta: float = 
     return (among[0] + beta * among[1]) * temperature**2
 
 
-# (student's answers, teacher's, temperature) -> a scalar. At equal cost hints, attention transfer
-# and relations beat KL on no network (docs/ablation.md).
-LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+# (student's answers, teacher's, temperature, what they are) -> a scalar. At equal cost hints,
+# attention transfer and relations beat KL on no network (docs/ablation.md).
+LOSSES: dict[str, Callable[[Tensor, Tensor, float, OutputKind], Tensor]] = {
     "kl": kl_divergence,
     "decoupled": decoupled,
 }
@@ -74,14 +93,15 @@ def distill(
     hold_zeros: bool = False,
     device: torch.device = CPU,
     mixed: bool = False,
+    kind: OutputKind = CLASSES,
 ) -> int:
     """Trains ``student`` in place for ``count`` epochs, going on where ``first`` epochs end.
 
     SGD with momentum on alpha * (what the policy's loss asks) + (1 - alpha) * loss; the learning
     rate rises to ``peak`` and falls as a cosine. cycle: the epoch where that begins and how many it
     takes, if this training is only a part of it. hold_zeros: weights that are 0 stay 0. device:
-    where the student trains; mixed: in bfloat16 where that is safe. Returns the number of samples
-    seen. Raises Impossible when it diverges.
+    where the student trains; mixed: in bfloat16 where that is safe. kind: what the student's output
+    is. Returns the number of samples seen. Raises Impossible when it diverges.
     """
     if settings.loss not in LOSSES:
         raise Impossible(f"no loss {settings.loss!r}; {nearest(settings.loss, LOSSES)}")
@@ -93,7 +113,7 @@ def distill(
     def objective(output: Tensor, items: Items, answers: Tensor) -> Tensor:
         value = torch.zeros((), device=output.device)
         if settings.alpha > 0:
-            value = settings.alpha * soft(output, answers, settings.temperature)
+            value = settings.alpha * soft(output, answers, settings.temperature, kind)
         if settings.alpha < 1:
             value = value + (1 - settings.alpha) * loss(output, items.targets)
         return value

@@ -47,7 +47,7 @@ class Writer(fx.Interpreter):
         self.casts: set[str] = set()
         self.quantized: dict[str, Any] = {}  # value -> the module that quantizes it
         self.zeros: dict[fx.Node, list[int]] = {}  # what the layers behind a padding add for it
-        self.parts: dict[fx.Node, list[str]] = {}  # of nodes that give several tensors
+        self.parts: dict[fx.Node, list[Any]] = {}  # of nodes that give several tensors their names
         taken = {*inputs.values(), "output"}
         self.names = {
             node: f"{node.name}_value" if node.name in taken else node.name
@@ -115,12 +115,23 @@ class Writer(fx.Interpreter):
         """The module that ``node`` calls, None if it calls a function."""
         return self.fetch_attr(str(node.target)) if node.op == "call_module" else None
 
+    def call(self, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+        """What ``node`` calls, on other arguments."""
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        target: Any = self.owner(node) or node.target
+        return target(*args, **kwargs)
+
     def settings(self, node: fx.Node, **defaults: Any) -> list[Any]:
         """The settings called as ``defaults``, in their order: of a module its attributes, of a
         function its arguments behind the first. Tensors among them stay nodes."""
         owner = self.owner(node)
         if isinstance(owner, nn.Module):
             return [getattr(owner, name, default) for name, default in defaults.items()]
+        return self.arguments(node, **defaults)
+
+    def arguments(self, node: fx.Node, **defaults: Any) -> list[Any]:
+        """The arguments called as ``defaults`` behind the first, also of the call of a module."""
         given = {**dict(zip(defaults, node.args[1:], strict=False)), **node.kwargs}
         if len(node.args) - 1 > len(defaults) or not given.keys() <= defaults.keys():
             raise NotCovered
@@ -182,6 +193,11 @@ class Writer(fx.Interpreter):
         )
         return output
 
+    def several(self, kind: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
+        """A node that gives ``outputs``."""
+        name = f"{outputs[0]}:{kind}"
+        self.nodes.append(helper.make_node(kind, inputs, outputs, name=name, **attributes))
+
     def alias(self, node: fx.Node, name: str) -> None:
         """``node`` gives the value ``name`` as it is."""
         if self.names[node] == "output":
@@ -198,9 +214,11 @@ class Writer(fx.Interpreter):
         tensor = torch.tensor(value, dtype=dtype)
         return self.constant(f"{value}:{plain(tensor.dtype)}", tensor)
 
-    def constants(self) -> Iterator[onnx.TensorProto]:
+    def constants(self, read: set[str]) -> Iterator[onnx.TensorProto]:
+        """Those that are called as one of ``read``."""
         for name, tensor in self.tensors.items():
-            yield numpy_helper.from_array(tensor.contiguous().numpy(), name)
+            if name in read:
+                yield numpy_helper.from_array(tensor.contiguous().numpy(), name)
 
 
 def plain(dtype: torch.dtype) -> str:

@@ -170,10 +170,12 @@ def _function(w: Writer, node: fx.Node, _: Any) -> None:
 
 def _norm(w: Writer, node: fx.Node, _: Any) -> None:
     module, name = w.owner(node), str(node.target)
-    parts = ("weight", "bias", "running_mean", "running_var")
-    if any(getattr(module, part) is None for part in parts):
-        raise NotCovered
-    inputs = [w.constant(f"{name}.{part}", getattr(module, part)) for part in parts]
+    statistics = [getattr(module, part) for part in ("running_mean", "running_var")]
+    if any(tensor is None for tensor in statistics):
+        raise NotCovered  # those of the request
+    inputs = _affine(w, node, module.weight, module.bias, module.num_features)
+    for part, tensor in zip(("mean", "var"), statistics, strict=True):
+        inputs.append(w.constant(f"{name}.running_{part}", tensor))
     w.node("BatchNormalization", [w.value(node), *inputs], w.names[node], epsilon=module.eps)
 
 
@@ -209,17 +211,18 @@ def _instance_norm(w: Writer, node: fx.Node, _: Any) -> None:
 
 def _group_norm(w: Writer, node: fx.Node, _: Any) -> None:
     """An instance norm of the groups; ONNX's own group norm changed its meaning at opset 21."""
-    module, (_, channels, *rest), out = w.owner(node), w.shape(node), w.names[node]
-    groups = module.num_groups
+    groups, weight, bias, eps = w.settings(node, num_groups=None, weight=None, bias=None, eps=1e-5)
+    (_, channels, *rest), out = w.shape(node), w.names[node]
     split = w.numbers([0, groups, channels // groups * math.prod(rest)])
     x = w.node("Reshape", [w.value(node), split], f"{out}:groups")
     neutral = [w.numbers([value] * groups, torch.float32) for value in (1.0, 0.0)]
-    x = w.node("InstanceNormalization", [x, *neutral], f"{out}:normed", epsilon=module.eps)
+    x = w.node("InstanceNormalization", [x, *neutral], f"{out}:normed", epsilon=eps)
     x = w.node("Reshape", [x, w.numbers([0, channels, *rest])], f"{out}:joined")
     column = (channels, *[1] * len(rest))
-    own = [None if p is None else p.reshape(column) for p in (module.weight, module.bias)]
-    weight, bias = _affine(w, node, own[0], own[1], column)
-    w.node("Add", [w.node("Mul", [x, weight], f"{out}:scaled"), bias], out)
+    own = [w.env[p] if isinstance(p, fx.Node) else p for p in (weight, bias)]
+    own = [None if p is None else p.reshape(column) for p in own]
+    scale, shift = _affine(w, node, own[0], own[1], column)
+    w.node("Add", [w.node("Mul", [x, scale], f"{out}:scaled"), shift], out)
 
 
 def _embedding(w: Writer, node: fx.Node, _: Any) -> None:
@@ -245,13 +248,13 @@ def _prelu(w: Writer, node: fx.Node, _: Any) -> None:
 
 LAYERS: dict[Any, Operation] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, FrozenLayer), _layer),
-    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d), _layer),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _layer),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), _norm),
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d), _instance_norm),
     **dict.fromkeys((nn.LayerNorm, F.layer_norm), _layer_norm),
     **dict.fromkeys((nn.Embedding, F.embedding), _embedding),
     F.linear: _function,
-    nn.GroupNorm: _group_norm,
+    **dict.fromkeys((nn.GroupNorm, F.group_norm), _group_norm),
     nn.PReLU: _prelu,
     FrozenQuantizer: _quantizer,
 }  # fmt: skip

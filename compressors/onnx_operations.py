@@ -8,9 +8,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .onnx_attention import ATTENTION
+from .onnx_composed import COMPOSED
 from .onnx_file import NotCovered, Operation, Writer
 from .onnx_layers import LAYERS
 from .onnx_pools import POOLS
+from .onnx_recurrent import RECURRENT
 from .onnx_shapes import SHAPES
 
 
@@ -117,8 +119,12 @@ OPERATIONS: dict[Any, Operation] = {
     **POOLS,
     **SHAPES,
     **ATTENTION,
+    **RECURRENT,
+    **COMPOSED,
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d), _identity),
-    **dict.fromkeys((F.dropout, "contiguous", "clone", "detach"), _identity),
+    **dict.fromkeys((nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout), _identity),
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout), _identity),
+    **dict.fromkeys((F.feature_alpha_dropout, "contiguous", "clone", "detach"), _identity),
     **dict.fromkeys(("float", "long", "int", "bool", "to", "type", "type_as"), _cast),
     **dict.fromkeys(
         (nn.ReLU, torch.relu, F.relu, "relu"), _unary("Relu")
@@ -130,6 +136,7 @@ OPERATIONS: dict[Any, Operation] = {
         (nn.LeakyReLU, F.leaky_relu), _unary("LeakyRelu", alpha=("negative_slope", 0.01))
     ),
     **dict.fromkeys((nn.ELU, F.elu), _unary("Elu", alpha=("alpha", 1.0))),
+    **dict.fromkeys((nn.CELU, F.celu), _unary("Celu", alpha=("alpha", 1.0))),
     **dict.fromkeys((nn.Hardsigmoid, F.hardsigmoid), _unary("HardSigmoid", alpha=1 / 6, beta=0.5)),
     **dict.fromkeys((nn.Hardswish, F.hardswish), _unary("HardSwish")),
     **dict.fromkeys((nn.SiLU, F.silu), _silu),
@@ -138,6 +145,8 @@ OPERATIONS: dict[Any, Operation] = {
     **dict.fromkeys(
         (torch.clamp, "clamp", torch.clip, "clip"), _clip(("min", None), ("max", None))
     ),
+    **dict.fromkeys((torch.clamp_min, "clamp_min"), _clip(("min", None), None)),
+    **dict.fromkeys((torch.clamp_max, "clamp_max"), _clip(None, ("max", None))),
     **dict.fromkeys((torch.exp, "exp"), _unary("Exp")),
     **dict.fromkeys((torch.log, "log"), _unary("Log")),
     **dict.fromkeys((torch.sqrt, "sqrt"), _unary("Sqrt")),
@@ -145,9 +154,9 @@ OPERATIONS: dict[Any, Operation] = {
     **dict.fromkeys((torch.abs, "abs"), _unary("Abs")),
     **dict.fromkeys((operator.neg, torch.neg, "neg"), _unary("Neg")),
     **dict.fromkeys((operator.add, torch.add, "add"), _binary("Add")),
-    **dict.fromkeys((operator.sub, torch.sub, "sub"), _binary("Sub")),
-    **dict.fromkeys((operator.mul, torch.mul, "mul"), _binary("Mul")),
-    **dict.fromkeys((operator.truediv, torch.div, "div"), _binary("Div")),
+    **dict.fromkeys((operator.sub, torch.sub, "sub", torch.subtract, "subtract"), _binary("Sub")),
+    **dict.fromkeys((operator.mul, torch.mul, "mul", torch.multiply, "multiply"), _binary("Mul")),
+    **dict.fromkeys((operator.truediv, torch.div, "div", torch.divide, "divide"), _binary("Div")),
     **dict.fromkeys((operator.pow, torch.pow, "pow"), _binary("Pow")),
     **dict.fromkeys((torch.maximum, "maximum"), _binary("Max")),
     **dict.fromkeys((torch.minimum, "minimum"), _binary("Min")),

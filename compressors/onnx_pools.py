@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -62,14 +63,32 @@ def _adaptive(kind: str) -> Operation:
     def write_adaptive(w: Writer, node: fx.Node, result: Tensor) -> None:
         sizes, rest = w.shape(node)[2:], w.settings(node, output_size=None, return_indices=False)[1]
         steps = [n // m for n, m in zip(sizes, result.shape[2:], strict=True)]
-        if rest or any(n % m for n, m in zip(sizes, result.shape[2:], strict=True)):
-            raise NotCovered  # windows of different sizes
+        if rest:
+            raise NotCovered
+        if any(n % m for n, m in zip(sizes, result.shape[2:], strict=True)):
+            _uneven(w, node, result, kind)
+            return
         if set(result.shape[2:]) == {1}:
             w.node(f"Global{kind}", [w.value(node)], w.names[node])
         else:
             w.node(kind, [w.value(node)], w.names[node], kernel_shape=steps, strides=steps)
 
     return write_adaptive
+
+
+def _uneven(w: Writer, node: fx.Node, result: Tensor, kind: str) -> None:
+    """An adaptive average over windows of different sizes: a product with what each sees."""
+    if kind != "AveragePool" or result.ndim > 4:
+        raise NotCovered
+    x, out = w.value(node), w.names[node]
+    for axis in range(result.ndim - 1, 1, -1):
+        every = torch.eye(w.shape(node)[axis])
+        windows = F.adaptive_avg_pool1d(every, result.shape[axis])  # [before, after]
+        name = f"{out}:{axis}" if axis > 2 else out
+        table = w.constant(
+            f"{out}:windows{axis}", windows if axis == result.ndim - 1 else windows.T
+        )
+        x = w.node("MatMul", [x, table] if axis == result.ndim - 1 else [table, x], name)
 
 
 def _reduce(kind: str) -> Operation:
@@ -114,7 +133,8 @@ def _pad(w: Writer, node: fx.Node, result: Tensor) -> None:
     if w.owner(node) is None:
         amounts, mode, value = w.settings(node, pad=None, mode="constant", value=None)
     else:
-        mode, (amounts, value) = "constant", w.settings(node, padding=None, value=0.0)
+        mode = MODES.get(type(w.owner(node)), "constant")
+        amounts, value = w.settings(node, padding=None, value=0.0)
     before, after = [0] * result.ndim, [0] * result.ndim
     for i, amount in enumerate(amounts):  # from the last axis: before, after
         (after if i % 2 else before)[-1 - i // 2] = amount
@@ -125,7 +145,7 @@ def _pad(w: Writer, node: fx.Node, result: Tensor) -> None:
 
 
 def _enlarge(w: Writer, node: fx.Node, result: Tensor) -> None:
-    (mode,) = w.settings(
+    _, factor, mode, corners, recompute, smooth = w.settings(
         node,
         size=None,
         scale_factor=None,
@@ -133,25 +153,76 @@ def _enlarge(w: Writer, node: fx.Node, result: Tensor) -> None:
         align_corners=None,
         recompute_scale_factor=None,
         antialias=False,
-    )[2:3]
+    )
     sizes = list(zip(w.shape(node)[2:], result.shape[2:], strict=True))
-    if mode != "nearest" or any(m % n for n, m in sizes):
+    if smooth:
         raise NotCovered
-    scales = w.numbers([1.0, 1.0, *(m / n for n, m in sizes)], torch.float32)
-    w.node(
-        "Resize", [w.value(node), "", scales], w.names[node], mode="nearest",
-        coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+    if mode == "nearest" and any(m % n for n, m in sizes):
+        _repeated(w, node, result)
+        return
+    given = spatial(factor, len(sizes))
+    if (
+        factor is not None
+        and not recompute
+        and any(n * f != m for f, (n, m) in zip(given, sizes, strict=True))
+    ):
+        raise NotCovered  # a factor that the sizes do not say
+    kind = {"nearest": "nearest", "linear": "linear", "bilinear": "linear", "bicubic": "cubic"}
+    if mode not in kind:
+        raise NotCovered
+    x, out, rank = w.value(node), w.names[node], result.ndim
+    if mode == "linear":  # runtimes know it of images
+        x = w.node("Unsqueeze", [x, w.numbers([2])], f"{out}:image")
+        sizes = [(1, 1), *sizes]
+    # The number of places is the floor of a product in float32.
+    scales = [
+        m / n
+        if int(n * float(np.float32(m / n))) == m
+        else np.nextafter(np.float32(m / n), np.float32(np.inf)).item()
+        for n, m in sizes
+    ]
+    how = "asymmetric" if mode == "nearest" else "align_corners" if corners else "half_pixel"
+    own: dict[str, Any] = {"nearest_mode": "floor"} if mode == "nearest" else {}
+    x = w.node(
+        "Resize", [x, "", w.numbers([1.0, 1.0, *scales], torch.float32)],
+        out if len(sizes) == rank - 2 else f"{out}:enlarged", mode=kind[mode],
+        coordinate_transformation_mode=how, cubic_coeff_a=-0.75, **own,
     )  # fmt: skip
+    if mode == "linear":
+        w.node("Squeeze", [x, w.numbers([2])], out)
 
 
+def _repeated(w: Writer, node: fx.Node, result: Tensor) -> None:
+    """The nearest of places that are no whole multiples: which, PyTorch says."""
+    x, out, shape = w.value(node), w.names[node], w.shape(node)
+    moved = [axis for axis in range(2, result.ndim) if shape[axis] != result.shape[axis]]
+    for axis in moved:
+        line = [1] * result.ndim
+        line[axis] = shape[axis]
+        numbers = torch.arange(float(shape[axis])).reshape(line).expand(1, 1, *shape[2:])
+        rest, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), w.env.__getitem__)
+        places = w.call(node, numbers, *rest, **kwargs).movedim(axis, -1).flatten(0, -2)[0]
+        name = out if axis == moved[-1] else f"{out}:{axis}"
+        x = w.node("Gather", [x, w.numbers(places.long().tolist())], name, axis=axis)
+
+
+MODES: dict[Any, str] = {  # of paddings that are modules
+    **dict.fromkeys((nn.ReflectionPad1d, nn.ReflectionPad2d), "reflect"),
+    **dict.fromkeys((nn.ReplicationPad1d, nn.ReplicationPad2d), "replicate"),
+    **dict.fromkeys((nn.CircularPad1d, nn.CircularPad2d), "circular"),
+}
 POOLS: dict[Any, Operation] = {
     **dict.fromkeys(
-        (nn.MaxPool1d, nn.MaxPool2d, F.max_pool1d, F.max_pool2d, torch.max_pool1d,
-         torch.max_pool2d), _pool("MaxPool"),
+        (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d,
+         torch.max_pool1d, torch.max_pool2d), _pool("MaxPool"),
     ),
-    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, F.avg_pool1d, F.avg_pool2d), _pool("AveragePool")),
     **dict.fromkeys(
-        (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d),
+        (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+        _pool("AveragePool"),
+    ),
+    **dict.fromkeys(
+        (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, F.adaptive_avg_pool1d,
+         F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
         _adaptive("AveragePool"),
     ),
     **dict.fromkeys(
@@ -163,6 +234,7 @@ POOLS: dict[Any, Operation] = {
     **dict.fromkeys((torch.amax, "amax"), _reduce("ReduceMax")),
     **dict.fromkeys((torch.cumsum, "cumsum"), _cumsum),
     **dict.fromkeys((nn.Upsample, F.interpolate), _enlarge),
+    **dict.fromkeys((nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), _enlarge),
     F.normalize: _normalize,
-    **dict.fromkeys((F.pad, *PADS), _pad),
+    **dict.fromkeys((F.pad, *PADS, *MODES), _pad),
 }  # fmt: skip

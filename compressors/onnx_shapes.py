@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from onnx import helper
 from torch import Tensor, fx, nn
 
 from .onnx_file import NotCovered, Operation, Writer, source_of
 from .onnx_layers import passed
 
 Shape = Sequence[int]
+FIELDS = ("values", "indices")  # of what max and min along an axis give
 
 
 def _reshape(w: Writer, node: fx.Node, result: Tensor) -> None:
@@ -51,6 +51,12 @@ def _item(w: Writer, node: fx.Node, result: Any) -> None:
             w.parts[node] = w.parts[source][index]
         return
     one, two, cuts = list(w.shape(node)), list(w.doubled[source]), []
+    if (listed := _listed(w, index)) is not None:
+        axis, places = listed
+        if one[axis] != two[axis]:
+            raise NotCovered
+        w.node("Gather", [passed(w, node), w.numbers(places)], w.names[node], axis=axis)
+        return
     for axis, place in enumerate(_by_axis(index, len(one))):
         start, stop, step = place.indices(one[axis])
         length = len(range(start, stop, step))
@@ -64,6 +70,21 @@ def _item(w: Writer, node: fx.Node, result: Any) -> None:
         columns = [w.numbers(list(column)) for column in zip(*cuts, strict=True)]
         x = w.node("Slice", [x, *columns], f"{node.name}:cut")
     _reshaped(w, node, result, x, one, two)
+
+
+def _listed(w: Writer, index: Any) -> tuple[int, list[int]] | None:
+    """The axis and its places where an index is nothing but a list of places of one axis."""
+    parts = index if isinstance(index, tuple) else (index,)
+    axis = len(parts) - 1
+    if any(part != slice(None) for part in parts[:axis]):
+        return None
+    last = parts[axis]
+    if isinstance(last, fx.Node):
+        value = w.env[last]
+        if last not in w.fixed or value.dtype != torch.int64 or value.ndim != 1:
+            return None
+        return axis, value.tolist()
+    return (axis, list(last)) if isinstance(last, list) else None
 
 
 def _by_axis(index: Any, rank: int) -> list[slice]:
@@ -82,9 +103,7 @@ def _split(sizes: str) -> Operation:
         axis = _axis(w, node, w.settings(node, **{sizes: None}, dim=0)[1])
         parts = w.parts[node] = [f"{node.name}:{i}" for i in range(len(result))]
         inputs = [w.value(node), w.numbers([part.shape[axis] for part in result])]
-        w.nodes.append(
-            helper.make_node("Split", inputs, parts, name=f"{node.name}:Split", axis=axis)
-        )
+        w.several("Split", inputs, parts, axis=axis)
 
     return write_split
 
@@ -118,10 +137,14 @@ def _swap(w: Writer, node: fx.Node, result: Tensor) -> None:
 
 
 def _attribute(w: Writer, node: fx.Node, result: Tensor) -> None:
+    source, name = source_of(node), node.args[1]
+    if source in w.parts and name in FIELDS:
+        w.alias(node, w.parts[source][FIELDS.index(str(name))])
+        return
     order = list(range(result.ndim))
-    if node.args[1] not in ("T", "mT"):
+    if name not in ("T", "mT"):
         raise NotCovered
-    _transpose(w, node, [*order[:-2], *order[:-3:-1]] if node.args[1] == "mT" else order[::-1])
+    _transpose(w, node, [*order[:-2], *order[:-3:-1]] if name == "mT" else order[::-1])
 
 
 def _transpose(w: Writer, node: fx.Node, order: Shape) -> None:
@@ -149,26 +172,37 @@ def _expand(w: Writer, node: fx.Node, result: Tensor) -> None:
 
 def _repeat(w: Writer, node: fx.Node, result: Tensor) -> None:
     old = w.shape(node)
-    if any(n not in (1, m) for n, m in zip(old[::-1], result.shape[::-1], strict=False)):
-        raise NotCovered  # more than copies of one
-    _expand(w, node, result)
+    if all(n in (1, m) for n, m in zip(old[::-1], result.shape[::-1], strict=False)):
+        _expand(w, node, result)  # copies of one
+        return
+    if len(old) != result.ndim or result.shape[0] != old[0]:
+        raise NotCovered
+    times = [m // n for n, m in zip(old, result.shape, strict=True)]
+    w.node("Tile", [w.value(node), w.numbers(times)], w.names[node])
 
 
 def _concat(w: Writer, node: fx.Node, result: Tensor) -> None:
-    parts: Any = node.args[0]
     axis = w.settings(node, dim=0)[0] % result.ndim
-    if any(w.varies(part, axis) for part in parts):
+    if result.shape[axis] != w.doubled[node][axis]:
         raise NotCovered  # of requests
-    names = [w.read(part, result.dtype) for part in parts]
-    w.node("Concat", names, w.names[node], axis=axis)
+    w.node("Concat", _names(w, node, result), w.names[node], axis=axis)
+
+
+def _names(w: Writer, node: fx.Node, result: Tensor) -> list[str]:
+    """The tensors that ``node`` joins: a list of them, or all that another node gives."""
+    joined: Any = node.args[0]
+    if isinstance(joined, fx.Node):
+        if joined not in w.parts:
+            raise NotCovered
+        return w.parts[joined]
+    return [w.read(part, result.dtype) for part in joined]
 
 
 def _stack(w: Writer, node: fx.Node, result: Tensor) -> None:
-    parts: Any = node.args[0]
     axis, out = w.settings(node, dim=0)[0] % result.ndim, w.names[node]
     rows = [
-        w.node("Unsqueeze", [w.read(part, result.dtype), w.numbers([axis])], f"{out}:{i}")
-        for i, part in enumerate(parts)
+        w.node("Unsqueeze", [name, w.numbers([axis])], f"{out}:{i}")
+        for i, name in enumerate(_names(w, node, result))
     ]
     w.node("Concat", rows, out, axis=axis)
 
@@ -185,7 +219,7 @@ SHAPES: dict[Any, Operation] = {
     **dict.fromkeys((torch.split, "split"), _split("split_size")),
     **dict.fromkeys((torch.unbind, "unbind"), _unbind),
     torch.stack: _stack,
-    "repeat": _repeat,
+    **dict.fromkeys(("repeat", torch.tile, "tile"), _repeat),
     operator.getitem: _item,
     getattr: _attribute,
 }  # fmt: skip

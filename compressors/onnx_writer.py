@@ -9,6 +9,7 @@ networks and transformers consist of. ``write`` returns None for a module that h
 from collections.abc import Mapping
 from typing import Any
 
+import onnx
 import torch
 from onnx import helper
 from torch import fx
@@ -36,12 +37,26 @@ def write(graph: fx.GraphModule, example: Any, inputs: list[str]) -> bytes | Non
             writer.run(*request)
     except NotCovered:
         return None
-    made = helper.make_graph(writer.nodes, "flyweight", writer.inputs, writer.outputs, [])
+    nodes = _read(writer.nodes)
+    made = helper.make_graph(nodes, "flyweight", writer.inputs, writer.outputs, [])
     opset = helper.make_opsetid("", OPSET)
     version = helper.find_min_ir_version_for([opset])
     model = helper.make_model(
         made, opset_imports=[opset], ir_version=version, producer_name="flyweight"
     )
     # Last, and one by one: onnx copies what it is given, and the helpers copy again.
-    model.graph.initializer.extend(writer.constants())
+    model.graph.initializer.extend(writer.constants({name for n in nodes for name in n.input}))
     return model.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
+
+
+def _read(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Those of ``nodes``, in execution order, that the output depends on.
+
+    A value that is dequantized for each reader apart needs no dequantization for all.
+    """
+    kept, read = [], {"output"}
+    for node in reversed(nodes):
+        if not read.isdisjoint(node.output):
+            kept.append(node)
+            read.update(node.input)
+    return kept[::-1]

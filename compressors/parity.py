@@ -13,6 +13,7 @@ from ..kernels import Runtime, Session
 from ..spaces import Impossible
 from .data import Items, tensors
 from .freeze import FrozenQuantizer
+from .outputs import CLASSES, OutputKind
 from .prune import call, in_order
 
 INPUTS = 2_000  # real inputs, or as many as there are
@@ -59,14 +60,11 @@ def run_module(module: torch.nn.Module, items: Items) -> Tensor:
     return torch.cat([call(module, batch.inputs) for batch in items.chunks()])
 
 
-def compare(student: Tensor, runtime: Tensor) -> Parity:
-    """How far ``runtime`` departs from ``student``; both [N, ...]."""
+def compare(student: Tensor, runtime: Tensor, kind: OutputKind = CLASSES) -> Parity:
+    """How far ``runtime`` departs from ``student``; both [N, ...] and of ``kind``."""
     step = max((student.max() - student.min()).item(), 1e-12) / 255
     deviation = (student - runtime).abs() / step
-    if student.ndim > 1 and student.shape[-1] > 1:
-        same = student.argmax(-1) == runtime.argmax(-1)
-    else:
-        same = deviation <= 1
+    same = kind.same(student, runtime, step)
     return Parity(
         same.double().mean().item(), deviation.mean().item(), deviation.max().item(), len(student)
     )
@@ -79,6 +77,7 @@ def check_parity(
     items: Items,
     precision: str,
     runtime: Runtime,
+    kind: OutputKind = CLASSES,
 ) -> Parity:
     """Compares the answers of ``model`` in ``runtime`` to ``items`` with those of ``frozen``.
 
@@ -90,12 +89,12 @@ def check_parity(
     count = min(INPUTS, len(items))
     some = items.take(torch.arange(count))
     own = run_module(frozen, some)
-    found = compare(own, answers[:count])
+    found = compare(own, answers[:count], kind)
     # On few inputs one rounding flip must not fail a candidate.
     allowed = min(AGREEMENT[precision], 1 - 1.5 / count)
     if found.agreement >= allowed and found.mean_steps <= MEAN_STEPS:
         return found
-    noise = compare(own, _run_noisy(frozen, some))
+    noise = compare(own, _run_noisy(frozen, some), kind)
     allowed, steps = min(allowed, noise.agreement), max(MEAN_STEPS, noise.mean_steps)
     if found.agreement >= allowed and found.mean_steps <= steps:
         return found
@@ -129,14 +128,17 @@ def first_departure(frozen: fx.GraphModule, model: bytes, items: Items, runtime:
     different kernel once somebody reads it.
     """
     written = onnx.load_from_string(model)
-    known = {name for node in written.graph.node for name in node.output}
+    known = {name: name for node in written.graph.node for name in node.output}
+    for node in written.graph.node:  # one for each reader, where there is none for all
+        if node.op_type == "DequantizeLinear":
+            known.setdefault(node.input[0].removesuffix(":integers"), node.output[0])
     nodes = [n for n in frozen.graph.nodes if n.name in known]
     quantized = [n for n in nodes if str(n.target).startswith("quantizer_")]
     places = {n: n.args[0].name if quantized else n.name for n in quantized or nodes}
     values = _values(frozen, list(places), items)
     for node, name in places.items():
         del written.graph.output[:]
-        written.graph.output.append(onnx.ValueInfoProto(name=node.name))
+        written.graph.output.append(onnx.ValueInfoProto(name=known[node.name]))
         answers = run_session(runtime.load(written.SerializeToString()), items)
         step = max((values[node].max() - values[node].min()).item(), 1e-12) / 255
         off = (answers - values[node]).abs() > 1.5 * step

@@ -12,15 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Runtime
-from ..spaces import BadInput, Blueprint, Impossible, Network, Policy, blueprint, nearest
+from ..spaces import (
+    BadInput,
+    Blueprint,
+    Impossible,
+    Network,
+    Policy,
+    Untraceable,
+    blueprint,
+    nearest,
+)
 from ..spaces.tracing import arguments, trace
 from .data import Items, Splits, describe, split
 from .distill import CPU, Epoch
+from .outputs import OutputKind, kind_of
 from .parity import run_module
 from .prune import importance, lay_out
 from .reconstruct import Moments, input_moments
+from .spelled_out import spelled_out
 from .task import Task
+from .unwrapped import unwrapped
 
+KNOWN_BY = 512  # items of search validation by which the kind of the output is known
 MAX_VARIANTS = 3  # augmented copies of the training data: the teacher answers each beforehand
 
 
@@ -120,6 +133,12 @@ class Prepared:
         """The teacher's answers on search validation, [N, ...]."""
         return run_module(self.teacher, self.splits.search)
 
+    @functools.cached_property
+    def kind(self) -> OutputKind:
+        """What the task's output is, from the teacher's answers and the task's loss."""
+        some = self.splits.search.first(KNOWN_BY)
+        return kind_of(self.task.loss, self.search_answers[: len(some)], some.targets)
+
     def importance(self, student: str, criterion: str) -> dict[str, Tensor]:
         """Importance of the channels of what ``student`` starts from: the same for every policy."""
         if (student, criterion) not in self._importance:
@@ -165,8 +184,9 @@ def _module(model: Any, what: str) -> nn.Module:
     """A copy of ``model``, checked and ready to be read."""
     if not isinstance(model, nn.Module):
         raise BadInput(f"task: {what} must be a torch.nn.Module, but got {type(model).__name__}")
-    module = untied(model).eval().requires_grad_(False)
-    _check_values(module, "the model" if what == "model()" else what)
+    whose = "the model" if what == "model()" else what
+    module = unwrapped(model, whose).requires_grad_(False)
+    _check_values(module, whose)
     return module
 
 
@@ -185,22 +205,6 @@ def _students(task: Task) -> dict[str, nn.Module]:
         if name == "pruned":
             raise BadInput("task: 'pruned' is the pruned teacher; give the student another name")
     return {name: _module(model, f"students()[{name!r}]") for name, model in named.items()}
-
-
-def untied(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` in which modules that share a parameter have equal ones of their own.
-
-    It computes the same. Whatever works on one layer (reconstruction, equalization, rounding)
-    would change the parameter for the others too.
-    """
-    model = copy.deepcopy(model)
-    seen: set[nn.Parameter] = set()
-    for module in model.modules():  # a module with two names comes once
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter in seen:
-                setattr(module, name, nn.Parameter(parameter.detach().clone()))
-            seen.add(parameter)
-    return model
 
 
 def _check_values(model: nn.Module, whose: str) -> None:
@@ -226,6 +230,16 @@ def _start(model: nn.Module, example: Any) -> Start:
             lay_out(model, torch.channels_last)(*args, **kwargs)
     except Exception:  # if it is not the layout, tracing will say what it is
         lay_out(model, torch.contiguous_format)
+    return _traced(spelled_out(model, example), model, example)
+
+
+def _traced(spelled: nn.Module, model: nn.Module, example: Any) -> Start:
+    """``spelled``, traced; ``model`` itself where only that can be: a mask may be beyond it."""
+    try:
+        return Start(spelled, trace(spelled, example))
+    except Untraceable:
+        if spelled is model:
+            raise
     return Start(model, trace(model, example))
 
 
@@ -275,6 +289,8 @@ def _check(prepared: Prepared) -> None:
             )
     try:
         loss = torch.as_tensor(task.loss(output.requires_grad_(), some.targets))
+        if not loss.ndim and loss.requires_grad:  # a target in float64 fails only here
+            torch.autograd.grad(loss, output, allow_unused=True)
         output = output.detach()
         metric = task.metric(output, some.targets)
     except Exception as error:

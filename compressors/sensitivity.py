@@ -28,7 +28,8 @@ def harm(prepared: Prepared, policy: Policy, seed: int = 0, *, recalibrated: boo
         recompute_statistics(pruned, statistics_items(prepared))
     student = quantize(prepared, policy, plan, pruned)
     some = prepared.splits.search.first(ITEMS)
-    found = kl_divergence(run_module(student, some), prepared.search_answers[: len(some)]).item()
+    answers = prepared.search_answers[: len(some)]
+    found = kl_divergence(run_module(student, some), answers, kind=prepared.kind).item()
     if not found < float("inf"):
         raise Impossible(f"the student's answers are not finite (KL {found})")
     return max(found, 0.0)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,20 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     try:
         found = json.loads(place.read_text())
     except OSError as error:
-        raise BadInput(f"{run_dir} is not the directory of a search that ended: {error}") from error
+        fix = f"; {how_to_end(run_dir)}" if (run_dir / "record.jsonl").is_file() else ""
+        raise BadInput(
+            f"{run_dir} is not the directory of a search that ended: {error}{fix}"
+        ) from error
     except ValueError as error:
         raise BadInput(f"{place} is damaged: {error}") from error
     if not isinstance(found, dict) or not {"front", "best", "target", "task"} <= found.keys():
         raise BadInput(f"{place} is not the result of a search")
     return found
+
+
+def how_to_end(run_dir: Path) -> str:
+    """What to do with the run of a search that was cut off."""
+    return f"go on with it: flyweight search {run_dir}/spec.yaml --out {run_dir} --resume"
 
 
 def choose(
@@ -78,12 +87,19 @@ def read_chosen(run_dir: Path, result: dict[str, Any], digest: str) -> Artifact:
     path = run_dir / artifact_path(digest)
     model = read_artifact(run_dir, digest)
     metrics = json.loads(path.with_name("metrics.json").read_text())
-    latency = next((e["latency_ms"] for e in result["front"] if e["digest"] == digest), None)
+    row: dict[str, Any] = next((e for e in result["front"] if e["digest"] == digest), {})
+    latency = row.get("latency_ms") if is_measured(row) else None
     return Artifact(
         digest=digest, model=model, path=path, policy=path.with_name("policy.json"),
         metrics=metrics, latency_ms=latency, task=task_name(result["task"]),
         target=result["target"],
     )  # fmt: skip
+
+
+def is_measured(row: Mapping[str, Any]) -> bool:
+    """Whether the latency of a row of the front was measured: one that is predicted has no
+    spread."""
+    return row.get("latency_spread", 0.0) is not None
 
 
 def task_name(reference: str) -> str:

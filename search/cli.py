@@ -4,10 +4,11 @@ import contextlib
 import json
 import logging
 import random
+import re
 import sys
 import warnings
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,24 @@ from ..spaces.errors import BadInput, FlyweightError
 
 SPEC = click.argument("spec", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+class Duration(click.ParamType[float]):
+    """ "20m" in seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        match = re.fullmatch(r"([0-9.]+)([smh])", str(value))
+        if match is None:
+            self.fail(f"is a duration such as 90s, 20m or 1h, but got {value!r}", param, ctx)
+        return float(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
+
+
+WAIT = click.option(
+    "--wait", type=Duration(), default="0s",
+    help="How long to wait for nodes that can run the trials, if a cluster has none (20m).",
+)  # fmt: skip
 
 
 def answers(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,6 +88,7 @@ def main() -> None:
       flyweight search my-search/search.yaml --out my-search/run
       flyweight report my-search/run
       flyweight deploy my-search/run
+      flyweight serve my-search/run     answers HTTP
 
     Exit codes: 0 done, 1 failure, 2 bad input (before any cost), 130 interrupted.
     """
@@ -116,9 +136,12 @@ def plan(spec: Path, as_json: bool) -> int:
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [default: runs/...].")
 @click.option("--resume", is_flag=True, help="Go on with the search in --out from its record.")
 @click.option("--address", help="A Ray cluster (ray://host:10001 or auto); local without it.")
+@WAIT
 @JSON
 @answers
-def search(spec: Path, out: Path | None, resume: bool, address: str | None, as_json: bool) -> int:
+def search(
+    spec: Path, out: Path | None, resume: bool, address: str | None, wait: float, as_json: bool
+) -> int:
     """Run the search that SPEC describes; Ctrl-C ends it with the best so far.
 
     If nothing keeps to the limits, the last line says what the nearest miss lacks (result.json:
@@ -133,7 +156,9 @@ def search(spec: Path, out: Path | None, resume: bool, address: str | None, as_j
     console = Console(stderr=as_json)
     # Ray prints by itself that a worker died.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        outcome = run(load_spec(spec), out, resume=resume, address=address, console=console)
+        outcome = run(
+            load_spec(spec), out, resume=resume, address=address, wait_s=wait, console=console
+        )
     for note in outcome.notes:
         console.print(f"Note: {note}", markup=False)
     if as_json:
@@ -332,6 +357,52 @@ def report(run_dir: Path, beside: tuple[Path, ...]) -> None:
 
 
 @main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--tracking-uri",
+    envvar="MLFLOW_TRACKING_URI",
+    help="Another MLflow than the search's, or its address with the password.",
+)
+@answers
+def deliver(run_dir: Path, tracking_uri: str | None) -> None:
+    """Tell MLflow what it lacks of the search in RUN_DIR: for when it was away at the end.
+
+    May be repeated; nothing is there twice.
+    """
+    from .deliver import deliver as run
+
+    click.echo(f"MLflow has all of it, as run {run(run_dir, tracking_uri)}")
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@JSON
+@answers
+def measure(run_dir: Path, as_json: bool) -> None:
+    """Time the finalists of RUN_DIR on this device; make its front, best and report anew.
+
+    For a run whose search could not measure (a cluster without a node like the target), or that
+    was fetched to another device. It needs RUN_DIR and nothing else, and changes nothing until all
+    is measured. Let nothing else run on the device meanwhile.
+    """
+    from rich.console import Console
+
+    from .measure import measure as run
+    from .progress import closing_sentence, closing_table
+
+    console = Console(stderr=as_json)
+    found = run(run_dir, console.print)
+    for note in found.notes:
+        console.print(f"Note: {note}", markup=False)
+    if as_json:
+        click.echo(json.dumps(found.result, indent=2))
+    else:
+        console.print(closing_table(found.result))
+    said = closing_sentence(found.result)
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+@main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--digest", help="An artifact of the front (its first digits suffice).")
 @click.option("--max-latency-ms", type=float, help="The most accurate within this latency.")
@@ -339,19 +410,22 @@ def report(run_dir: Path, beside: tuple[Path, ...]) -> None:
 @click.option("--folder", type=click.Path(path_type=Path), help="Also write what a device needs.")
 @click.option("--name", help="The registered model [default: the task's name].")
 @click.option("--tracking-uri", help="Another MLflow than the search's.")
+@click.option("--spec", type=click.Path(path_type=Path),
+              help="The search.yaml beside its task, for a run that was fetched.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace a model that another task registered.")
 @JSON
 @answers
 def deploy(
     run_dir: Path, digest: str | None, max_latency_ms: float | None, alias: str,
-    folder: Path | None, name: str | None, tracking_uri: str | None, force: bool, as_json: bool,
+    folder: Path | None, name: str | None, tracking_uri: str | None, spec: Path | None,
+    force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Verify an artifact of RUN_DIR in a clean process and register it under an alias."""
     from .deploy import deploy as run
 
     found = run(
         run_dir, digest=digest, max_latency_ms=max_latency_ms, alias=alias, folder=folder,
-        name=name, tracking_uri=tracking_uri, force=force,
+        name=name, tracking_uri=tracking_uri, force=force, spec_path=spec,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps(vars(found), indent=2, default=str))
@@ -360,9 +434,15 @@ def deploy(
     if found.misses:
         click.echo(f"It misses limits of its search: {'; '.join(found.misses)}.")
     if found.latency_ms is None:
-        click.echo("It is not on the front: its latency was not measured.")
-    if not found.same_device:
-        click.echo("It was measured on another device: its latency here is not known.")
+        click.echo(
+            "Its latency was not measured: it is not on the front, or the search could not measure "
+            f"(`flyweight measure {run_dir}` on the target does)."
+        )
+    elif not found.same_device:
+        click.echo(
+            "It was measured on another device: its latency here is not known until "
+            f"`flyweight measure {run_dir}` times it."
+        )
 
 
 @main.command()
@@ -378,54 +458,113 @@ def rollback(name: str, alias: str, tracking_uri: str | None) -> None:
     click.echo(f"{name} version {found.version} is {alias}")
 
 
+ADDRESS = click.option(
+    "--address",
+    help="The cluster's dashboard, http://host:8265 [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, "
+    "that of the last job].",
+)
+JOB = click.argument("job", required=False)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--name", default="model", show_default=True, help="What clients call the model.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--tracking-uri", help="The MLflow that holds the registry, for an alias.")
+@click.option("--batch", default=16, show_default=True, type=click.IntRange(1),
+              help="Rows that run together at most; 1: never.")  # fmt: skip
+@click.option("--batch-delay-ms", default=0.0, show_default=True, type=click.FloatRange(0, 1000),
+              help="How long a request waits for others.")  # fmt: skip
+@click.option("--max-body-mb", default=32.0, show_default=True, help="Longer requests get 413.",
+              type=click.FloatRange(0, 1000, min_open=True))  # fmt: skip
+@click.option("--queue", default=256, show_default=True, type=click.IntRange(1),
+              help="Requests that wait at most; further ones get 503.")  # fmt: skip
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--max-replicas", default=1, type=click.IntRange(1), help="More under load, to this.")
+@click.option("--poll-s", default=5.0, show_default=True, type=click.FloatRange(0.1),
+              help="Between looks at where the alias points.")  # fmt: skip
+@click.option("--address", help="A Ray cluster (auto, on one of its nodes); local without it.")
+@answers
+def serve(model: str, tracking_uri: str | None, address: str | None, **options: Any) -> None:
+    """Answer HTTP requests with MODEL (Open Inference Protocol v2) on Ray Serve, until Ctrl-C.
+
+    MODEL is an artifact's folder (RUN_DIR/artifacts/DIGEST, or of `deploy --folder`), a run
+    directory (its best), an .onnx file, or an alias in the registry (NAME@champion). It is verified
+    and warm before it answers. When an alias moves, the version that it names then is made ready
+    beside the old one and takes over; no request fails.
+
+    \b
+    For an artifact whose input is 1 x 4:
+      flyweight serve NAME@champion --tracking-uri sqlite:///mlflow.db
+      curl http://127.0.0.1:8000/v2/models/model           # its inputs and outputs
+      curl http://127.0.0.1:8000/v2/models/model/infer -d \\
+        '{"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [0, 1, 0, 1]}]}'
+
+    It listens on this machine alone; with another --host, whoever reaches it can ask the model.
+    """
+    from .serve import Options
+    from .serve import serve as run
+
+    say = partial(click.echo, err=True)
+    run(model, Options(**options), tracking_uri=tracking_uri, address=address, say=say)
+
+
 @main.command()
 @SPEC
-@click.option("--address", required=True, help="The cluster's dashboard, http://host:8265.")
+@ADDRESS
 @click.option("--out", help="Run directory on the cluster [default: ~/flyweight/JOB].")
+@WAIT
 @answers
-def submit(spec: Path, address: str, out: str | None) -> None:
-    """Run the search of SPEC as a job on a Ray cluster; prints the job's id."""
+def submit(spec: Path, address: str | None, out: str | None, wait: float) -> None:
+    """Run the search of SPEC as a job on a Ray cluster; prints the job's id.
+
+    `status`, `logs` and `stop` without a JOB mean the job submitted last.
+    """
+    from .cluster import address_of
     from .cluster import submit as run
 
-    click.echo(run(spec, address, out=out))
-
-
-ID = click.argument("job")
-ADDRESS = click.option("--address", required=True, help="The cluster's dashboard.")
+    click.echo(run(spec, address_of(address), out=out, wait_s=wait))
 
 
 @main.command()
-@ID
+@JOB
 @ADDRESS
+@JSON
 @answers
-def status(job: str, address: str) -> None:
-    """Say how the submitted JOB stands."""
+def status(job: str | None, address: str | None, as_json: bool) -> None:
+    """Say how the submitted JOB stands, and the last line that it wrote: trials and best so far."""
+    from .cluster import job_of, last_line
     from .cluster import status as run
 
-    click.echo(run(job, address))
+    job, address = job_of(job, address)
+    found = {"job": job, "status": run(job, address), "last": last_line(job, address)}
+    click.echo(json.dumps(found) if as_json else f"{found['status']}\n{found['last']}".strip())
 
 
 @main.command()
-@ID
+@JOB
 @ADDRESS
 @answers
-def logs(job: str, address: str) -> None:
+def logs(job: str | None, address: str | None) -> None:
     """Follow the output of the submitted JOB."""
+    from .cluster import job_of
     from .cluster import logs as run
 
-    for line in run(job, address):
+    for line in run(*job_of(job, address)):
         click.echo(line, nl=False)
 
 
 @main.command()
-@ID
+@JOB
 @ADDRESS
 @answers
-def stop(job: str, address: str) -> None:
+def stop(job: str | None, address: str | None) -> None:
     """End the submitted JOB with the best so far."""
+    from .cluster import job_of
     from .cluster import stop as run
 
-    run(job, address)
+    run(*job_of(job, address))
 
 
 if __name__ == "__main__":

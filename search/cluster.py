@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import shlex
@@ -11,9 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import platformdirs
+
 from ..spaces import BadInput, FlyweightError
 from .package import pack
 from .spec import Spec, load_spec
+from .store import write_json
 from .tracking import redact
 
 if TYPE_CHECKING:
@@ -33,13 +37,20 @@ _log = logging.getLogger(__name__)
 
 
 def submit(
-    spec_path: Path, address: str, *, out: str | None = None, entrypoint: str | None = None
+    spec_path: Path,
+    address: str,
+    *,
+    out: str | None = None,
+    wait_s: float = 0.0,
+    entrypoint: str | None = None,
 ) -> str:
     """Submits the search of ``spec_path`` as a job; its id.
 
     The folder of the spec (also what git ignores there; .rayignore leaves things out) and this
     flyweight travel along. address: of the cluster's dashboard. out: the run directory, on the
-    cluster's head; by default ~/flyweight/ID. entrypoint: a command in place of the search.
+    cluster's head; by default ~/flyweight/ID. wait_s: for nodes that can run the trials, where the
+    cluster has none. entrypoint: a command in place of the search. The job is remembered, for who
+    asks without its id.
 
     Raises BadInput for a spec that would not run there, an address at which no Ray cluster of this
     version answers, and a missing or wrong token; FlyweightError where the cluster refuses the job.
@@ -52,7 +63,7 @@ def submit(
         # "python": the cluster's own, which is not where this one is.
         entrypoint = (
             f"python -m flyweight.search.cli search {shlex.quote(spec_path.name)} "
-            f"--out {_quote(place)} --address auto"
+            f"--out {_quote(place)} --address auto --wait {wait_s:g}s"
         )
     with TemporaryDirectory(prefix="flyweight-submit-") as folder, _connected(address) as client:
         runtime_env = {
@@ -61,12 +72,14 @@ def submit(
             "py_modules": [str(part) for part in pack(Path(folder))],
             "env_vars": ENVIRONMENT,
         }
-        return client.submit_job(
+        client.submit_job(
             entrypoint=entrypoint,
             submission_id=job,
             runtime_env=runtime_env,
             metadata={"flyweight.spec": spec_path.name, "flyweight.out": place},
         )
+    _remember(job, address)
+    return job
 
 
 def check_travels(spec: Spec) -> None:
@@ -86,6 +99,60 @@ def check_travels(spec: Spec) -> None:
             "tracking.uri is a database file: on the cluster it will lie in the job's folder and "
             "go with it; the record stays. Name an MLflow server to keep what it shows"
         )
+
+
+def address_of(given: str | None) -> str:
+    """The dashboard's address: as given, else as Ray's own tools are told, else that of the last
+    job. Raises BadInput if there is none."""
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        given = given or os.environ.get(name)
+    if found := given or _last().get("address"):
+        return found
+    raise BadInput("give --address, a cluster's dashboard (http://host:8265), or set RAY_ADDRESS")
+
+
+def job_of(job: str | None, address: str | None) -> tuple[str, str]:
+    """The job that is meant and where it runs: without ``job`` the one submitted last."""
+    if job is not None:
+        return job, address_of(address)
+    last = _last()
+    if "job" not in last:
+        raise BadInput(
+            "no job was submitted from here: give the JOB that `flyweight submit` printed"
+        )
+    return last["job"], address or last.get("address") or address_of(None)
+
+
+def _last() -> dict[str, str]:
+    """What ``_remember`` kept; empty if that is nothing."""
+    try:
+        found = json.loads(_memory().read_text())
+    except (OSError, ValueError):
+        return {}
+    return {k: str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def _remember(job: str, address: str) -> None:
+    known = {"job": job}
+    if "@" not in address:  # a password is not for a file
+        known["address"] = address
+    try:
+        write_json(_memory(), known)
+    except OSError as error:
+        _log.warning("the job is not remembered: %s", error)
+
+
+def _memory() -> Path:
+    return platformdirs.user_state_path("flyweight") / "last-job.json"
+
+
+def last_line(job: str, address: str) -> str:
+    """The last line that the job wrote: how far its search is, or what came of it. Raises
+    BadInput."""
+    with _connected(address) as client:
+        _info(client, job, address)
+        lines = client.get_job_logs(job).splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def status(job: str, address: str) -> str:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 
 from ..compressors import RUNGS
@@ -28,6 +29,11 @@ SHRINKS = 16  # steps in which a policy that is over a limit can be made smaller
 ASKS = 32  # proposals over a limit, one after another, until the search gives up
 HOPELESS = 8  # trials that failed, none of them having reached a result: the search ends
 DEATHS = 2  # of its worker, and a policy is not tried again: it may be what kills them
+# How much of a death it is, by what was lost. That a node goes says little of the policy, but one
+# that takes eight along is not tried for ever. That a node was taken away, or that there was no
+# place to store a result, says nothing.
+LOSSES = {"worker": 1.0, "node": 0.25, "preempted": 0.0, "unstored": 0.0}
+UNSTORED = 8  # results, one after another, that workers could not store: the search ends
 RECENT = 100  # newest results of a rung that say how long it takes
 SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
 
@@ -43,14 +49,14 @@ class Price:
 
 @dataclass
 class Trial:
-    """One policy climbing the rungs. deaths: of workers it ran on."""
+    """One policy climbing the rungs. deaths: of workers it ran on, weighed by LOSSES."""
 
     number: int
     policy: Policy
     price: Price
     results: dict[str, Entry] = field(default_factory=dict)
     ended: str | None = None
-    deaths: int = 0
+    deaths: float = 0.0
 
     @property
     def next_rung(self) -> str:
@@ -71,7 +77,8 @@ class Controller:
     cannot be written, or a meter that is gone, ends the search with ``fatal`` set.
 
     look_ahead: a thread finds and prices the next policy while trials run, so that nobody waits
-    for it; it then knows all results but those of the last moment. reprice: what the record knows
+    for it. What comes in meanwhile the proposals learn before they are asked again: what they know
+    when they are asked does not hang on how long that takes. reprice: what the record knows
     is priced anew, for a target or a profile that has changed.
     """
 
@@ -96,13 +103,16 @@ class Controller:
         self.exhausted = False
         self.interrupted = False
         self._clock, self._listen = clock, listen
-        self._lock = threading.RLock()  # guards everything but the price
+        self._lock = threading.RLock()  # guards everything but prices and proposals
+        self._untold: list[Callable[[], None]] = []  # what the proposals do not know yet
         self._finder = ThreadPoolExecutor(1, "flyweight-finder") if look_ahead else None
         self._ahead: Future[tuple[Policy, Price] | None] | None = None
         self._again: list[Trial] = []  # whose worker died, or that an earlier session left
+        self._unstored = 0  # results since the last artifact that was stored
         self._spent = 0.0
         self._began = clock()
         self._rebuild(record.entries(), reprice)
+        self._catch_up()
         self._points: dict[str, list[Point]] = {  # going through all results for each is slow
             rung: [_point(t.results[rung]) for t in reached.values() if _competes(t, rung)]
             for rung, reached in self._reached.items()
@@ -120,6 +130,8 @@ class Controller:
                 return trial
             with self._lock:
                 self._end(trial, "over_limit" if over else "deadline")
+        if self._ahead is None:
+            self._catch_up()
         if self.over():
             return None
         try:
@@ -138,14 +150,21 @@ class Controller:
             if not self._append(begin | asdict(trial.price)):
                 return None
         if self._finder and not self.over():
+            self._catch_up()
             self._ahead = self._finder.submit(self._affordable)
         return trial
+
+    def _catch_up(self) -> None:
+        """Tells the proposals what came in, while nobody asks them."""
+        with self._lock:
+            untold, self._untold = self._untold, []
+        for tell in untold:
+            tell()
 
     def _affordable(self) -> tuple[Policy, Price] | None:
         """A policy within the limits and its price; None when there seems to be none left."""
         for _ in range(ASKS):
-            with self._lock:
-                policy = self.proposals.ask()
+            policy = self.proposals.ask()
             if policy is None:
                 return None
             try:
@@ -176,8 +195,7 @@ class Controller:
                 low, best = middle, (tried, price)
             else:
                 high = middle
-        with self._lock:
-            return best if best and self.proposals.claim(best[0]) else None
+        return best if best and self.proposals.claim(best[0]) else None
 
     def _cost(self, price: Price) -> float:
         # By the upper end: what is measured alone in the end must still be within the limit.
@@ -186,11 +204,11 @@ class Controller:
     def _reject(self, policy: Policy, reason: str, price: Price | None = None) -> None:
         entry = {"kind": "rejected", "digest": policy.digest, "reason": reason}
         known = {} if price is None else asdict(price)
+        if price is None:
+            self.proposals.fail(policy)
+        else:
+            self.proposals.reject(policy, price.latency_ms[1], self._cost(price))
         with self._lock:
-            if price is None:
-                self.proposals.fail(policy)
-            else:
-                self.proposals.reject(policy, price.latency_ms[1], self._cost(price))
             self._append({**entry, "policy": policy.to_dict(), **known, "time": self._clock()})
 
     def over(self) -> bool:
@@ -237,6 +255,12 @@ class Controller:
             return False  # a result that arrives after the end of its trial changes nothing
         if outcome["rung"] != trial.next_rung:
             return True  # nor does one that comes twice
+        if "unstored" in outcome:
+            self._unstored += 1
+            if self._unstored >= UNSTORED:
+                self.fatal = self.fatal or OSError(outcome["unstored"])
+            self.died(number, outcome["unstored"], "unstored")
+            return False
         error = outcome.get("error") or _not_a_number(outcome)
         if error:
             self._end(trial, "failed", error)
@@ -245,6 +269,8 @@ class Controller:
         rung = entry["rung"]
         if not self._append(entry):
             return False
+        if entry.get("artifact"):
+            self._unstored = 0
         self._learn(trial, entry)
         if _competes(trial, rung):
             self._points[rung].append(_point(entry))
@@ -267,19 +293,19 @@ class Controller:
             if trial and not trial.ended:
                 self._end(trial, "interrupted" if self.interrupted else "failed", error)
 
-    def died(self, number: int, error: str) -> None:
+    def died(self, number: int, error: str, lost: str = "worker") -> None:
         """The trial's worker died: the trial goes on from its last rung on another, but a policy
-        on which workers die again and again is poisonous."""
+        on which workers die again and again is poisonous. lost: one of ``LOSSES``."""
         with self._lock:
             trial = self.trials.get(number)
             if not trial or trial.ended or trial in self._again:
                 return
-            trial.deaths += 1
+            trial.deaths += LOSSES[lost]
             if self.interrupted:
                 self._end(trial, "interrupted", error)
             elif trial.deaths >= DEATHS:
                 self._end(trial, "failed", f"poisonous: {DEATHS} workers died on it: {error}")
-            elif self._append({"kind": "died", **self._name(trial), "error": error}):
+            elif self._append({"kind": "died", **self._name(trial), "error": error, "lost": lost}):
                 self._again.append(trial)
 
     def running(self) -> list[Trial]:
@@ -301,6 +327,7 @@ class Controller:
             for trial in self.trials.values():
                 if not trial.ended:
                     self._end(trial, "interrupted")
+            self._catch_up()
 
     # What is known.
 
@@ -345,13 +372,12 @@ class Controller:
         trial.results[entry["rung"]] = entry
         self._reached[entry["rung"]].pop(trial.number, None)  # of a trial that began anew
         self._reached[entry["rung"]][trial.number] = trial
-        self.proposals.tell(
-            trial.policy, entry["rung"], entry["loss"], entry["latency_ms"][1], entry["constraint"]
-        )
+        figures = entry["loss"], entry["latency_ms"][1], entry["constraint"]
+        self._untold.append(partial(self.proposals.tell, trial.policy, entry["rung"], *figures))
 
     def _end(self, trial: Trial, reason: str, error: str | None = None) -> None:
         trial.ended = reason
-        self.proposals.fail(trial.policy)
+        self._untold.append(partial(self.proposals.fail, trial.policy))
         self._append({"kind": "end", **self._name(trial), "reason": reason, "error": error})
 
     def _append(self, entry: Entry) -> bool:
@@ -437,7 +463,7 @@ class Controller:
                 if entry["rung"] == RUNGS[-1]:
                     self.trials[entry["trial"]].ended = "finished"
             elif entry["kind"] == "died":
-                self.trials[entry["trial"]].deaths += 1
+                self.trials[entry["trial"]].deaths += LOSSES[entry.get("lost", "worker")]
             elif entry["kind"] == "end" and entry["reason"] != "interrupted":
                 trial = self.trials[entry["trial"]]
                 if trial.ended != "failed":
@@ -445,6 +471,13 @@ class Controller:
         self._spent += last - began
         if entries and entries[-1]["kind"] == "search":  # what came before its trials counts
             self._began = last
+        for trial in self.trials.values():  # for which there was no time, and now there may be
+            if (
+                trial.ended == "deadline"
+                and self.remaining() > 0
+                and self._in_time(trial.next_rung)
+            ):
+                trial.ended = None
         self._again = [t for t in self.trials.values() if not t.ended]
 
 

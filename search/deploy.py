@@ -17,7 +17,7 @@ import torch
 from ..compressors.data import split
 from ..compressors.parity import feed
 from ..spaces import BadInput, FlyweightError
-from .choose import Artifact, choose, kebab, read_chosen, read_result
+from .choose import Artifact, choose, kebab, read_chosen, read_result, task_name
 from .folder import write_folder
 from .progress import Summary, front_figures
 from .spec import Spec, load_spec
@@ -67,19 +67,22 @@ def deploy(
     tracking_uri: str | None = None,
     folder: Path | None = None,
     force: bool = False,
+    spec_path: Path | None = None,
 ) -> Deployed:
     """Registers one artifact of a search under ``alias``, after verifying it in a clean process.
 
     The artifact is that of ``digest`` (a unique beginning is enough), else the most accurate of the
     front within ``max_latency_ms``, else the best. ``name``: of the registered model, by default
     the task's. ``folder``: also written as files that need nothing but a runtime. ``force``: also
-    under a name that another task's model has.
+    under a name that another task's model has. ``spec_path``: in place of the run's own spec, whose
+    task lies where the search ran.
 
     Raises BadInput for what cannot be chosen or named, FlyweightError for an artifact that is not
     what it says and for a registry that does not answer; nothing is registered then.
     """
     result = read_result(run_dir)
-    spec = load_spec(run_dir / "spec.yaml")
+    spec = load_spec(spec_path or run_dir / "spec.yaml")
+    _check_task(spec, result["task"], spec_path is not None)
     artifact = read_chosen(run_dir, result, choose(run_dir, result, digest, max_latency_ms))
     registry = _registry(registry_uri(spec, tracking_uri), name or kebab(artifact.task), alias)
     # Before the work of verifying: a name that is taken, a server that is down.
@@ -87,8 +90,8 @@ def deploy(
     metric, fingerprint = verify(artifact, spec)
     if not (same := fingerprint == artifact.target.get("fingerprint")):
         _log.warning(
-            "this is another device than the one that was searched for: the metric holds, latency "
-            "must be measured here (flyweight measure %s)", run_dir,
+            "this is another device than the one that was measured: the metric holds, latency is "
+            "measured here by `flyweight measure %s`", run_dir,
         )  # fmt: skip
     if folder is not None:
         write_folder(folder, artifact)
@@ -99,6 +102,16 @@ def deploy(
         metric=metric, latency_ms=artifact.latency_ms, misses=_misses(artifact, result),
         previous=registered.previous, reused=registered.reused, same_device=same, folder=folder,
     )  # fmt: skip
+
+
+def _check_task(spec: Spec, task: str, given: bool) -> None:
+    """Raises BadInput where the task of ``spec`` is not here, or not the run's ``task``."""
+    place = spec.task.rpartition(":")[0]
+    if place.endswith(".py") and not Path(place).is_file():
+        fix = "" if given else "; of a run that was fetched, name your search.yaml with --spec"
+        raise BadInput(f"task: no file {place}{fix}")
+    if (found := task_name(spec.task)) != task_name(task):
+        raise BadInput(f"the spec's task is {found}, but the run is of {task_name(task)}")
 
 
 def _misses(artifact: Artifact, result: dict[str, Any]) -> list[str]:
@@ -113,10 +126,15 @@ def rollback(
     name: str, *, alias: str = "champion", tracking_uri: str | None = None
 ) -> "Registered":
     """Gives ``alias`` back to the version that had it before. Raises BadInput if none had."""
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return registry_at(tracking_uri, name, alias).roll_back()
+
+
+def registry_at(uri: str | None, name: str, alias: str) -> "Registry":
+    """The registered model at ``uri``, or where MLFLOW_TRACKING_URI says. Raises BadInput."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise BadInput("give --tracking-uri or set MLFLOW_TRACKING_URI: where is it registered?")
-    return _registry(uri, name, alias).roll_back()
+    return _registry(uri, name, alias)
 
 
 def _registry(uri: str, name: str, alias: str) -> "Registry":

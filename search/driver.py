@@ -5,14 +5,13 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
-from ray import tune
 
 from ..compressors import RUNGS
 from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
@@ -21,10 +20,13 @@ from .cache import key_of
 from .controller import Budget, Controller, failures
 from .explain import explanation
 from .explained import EXPLANATION
+from .hold import Hold
 from .limits import Limits
 from .local_ray import connected, terminable
 from .opening import asks_anew, changed_target, is_done, open_run, opening_entry, unmake
+from .placement import Place, place_of, trial_request
 from .predict import given_profile, predictor_of
+from .preflight import check_cluster
 from .preparation import Preparation, worth_preparing
 from .pricing import Pricing, predicted, timed
 from .profiling import check_profile, empty_profile
@@ -40,21 +42,23 @@ from .ready import (
 from .record import FileRecord
 from .report import FILES as REPORT
 from .report import write_report
-from .results import finalists, measured_front, result
+from .results import final_front, finalists, measured_entry, result
 from .spec import Spec
+from .storage import Mirror, storage_of
 from .store import (
     PROFILE,
+    fetch_artifact,
     read_artifact,
     remove_checkpoints,
     write_json,
     write_whole,
 )
 from .strategies import source
-from .tracking import MemoryTracker, Status, Tracker
+from .tracking import TRACKED, MemoryTracker, Status, Tracker, tracked_at
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
 from .warm import WarmStart
-from .workers import CompressionTrial, Job, start_meter
+from .workers import Job, trainable
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,22 @@ def search(
     *,
     resume: bool = False,
     address: str | None = None,
+    wait_s: float = 0.0,
     console: Any = None,
 ) -> Outcome:
-    """Runs the search that ``spec`` describes. Raises BadInput before anything is spent."""
+    """Runs the search that ``spec`` describes. Raises BadInput before anything is spent.
+    wait_s: for a node that can run its trials to come, where the cluster has none."""
     began = time.time()
     profile = given_profile(spec)
     fresh = out is None or not out.is_dir() or not any(out.iterdir())
     run_dir = open_run(spec, out, resume)
-    record = FileRecord(run_dir / "record.jsonl")
-    try:
+    with contextlib.ExitStack() as held:
+        record = FileRecord(run_dir / "record.jsonl")
+        held.callback(record.close)
+        held.push(_refused(run_dir, record, fresh))
+        if spec.storage:
+            hold = Hold(storage_of(spec, run_dir), f"the storage of {run_dir.name}")
+            held.callback(hold.close)
         say = console.print if console else print
         say(f"Checking {spec.given_task} and tracing its model")
         prepared = ready(spec, run_dir)
@@ -91,14 +102,20 @@ def search(
         write_whole(run_dir / "spec.yaml", spec.to_yaml().encode())
         say("Starting Ray" if address is None else f"Joining the Ray cluster at {address}")
         with connected(spec, address):
+            check_cluster(prepared, storage_of(spec, run_dir), address is None, wait_s, say)
+            place = place_of(prepared, profile, address is None, say)
             say("Timing the teacher on the target")
-            return _Search(spec, run_dir, record, prepared, console, began, profile).run()
-    except BadInput:
-        if fresh and not record.entries():
+            return _Search(spec, run_dir, record, prepared, place, console, began, profile).run()
+
+
+def _refused(run_dir: Path, record: FileRecord, fresh: bool) -> Callable[..., None]:
+    """What leaves nothing behind where bad input ends a search that had nothing yet."""
+
+    def exits(kind: type[BaseException] | None, *_: object) -> None:
+        if fresh and kind and issubclass(kind, BadInput) and not record.entries():
             unmake(run_dir)
-        raise
-    finally:
-        record.close()
+
+    return exits
 
 
 class _Search:
@@ -110,30 +127,36 @@ class _Search:
         run_dir: Path,
         record: FileRecord,
         prepared: Ready,
+        place: Place,
         console: Any,
         began: float,
         profile: DeviceProfile | None,
     ) -> None:
         self.spec, self.run_dir, self.record, self.ready = spec, run_dir, record, prepared
         self.console, self.began = console, began
+        self.place = place
         self.notes: list[str] = []
+        self.storage = storage_of(spec, run_dir)
+        self.mirror = Mirror(record.path, self.storage) if spec.storage else None
+        self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
         self.profile = profile
-        self.preparation = Preparation(prepared, run_dir, console, self.notes)
+        self.preparation = Preparation(prepared, place, run_dir, console, self.notes)
         self.predictor: LatencyPredictor | None = None
         self.nothing_left = is_done(record, spec.search.trials)
 
     def run(self) -> Outcome:
-        meter = start_meter(self.ready)
-        device, alone = ray.get([meter.fingerprint.remote(), meter.alone.remote()])
-        header = opening_entry(self.ready, self.record, device, alone)
+        header = opening_entry(self.ready, self.record, self.place.device, self.place.alone())
         teacher_ms = header["teacher"]["latency_ms"]
         limits = self.ready.limits(teacher_ms)
-        price = timed(self.ready.prepared, meter)
-        if asks_anew(header, self.record):
+        price = timed(self.ready.prepared, self.place)
+        new_limits = asks_anew(header, self.record)
+        if new_limits and self.place.there:
             self._check_limits(price, limits)
-        self.predictor = self._predictor(device, teacher_ms)
+        self.predictor = self._predictor(teacher_ms)
         if self.predictor is not None:
             price = predicted(self.ready.prepared, self.predictor, limits)
+            if new_limits and not self.place.there:
+                self._check_limits(price, limits)
         elif changed_target(header, self.record):
             raise BadInput(
                 "--resume: the target has changed, and without a device profile of the new one "
@@ -159,36 +182,29 @@ class _Search:
             controller.close()
         else:
             self._trials(controller, header, answers)
-        ray.kill(meter)
+        self.place.close()
         self._note_end(controller)
         found = self._measure(controller, header)
         found |= {"mlflow_run_id": tracker.wait_run_id(30.0)}
-        write_json(self.run_dir / "result.json", found)
-        self._explain(controller, found)
-        write_report(self.run_dir)
+        written = self._written(controller, found)
         self._finish(tracker, controller)
-        failed = bool(controller.fatal) or controller.hopeless()
+        failed = bool(controller.fatal) or controller.hopeless() or not written
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
 
-    def _predictor(self, device: str, teacher_ms: float) -> LatencyPredictor | None:
-        """The predictor for the target, which may be another node's device, from the given device
-        profile or one that is made now; None where each policy is timed instead."""
-        prepared = self.ready.prepared
+    def _predictor(self, teacher_ms: float) -> LatencyPredictor | None:
+        """The predictor for the device that is measured on, from the given device profile or one
+        that is made now; None where each policy is timed instead."""
         if self.profile is None and worth_preparing(self.ready):
-            if device == prepared.runtime.fingerprint:
-                made = self.preparation
-                self.profile = made.made() if self.nothing_left else made.profile()
-                self._name_profile()
-            else:
-                self.notes.append(
-                    "Each policy is timed on the target: make a device profile there with "
-                    "`flyweight profile` and name it as target.profile"
-                )
+            made = self.preparation
+            self.profile = made.made() if self.nothing_left else made.profile()
+            self._name_profile()
         if self.profile is None:
             return None
+        fingerprint = self.place.device.fingerprint
         return predictor_of(
-            self.spec, prepared, self.profile, fingerprint=device, teacher_ms=teacher_ms
-        )
+            self.spec, self.ready.prepared, self.profile, fingerprint=fingerprint,
+            teacher_ms=teacher_ms,
+        )  # fmt: skip
 
     def _name_profile(self) -> None:
         """Lets the spec of the run name the profile that was made for it."""
@@ -217,9 +233,7 @@ class _Search:
         tracking = self.spec.tracking
         if tracking is None:
             return MemoryTracker()
-        folder = self.spec.folder / "mlartifacts" if tracking.uri.startswith("sqlite:") else None
-        location = folder.as_uri() if folder else None
-        return TrackerProcess(tracking.uri, tracking.experiment, location, header["search_id"])
+        return TrackerProcess(*tracked_at(tracking, self.spec.folder, header), self.run_dir)
 
     def _controller(
         self,
@@ -234,12 +248,13 @@ class _Search:
         )
 
         def listen(entry: dict[str, Any]) -> None:
-            # Of trials, MLflow shows results.
-            if entry["kind"] not in ("begin", "rejected", "died"):
+            if entry["kind"] in TRACKED:
                 tracker.record(entry)
-            if entry["kind"] == "end" and entry["reason"] != "interrupted":
-                remove_checkpoints(self.run_dir, entry["digest"])
             self.progress.entry(entry)
+
+        def tidy(entry: dict[str, Any]) -> None:
+            if entry["kind"] == "end" and entry["reason"] != "interrupted":
+                self.janitor.submit(remove_checkpoints, self.storage, entry["digest"])
 
         for entry in self.record.entries():  # of a resumed search also what came before
             listen(entry)
@@ -249,7 +264,7 @@ class _Search:
         )  # fmt: skip
         budget = Budget(search.trials, search.time_budget)
         return Controller(
-            proposals, price, limits, self.record, budget, listen=[listen], look_ahead=True,
+            proposals, price, limits, self.record, budget, listen=[listen, tidy], look_ahead=True,
             reprice=self.predictor is not None,
         )  # fmt: skip
 
@@ -257,19 +272,18 @@ class _Search:
         self, controller: Controller, header: dict[str, Any], answers: dict[int, Any]
     ) -> None:
         facts = facts_of(self.spec, header["target"]["fingerprint"])
-        job = Job(self.spec, self.run_dir, facts, self._inputs(header), answers)
-        resources = {"cpu": self.spec.resources.cpus, "gpu": self.spec.resources.gpus}
+        job = Job(self.spec, self.storage, facts, self._inputs(header), answers)
         self.progress.spent_s = controller.elapsed()
         with self.progress, terminable():
             run_trials(
                 controller,
-                tune.with_parameters(CompressionTrial, job=job),
+                trainable(job),
                 concurrency=self.spec.search.concurrency,
-                resources=resources,
-                accelerator=self.spec.resources.accelerator,
+                resources=trial_request(self.spec.resources),
             )
+        self.janitor.shutdown()
         if not (controller.interrupted or controller.fatal):
-            remove_checkpoints(self.run_dir)
+            remove_checkpoints(self.storage)
 
     def _inputs(self, header: dict[str, Any]) -> str:
         """A digest of what candidates depend on besides policy and rung: what has changed since a
@@ -306,6 +320,8 @@ class _Search:
     def _measure(self, controller: Controller, header: dict[str, Any]) -> dict[str, Any]:
         """Finalists, alone, in a process of its own; the front and result.json's content."""
         entries = finalists(controller.results(RUNGS[-1]), controller.limits)
+        if self.mirror:
+            self._fetch(controller, {entry["digest"] for entry in entries})
         models = {}
         for entry in entries:
             try:
@@ -313,33 +329,49 @@ class _Search:
             except FlyweightError as error:
                 self.notes.append(str(error))
         entries = [e for e in entries if e["digest"] in models]
-        self.progress.note(f"Measuring {len(models)} finalists, alone")
-        meter = start_meter(self.ready)
-        timings: dict[str, Timing] = ray.get(
-            meter.finalists.remote(models, header["teacher"]["latency_ms"])
-        )
-        ray.kill(meter)
-        teacher = dict(header["teacher"]) | {"latency_ms": timings["teacher"].median_ms}
+        timings = self._timings(models, header["teacher"]["latency_ms"])
+        teacher = dict(header["teacher"])
         prepared, test = self.ready.prepared, self.ready.prepared.splits.test
         tests = {
             digest: None if test is None else score(prepared, model, test)
             for digest, model in models.items()
         }
-        for digest in models:
-            self._append(
-                {
-                    "kind": "measured",
-                    "digest": digest,
-                    "latency_ms": timings[digest].median_ms,
-                    "latency_spread": timings[digest].spread,
-                    "teacher_latency_ms": timings["teacher"].median_ms,
-                    "time": time.time(),
-                }
-            )
-        self._feed_back(controller, timings)
+        if timings is not None:
+            teacher |= {"latency_ms": timings["teacher"].median_ms}
+            for digest in models:
+                self._append(measured_entry(digest, timings, self.place.device, tests[digest]))
+            self._feed_back(controller, timings)
         counts = Counter(rung for t in controller.trials.values() for rung in t.results)
-        rows = measured_front(entries, timings, tests, header["teacher"]["latency_ms"])
+        rows = final_front(entries, tests, header["teacher"]["latency_ms"], timings)
         return result(header, counts, rows, teacher, time.time() - self.began, None)
+
+    def _fetch(self, controller: Controller, kept: set[str]) -> None:
+        """Brings the artifacts into the run directory; the storage keeps those of finalists."""
+        for entry in controller.results(RUNGS[-1]):
+            digest = entry["digest"]
+            try:
+                fetch_artifact(self.storage, self.run_dir, digest)
+            except OSError as error:
+                self.notes.append(f"artifact {digest[:12]} cannot be fetched: {error}")
+                continue
+            if digest not in kept and not (controller.interrupted or controller.fatal):
+                self.storage.remove(f"artifacts/{digest}")
+
+    def _timings(self, models: Mapping[str, bytes], teacher_ms: float) -> dict[str, Timing] | None:
+        """The finalists, alone; None where they could not be measured."""
+        timings = None
+        if models:
+            self.progress.note(f"Measuring {len(models)} finalists, alone")
+        try:
+            timings = self.place.finalists(models, teacher_ms)
+        except OSError as error:
+            self.notes.append(f"The finalists could not be measured: {error}")
+        if timings is None:
+            self.notes.append(
+                "The latencies of the front are predicted; on the device that will run the model, "
+                f"`flyweight measure {self.run_dir}` measures them"
+            )
+        return timings
 
     def _feed_back(self, controller: Controller, timings: Mapping[str, Timing]) -> None:
         """Adds the finalists to the device profile, which they make better where it matters."""
@@ -359,6 +391,20 @@ class _Search:
             profile.create(path)
         except (BadInput, OSError) as error:
             self.notes.append(f"the finalists were not added to the device profile: {error}")
+
+    def _written(self, controller: Controller, found: dict[str, Any]) -> bool:
+        """Whether result.json and the report could be written; each is whole or not there."""
+        try:
+            write_json(self.run_dir / "result.json", found)
+            self._explain(controller, found)
+            write_report(self.run_dir)
+        except OSError as error:
+            self.notes.append(
+                f"result.json or the report could not be written: {error}; the record is whole: "
+                "make room and go on with --resume"
+            )
+            return False
+        return True
 
     def _explain(self, controller: Controller, found: Mapping[str, Any]) -> None:
         """Why the best takes its time, for the report, on the machine as fast as it is now."""
@@ -380,6 +426,10 @@ class _Search:
             self.record.append(entry)
 
     def _finish(self, tracker: Tracker, controller: Controller) -> None:
+        if self.mirror:
+            self.mirror.close()
+            if self.mirror.failed:
+                self.notes.append(f"storage: the record was not copied: {self.mirror.failed}")
         for entry in self.record.entries():
             if entry["kind"] == "measured":
                 tracker.record(entry)
@@ -387,9 +437,9 @@ class _Search:
             "KILLED" if controller.interrupted else "FAILED" if controller.fatal else "FINISHED"
         )
         files = [self.run_dir / name for name in ("result.json", "spec.yaml", *REPORT)]
-        missing = tracker.finish(status, files)
+        missing = tracker.finish(status, [file for file in files if file.is_file()])
         if missing.reason:
             self.notes.append(
                 f"MLflow lacks {missing.entries} entries ({missing.reason}); the record has them "
-                "all: run the search again with --resume when the server is back"
+                f"all: `flyweight deliver {self.run_dir}` when the server is back"
             )

@@ -12,6 +12,7 @@ from ..compressors import harm
 from ..compressors.sensitivity import ITEMS
 from ..spaces import Impossible, Policy
 from .cache import Lines, cache_folder, key_of
+from .placement import for_actor
 from .ready import Ready, prepare_task, versions
 from .spec import Spec
 
@@ -118,12 +119,7 @@ class Judges:
             self._count(self._judged + done)
 
     def _begin(self) -> None:
-        resources = self._spec.resources
-        accelerator = {f"accelerator_type:{resources.accelerator}": 0.001}
-        kind = ray.remote(Judge).options(
-            num_cpus=resources.cpus, num_gpus=resources.gpus,
-            resources=accelerator if resources.accelerator else None,
-        )  # fmt: skip
+        kind = ray.remote(Judge).options(**for_actor(self._spec.resources))
         spec = ray.put(self._spec)
         self._actors = [kind.remote(spec) for _ in range(self._spec.search.concurrency)]
         self._starting = {actor.ready.remote(): actor for actor in self._actors}

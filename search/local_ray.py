@@ -31,12 +31,19 @@ def terminable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def connected(spec: Spec, address: str | None) -> Iterator[None]:
-    """Ray, local unless an address is given, protected by a token in either case."""
+    """Ray for a search, with the CPUs that it asks for."""
+    with started(int(spec.search.concurrency * spec.resources.cpus + 0.999), address):
+        yield
+
+
+@contextlib.contextmanager
+def started(cpus: int, address: str | None) -> Iterator[None]:
+    """Ray, local with at least ``cpus`` CPUs unless an address is given, protected by a token in
+    either case."""
     if address is None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    needed = int(spec.search.concurrency * spec.resources.cpus + 0.999)
     local: dict[str, Any] = {
-        "num_cpus": max(os.cpu_count() or 1, needed),
+        "num_cpus": max(os.cpu_count() or 1, cpus),
         "include_dashboard": False,
     }
     here = Path.cwd()
@@ -51,7 +58,23 @@ def connected(spec: Spec, address: str | None) -> Iterator[None]:
         )
         yield
     except ConnectionError as error:
-        raise BadInput(f"no Ray cluster at {address}: {error}") from error
+        # Ray says no more of a token that is not the cluster's.
+        raise BadInput(
+            f"no Ray cluster at {address} that takes this token: {error}; set RAY_AUTH_TOKEN, or "
+            "RAY_AUTH_TOKEN_PATH to a file that holds the cluster's"
+        ) from error
+    except ray.exceptions.AuthenticationError as error:
+        raise BadInput(
+            f"the cluster at {address} asks for a token; set RAY_AUTH_TOKEN, or "
+            "RAY_AUTH_TOKEN_PATH to a file that holds it"
+        ) from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise BadInput(  # Ray's text says both versions, of itself and of Python
+            f"the cluster at {address} is of other versions than this process; flyweight needs the "
+            f"same on both. {' '.join(str(error).split())}"
+        ) from error
     finally:
         ray.shutdown()
         os.chdir(here)

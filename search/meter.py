@@ -2,15 +2,52 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 
-from ..kernels import Runtime, Timing, disturbed, make_runtime, time_sessions
+from ..kernels import MeasuringProcess, Runtime, Timing, disturbed, make_runtime, time_sessions
+from .cache import key_of
 
 Feed = dict[str, np.ndarray[Any, Any]]
 AGAIN = 8  # tries to measure finalists undisturbed, half a minute in all
 QUIET = 1.05  # share of its latency alone within which the teacher says that nothing else runs
+
+
+@dataclass(frozen=True)
+class Device:
+    """What is measured on. facts, fingerprint: as the runtime tells them. capabilities: a digest of
+    what its kernels can do. node: of a cluster, where it is one."""
+
+    facts: Mapping[str, str]
+    fingerprint: str
+    capabilities: str
+    node: str | None = None
+
+    @classmethod
+    def of(cls, runtime: Runtime, node: str | None = None) -> Self:
+        """This machine, as ``runtime`` uses it."""
+        capabilities = key_of(repr(runtime.capabilities))
+        return cls(runtime.device, runtime.fingerprint, capabilities, node)
+
+    @classmethod
+    def of_this(cls, runtime: str, threads: int, node: str | None = None) -> Self:
+        """The same, by the name of the runtime."""
+        return cls.of(make_runtime(runtime, threads), node)
+
+
+class ThisMachine:
+    """What is needed to measure on this machine, and the process that times networks here. start:
+    the arguments of a ``Meter`` or a ``MeasuringProcess``."""
+
+    def __init__(self, runtime: str, threads: int, teacher: bytes, feed: Feed) -> None:
+        self.start = runtime, threads, teacher, feed
+        self.device = Device.of_this(runtime, threads)
+
+    def process(self) -> AbstractContextManager[Any]:
+        return MeasuringProcess(*self.start)
 
 
 class Meter:
@@ -21,9 +58,6 @@ class Meter:
         self._feed = feed
         self._teacher = self._runtime.load(teacher)
         self.teacher_ms = 0.0
-
-    def fingerprint(self) -> str:
-        return self._runtime.fingerprint
 
     def alone(self) -> float:
         """The teacher's latency in ms, measured while nothing else runs; remembered."""

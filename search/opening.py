@@ -10,10 +10,12 @@ from typing import Any
 
 from ..spaces import BadInput
 from .cache import key_of
+from .meter import Device
 from .ready import Ready, facts_of, versions
 from .record import Entry, Record
 from .spec import Spec
-from .store import compressed_bytes
+from .storage import RECORD, kept_record
+from .store import compressed_bytes, write_whole
 
 FREE_BYTES = 200_000_000  # what a run directory may come to need
 
@@ -29,14 +31,23 @@ def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
             earlier[-1].parent if resume else Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
         )
     out = out.resolve()
-    kept = out / "record.jsonl"
+    kept = out / RECORD
+    copied = None if kept.is_file() else kept_record(spec, out)
+    if copied is not None and not resume:
+        raise BadInput(
+            f"storage: it holds a search of the name {out.name} already; go on with it with "
+            "--resume or choose another --out"
+        )
     exists = kept.is_file() and kept.stat().st_size > 0
-    if resume and not kept.is_file():  # an empty one is of a search that had no trials yet
+    # An empty one is of a search that had no trials yet.
+    if resume and copied is None and not kept.is_file():
         raise BadInput(f"nothing to resume in {out}: it has no record.jsonl")
     if exists and not resume:
         raise BadInput(f"{out} holds a search already; go on with --resume or choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if copied is not None:  # of a head that is gone
+            write_whole(kept, copied)
         free = shutil.disk_usage(out).free
     except OSError as error:
         raise BadInput(f"the run directory {out} cannot be made: {error}") from error
@@ -58,10 +69,10 @@ def unmake(run_dir: Path) -> None:
 
 
 def opening_entry(
-    ready: Ready, record: Record, fingerprint: str, latency_ms: float
+    ready: Ready, record: Record, device: Device, latency_ms: float
 ) -> dict[str, Any]:
-    """The entry that begins each session of a search, of the target's ``fingerprint``; latency_ms:
-    the teacher's.
+    """The entry that begins each session of a search whose target is ``device``; latency_ms: the
+    teacher's there.
 
     A resumed one keeps the teacher's figures, so that its limits stay what they were. Raises
     BadInput if ``record`` is of another search.
@@ -71,7 +82,7 @@ def opening_entry(
     entry = {
         "kind": "search",
         "flyweight": version("flyweight"),
-        **facts_of(spec, fingerprint),
+        **facts_of(spec, device.fingerprint),
         "resolved_task": spec.task,
         "objective": spec.objective.model_dump(),
         "teacher": {
@@ -87,6 +98,7 @@ def opening_entry(
         "groups": {name: group.width for name, group in network.groups.items()},
         "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
         "layers": len(network.layers),
+        **({"target_node": device.node} if device.node else {}),
         "layer_groups": {name: layer.out_group for name, layer in network.layers.items()},
         "search_id": secrets.token_hex(8),
         "time": time.time(),

@@ -15,6 +15,7 @@ from .predict import given_profile, predictor_of
 from .progress import milliseconds, size
 from .ready import facts_of, make_space, prepare_task, ready, score
 from .spec import load_spec
+from .storage import Storage
 from .store import compressed_bytes, read_policy, write_artifact
 from .whole import left_whole
 
@@ -183,7 +184,7 @@ def replay(policy_path: Path, spec_path: Path, rung: str, out: Path) -> dict[str
     prepared = prepare_task(spec)
     candidate = compress(prepared, policy, rung, seed=spec.search.seed)
     facts = facts_of(spec, prepared.runtime.fingerprint)
-    path = write_artifact(out, candidate, facts)
+    path = write_artifact(Storage(out), candidate, facts)
     return {
         "digest": policy.digest, "artifact": str(out / path), "rung": rung,
         "metric": candidate.metric, "loss": candidate.loss, "size_bytes": len(candidate.model),

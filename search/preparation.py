@@ -17,6 +17,7 @@ from .counting import counting
 from .fragile import SENSITIVITY
 from .judges import Judges
 from .limits import Limits
+from .placement import Place
 from .profiling import NETWORKS as MOST
 from .profiling import check_profile, empty_profile, make_profile
 from .ready import Ready
@@ -39,18 +40,20 @@ def worth_preparing(ready: Ready) -> bool:
 
 @dataclass
 class Preparation:
-    """Finds out what can be, in the time that there is, and says in ``notes`` what could not."""
+    """Finds out what can be, in the time that there is, and says in ``notes`` what could not.
+    place: where networks are timed."""
 
     ready: Ready
+    place: Place
     run_dir: Path
     console: Console | None
     notes: list[str] = field(default_factory=list)
 
     def profile(self) -> DeviceProfile | None:
-        """The device profile of this device, gone on with from the cache; None if none can be made.
+        """The device profile of the place, gone on with from the cache; None if none can be made.
         It lies in the run directory, and in the cache for the next search of the same space."""
         ready, path = self.ready, self.run_dir / PROFILE
-        wanted = empty_profile(ready.spec, ready.prepared)
+        wanted = empty_profile(ready.spec, ready.prepared, self.place.device)
         request = {name: list(shape) for name, shape in wanted.request.items()}
         name = key_of(wanted.fingerprint, request, wanted.network, repr(ready.space.settings))
         kept = cache_folder(ready.spec) / f"profile-{name}.jsonl"
@@ -62,7 +65,7 @@ class Preparation:
             networks = more if ours else min(2 * MOST, known + more)
             with counting("Timing networks for the device profile", networks, self.console) as bar:
                 make_profile(
-                    ready, path, networks=networks,
+                    ready, path, place=self.place, networks=networks,
                     seconds=self._seconds(PROFILE_SHARE, PROFILE_S), seed=0,
                     say=lambda _: None, count=bar,
                 )  # fmt: skip
@@ -73,8 +76,8 @@ class Preparation:
         return self.made()
 
     def made(self) -> DeviceProfile | None:
-        """The profile of this device that the run has; None if it is none that could be used."""
-        wanted = empty_profile(self.ready.spec, self.ready.prepared)
+        """The profile of the place that the run has; None if it is none that could be used."""
+        wanted = empty_profile(self.ready.spec, self.ready.prepared, self.place.device)
         try:
             found = DeviceProfile.load(self.run_dir / PROFILE)
             check_profile(found, wanted)
@@ -125,7 +128,7 @@ class Preparation:
             return None
         space = self.ready.space
         batch = BatchPredictor(self.ready.prepared, space, predictor)
-        return WarmStart(space, table, batch, limits, predictor.teacher_ms)
+        return WarmStart(space, table, batch, limits)
 
     def _seconds(self, share: float, otherwise: float) -> float:
         budget = self.ready.spec.search.time_budget

@@ -2,30 +2,24 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
-
-import ray
 
 from ..compressors import Prepared, untrained
 from ..kernels import LatencyPredictor
 from ..spaces import Impossible, Policy
 from .controller import Price
 from .limits import Limits
+from .placement import Place
 from .store import compressed_bytes
 
 Pricing = Callable[[Policy], Price]
 
 
-def timed(prepared: Prepared, meter: Any) -> Pricing:
-    """By the measuring actor, which times the policy untrained. Raises OSError if that died."""
+def timed(prepared: Prepared, place: Place) -> Pricing:
+    """Timed untrained where it is to be measured. Raises OSError if what measures is lost."""
 
     def price(policy: Policy) -> Price:
         model = untrained(prepared, policy)
-        try:
-            latency_ms = ray.get(meter.provisional.remote(model))
-        except ray.exceptions.RayError as error:
-            raise OSError(f"the measuring actor died: {error}") from error
-        return Price(latency_ms, len(model), compressed_bytes(model))
+        return Price(place.provisional(model), len(model), compressed_bytes(model))
 
     return price
 

@@ -5,8 +5,10 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -14,7 +16,6 @@ from ..compressors import Prepared, untrained
 from ..kernels import (
     DeviceProfile,
     LatencyPredictor,
-    MeasuringProcess,
     Signature,
     Timed,
     Timing,
@@ -25,6 +26,7 @@ from ..kernels.predictor import LEAST, SESSIONS, large_sessions, least
 from ..kernels.signature import digest
 from ..kernels.timing import MOST_WAITING, TEACHER
 from ..spaces import BadInput, FlyweightError, Impossible, Policy, Space
+from .meter import Device, ThisMachine
 from .ready import Ready, request_of
 from .spec import Spec
 
@@ -40,6 +42,24 @@ NOISY = 0.75  # share of groups that were not quiet, from which on a profile is 
 MISSES = 500  # policies one after another whose work is known, until a space has no others
 
 Say = Callable[[str], None]
+
+
+class Process(Protocol):
+    """What a ``MeasuringProcess`` does, wherever it stands."""
+
+    def time(self, models: Mapping[str, bytes], /) -> dict[str, Timing | None]:
+        """See ``MeasuringProcess.time``."""
+
+
+class Bench(Protocol):
+    """A device with processes that time networks on it."""
+
+    device: Device
+
+    def process(self) -> AbstractContextManager[Process]:
+        """A session of the runtime, with memory of its own."""
+
+
 Network = tuple[Counter[Signature], bytes]  # its work and its model
 
 
@@ -73,6 +93,7 @@ def make_profile(
     ready: Ready,
     path: Path,
     *,
+    place: Bench | None = None,
     like: DeviceProfile | None = None,
     networks: int = NETWORKS,
     seconds: float = math.inf,
@@ -83,14 +104,18 @@ def make_profile(
 ) -> DeviceProfile:
     """Times networks of the space of ``ready`` into ``path`` until the median width of an interval
     is ``narrow``, or ``networks`` are timed, or ``seconds`` are over, or the space has no others.
-    Goes on with what is in ``path`` already. count: told how many are timed. like: the profile of
-    another device, which tells most: ``FEW`` networks are enough then.
+    Goes on with what is in ``path`` already. place: where to time them, by default on this machine.
+    count: told how many are timed. like: the profile of another device, which tells most: ``FEW``
+    networks are enough then.
 
-    Nothing else may run on the device meanwhile. Raises BadInput if ``path`` is of another device,
+    Nothing else may run there meanwhile. Raises BadInput if ``path`` is of another device,
     request or network or ``like`` cannot be leaned on, FlyweightError if the machine is too busy to
     be profiled.
     """
-    profile = empty_profile(ready.spec, ready.prepared)
+    target = ready.spec.target
+    if place is None:
+        place = ThisMachine(target.runtime, target.threads, ready.teacher, ready.request())
+    profile = empty_profile(ready.spec, ready.prepared, place.device)
     if path.exists():
         found = DeviceProfile.load(path)
         check_profile(found, profile)
@@ -109,10 +134,7 @@ def make_profile(
     while len(profile.timed) < networks and _wide(ready, profile, seed, narrow, say):
         session += 1
         quiet.begin()
-        target = ready.spec.target
-        with MeasuringProcess(
-            target.runtime, target.threads, ready.teacher, ready.request()
-        ) as process:
+        with place.process() as process:
             for _ in range(groups):
                 group = dict(islice(policies, min(GROUP, networks - len(profile.timed))))
                 if not group or time.monotonic() > ends:
@@ -130,11 +152,13 @@ def make_profile(
     return profile
 
 
-def empty_profile(spec: Spec, prepared: Prepared) -> DeviceProfile:
-    """A profile of nothing yet, on this device, for the requests and the teacher of a task."""
+def empty_profile(spec: Spec, prepared: Prepared, device: Device | None = None) -> DeviceProfile:
+    """A profile of nothing yet, on ``device`` (by default this one), for the requests and the
+    teacher of a task."""
     shapes = {name: tuple(value.shape) for name, value in request_of(spec, prepared).items()}
-    runtime, teacher = prepared.runtime, signature(prepared.plan(Policy()))
-    return DeviceProfile(runtime.device, runtime.fingerprint, shapes, digest(teacher))
+    device = device or Device.of(prepared.runtime)
+    teacher = signature(prepared.plan(Policy()))
+    return DeviceProfile(device.facts, device.fingerprint, shapes, digest(teacher))
 
 
 def lean(profile: DeviceProfile, like: DeviceProfile) -> None:
@@ -210,7 +234,7 @@ class _Quiet:
 
 def _time(
     ready: Ready,
-    process: MeasuringProcess,
+    process: Process,
     group: Mapping[str, Network],
     session: int,
     quiet: _Quiet,

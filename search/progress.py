@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from .choose import is_measured
 from .limits import COSTS, limits
 from .mlflow_entries import RUNGS
 from .record import Entry
@@ -310,7 +311,7 @@ def closing_table(result: Mapping[str, Any]) -> Table:
             f"{teacher['latency_ms'] / model['latency_ms']:.2f}",
             f"{teacher['metric'] - model['metric']:.2f}",
             _difference(teacher.get("metric_test"), model.get("metric_test")),
-            milliseconds(model["latency_ms"]),
+            milliseconds(model["latency_ms"]) if is_measured(model) else "",
             milliseconds(model["predicted_latency_ms"][1]),
             size(model[bytes_]),
             "best" if best else "nearest miss" if nearest else "outside" if outside else "",
@@ -337,6 +338,8 @@ def closing_sentence(result: Mapping[str, Any]) -> str:
     if summary.objective.get("compressed_bytes") is not None:
         ratio = teacher["compressed_bytes"] / figures.compressed_bytes
         text += f" ({ratio:.1f} times when compressed)"
+    if not figures.measured:
+        text += "; latency is predicted, not measured"
     if result.get("best"):
         return f"Best: {figures.digest[:10]}, {text}."
     why = "; ".join(summary.misses(figures)) or "its figures cannot be judged"
@@ -348,7 +351,7 @@ def front_figures(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> Figur
     return Figures(
         model["digest"], RUNGS[-1], float(model["metric"]), float(model["latency_ms"]),
         float(model["size_bytes"]), float(model.get("compressed_bytes") or math.nan),
-        float(teacher["latency_ms"]), measured=True,
+        float(teacher["latency_ms"]), measured=is_measured(model),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from ..kernels import make_runtime
 from ..spaces import BadInput, Policy, Space
 from .limits import Limits, limits
 from .spec import Spec
-from .store import write_whole
+from .store import write_request, write_whole
 
 RECIPES = (0.5, 0.75, 1.0)  # shares of channels kept by the uniform recipes
 
@@ -34,6 +34,11 @@ def prepare_task(spec: Spec, answers: dict[int, torch.Tensor] | None = None) -> 
 def make_space(prepared: Prepared, spec: Spec) -> Space:
     """What ``spec`` allows to do to the networks of ``prepared``."""
     capabilities = prepared.runtime.capabilities
+    if "decoupled" in spec.space.distill.losses and prepared.kind.axis is None:
+        raise BadInput(
+            "space.distill.losses: 'decoupled' compares classes, but by the task's loss the output "
+            "is no scores of classes; leave it out"
+        )
     return Space(prepared.network, capabilities, spec.space.settings(), prepared.others)
 
 
@@ -92,12 +97,13 @@ def request_of(spec: Spec, prepared: Prepared) -> dict[str, np.ndarray[Any, Any]
 
 
 def ready(spec: Spec, run_dir: Path | None = None) -> Ready:
-    """Loads and checks everything; writes the teacher's artifact. Raises BadInput."""
+    """Loads and checks everything; writes the teacher's artifact and a request. Raises BadInput."""
     prepared = prepare_task(spec)
     space = make_space(prepared, spec)
     untouched = compress(prepared, Policy(), "recalibrate")
     if run_dir is not None:
         write_whole(run_dir / "teacher" / "model.onnx", untouched.model)
+        write_request(run_dir, request_of(spec, prepared))
     model, splits = untouched.model, prepared.splits
     test = None if splits.test is None else score(prepared, model, splits.test)
     return Ready(spec, prepared, space, model, score(prepared, model, splits.selection), test)

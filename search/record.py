@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..spaces import BadInput
+from .hold import Hold, told
+from .hold import read as held_by
+from .storage import Storage
 
 Entry = dict[str, Any]
 # What is synced. The rest can be had again: a trial that began, a rejection; where its end is lost
@@ -57,22 +60,29 @@ class FileRecord:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
+            who = told(held_by(Storage(path.parent)))
             raise BadInput(
-                f"{path} is being written by another search; wait or use --out"
+                f"{path} is being written by {who}; wait for it, or use --out"
             ) from error
+        try:
+            self._hold = Hold(Storage(path.parent), str(path.parent), locked=True)
+        except (BadInput, OSError):
+            self._file.close()
+            raise
         try:
             self._entries = list(read(path))
         except BadInput:
+            self._hold.close()
             self._file.close()
             raise
-        os.truncate(self._file.fileno(), len(_whole_lines(path.read_bytes())))
+        self._size = len(_whole_lines(path.read_bytes()))  # of what is whole, in bytes
+        os.truncate(self._file.fileno(), self._size)
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="flyweight-record")
         self._next_sync: Future[None] = Future()
         self._failed: OSError | None = None  # kept: the system tells of a failed sync only once
 
     def append(self, entry: Entry) -> None:
         line = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-        before = os.fstat(self._file.fileno()).st_size
         try:
             written = self._file.write(line)
             if written != len(line):
@@ -81,9 +91,12 @@ class FileRecord:
                 )
             if entry.get("kind") in SYNCED:
                 self._sync()
-        except OSError:
-            os.truncate(self._file.fileno(), before)  # a full disk leaves no half line behind
+        except OSError as error:
+            os.truncate(self._file.fileno(), self._size)  # a full disk leaves no half line behind
+            if error.errno and not error.filename:
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             raise
+        self._size += len(line)
         self._entries.append(json.loads(line))
 
     def entries(self) -> list[Entry]:
@@ -93,6 +106,7 @@ class FileRecord:
         """Waits until everything is on the disk. Raises OSError if it does not get there."""
         self._syncer.shutdown()
         self._bring_to_disk()
+        self._hold.close()
         self._file.close()
         if self._failed:
             raise self._failed

@@ -5,12 +5,14 @@ Importing this takes seconds: search/deploy.py does it when it is asked to regis
 
 import contextlib
 import hashlib
+import json
 import logging
 import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
@@ -95,6 +97,36 @@ class Registry:
             self._client.get_model_version(self.name, before)  # it may have been deleted
             self._client.set_registered_model_alias(self.name, self.alias, before)
         return Registered(str(before), str(current), True)
+
+    def current(self) -> str:
+        """The version that the alias names. Raises BadInput if there is none."""
+        with self._telling():
+            version = self._current()
+        if version is None:
+            raise BadInput(
+                f"no version of {self.name!r} has the alias {self.alias!r} at {redact(self.uri)}"
+            )
+        return version
+
+    def fetch(self, version: str) -> tuple[bytes, dict[str, Any]]:
+        """The model of ``version``, as it was verified, and its metrics.json."""
+        with self._telling(), _at(self.uri), tempfile.TemporaryDirectory() as folder:
+            found = self._client.get_model_version(self.name, version)
+            if not (found.run_id and found.tags.get(DIGEST) and found.tags.get(SHA256)):
+                raise BadInput(
+                    f"version {version} of {self.name!r} was not registered by flyweight, so "
+                    "nothing says what it should be; register with flyweight deploy"
+                )
+            model = mlflow.artifacts.download_artifacts(
+                f"models:/{self.name}/{version}/model.onnx", dst_path=folder
+            )
+            place = f"deployed/{found.tags[DIGEST][:12]}/metrics.json"
+            metrics = self._client.download_artifacts(found.run_id, place, folder)
+            try:
+                facts = json.loads(Path(metrics).read_text())
+                return Path(model).read_bytes(), {**facts, "sha256": found.tags[SHA256]}
+            except (ValueError, TypeError) as error:
+                raise FlyweightError(f"metrics.json of version {version} is damaged") from error
 
     def _model(self) -> RegisteredModel | None:
         try:

@@ -53,11 +53,13 @@ def render(run: Run, compared: Sequence[Run] = ()) -> str:
         "ms": progress.milliseconds, "clock": progress.clock_time,
     }  # fmt: skip
     drawing, hidden = figures.front_figure(run, compared)
-    return environment.get_template("report.html").render(
+    return environment.get_template(
+        "report.html"
+    ).render(
         run=run,
         summary=run.summary,
         search=run.search,
-        target=run.search.get("target") or {},
+        target=(run.result or run.search).get("target") or {},  # it may be measured elsewhere
         teacher=run.summary.teacher,
         began=datetime.fromtimestamp(run.search["time"], UTC).strftime("%Y-%m-%d %H:%M UTC"),
         wall=progress.clock_time(run.result["wall_s"]) if run.result else None,

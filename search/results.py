@@ -1,11 +1,13 @@
 """The end of a search: which artifacts are finalists, the front, the best, result.json."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..compressors import RUNGS
 from ..kernels import Timing
 from .limits import COSTS, Limits, limits
+from .meter import Device
 from .pareto import front, spread_order
 from .record import Entry
 
@@ -45,34 +47,67 @@ def _ahead(entries: Sequence[Mapping[str, Any]], latencies: Sequence[float]) -> 
     return sorted(found, key=lambda i: latencies[i])
 
 
-def measured_front(
+def full_results(header: Entry, entries: Sequence[Entry]) -> tuple[list[Entry], Limits]:
+    """The full-rung results among ``entries`` of a record, and the limits that its newest session,
+    which ``header`` opened, judges them by."""
+    teacher = header["teacher"]
+    bounds = limits(header["objective"], teacher["metric"], teacher["latency_ms"])
+    found = []
+    for entry in entries:
+        if entry["kind"] == "result" and entry["rung"] == RUNGS[-1]:
+            costs = entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
+            found.append({**entry, "constraint": bounds.excess(entry["metric"], *costs)})
+    return found, bounds
+
+
+def measured_entry(
+    digest: str, timings: Mapping[str, Timing], device: Device, metric_test: float | None
+) -> Entry:
+    """What the record keeps of a finalist that was measured on ``device``."""
+    return {
+        "kind": "measured",
+        "digest": digest,
+        "latency_ms": timings[digest].median_ms,
+        "latency_spread": timings[digest].spread,
+        "teacher_latency_ms": timings["teacher"].median_ms,
+        "metric_test": metric_test,
+        "fingerprint": device.fingerprint,
+        **({"node": device.node} if device.node else {}),
+        "time": time.time(),
+    }
+
+
+def final_front(
     entries: Sequence[Entry],
-    timings: Mapping[str, Timing],
     tests: Mapping[str, float | None],
     teacher_ms: float,
+    timings: Mapping[str, Timing] | None,
 ) -> list[dict[str, Any]]:
     """The finalists that no other dominates once measured, in metric or in loss, by ascending
-    latency.
+    latency. timings: None where they could not be measured: what was predicted stands for their
+    latency then, and their spread is None.
 
     teacher_ms: the teacher's latency when they were predicted. What was predicted is given for the
     machine as fast as it was when they were measured.
     """
-    pace = timings["teacher"].median_ms / teacher_ms
-    rows = [
-        {
-            "digest": e["digest"],
-            "metric": e["metric"],
-            "loss": e["loss"],
-            "metric_test": tests.get(e["digest"]),
-            "latency_ms": timings[e["digest"]].median_ms,
-            "latency_spread": timings[e["digest"]].spread,
-            "predicted_latency_ms": [pace * ms for ms in e["latency_ms"]],
-            "size_bytes": e["size_bytes"],
-            "compressed_bytes": e["compressed_bytes"],
-            "artifact": e["artifact"],
-        }
-        for e in entries
-    ]
+    pace = 1.0 if timings is None else timings["teacher"].median_ms / teacher_ms
+    rows = []
+    for e in entries:
+        timing = None if timings is None else timings[e["digest"]]
+        rows.append(
+            {
+                "digest": e["digest"],
+                "metric": e["metric"],
+                "loss": e["loss"],
+                "metric_test": tests.get(e["digest"]),
+                "latency_ms": timing.median_ms if timing else e["latency_ms"][1],
+                "latency_spread": timing.spread if timing else None,
+                "predicted_latency_ms": [pace * ms for ms in e["latency_ms"]],
+                "size_bytes": e["size_bytes"],
+                "compressed_bytes": e["compressed_bytes"],
+                "artifact": e["artifact"],
+            }
+        )
     return [rows[i] for i in _ahead(rows, [row["latency_ms"] for row in rows])]
 
 
@@ -114,4 +149,22 @@ def result(
         "best": best,
         "nearest_miss": nearest_miss,
         "mlflow_run_id": mlflow_run_id,
+    }
+
+
+def remeasured(
+    earlier: Mapping[str, Any], rows: list[dict[str, Any]], teacher_ms: float, fingerprint: str
+) -> dict[str, Any]:
+    """The content ``earlier`` of result.json with the front ``rows`` that was measured on the
+    device ``fingerprint``, where the teacher takes ``teacher_ms``."""
+    teacher = earlier["teacher"] | {"latency_ms": teacher_ms}
+    bounds = limits(earlier["objective"], teacher["metric"], teacher_ms)
+    best, nearest_miss = choose(rows, bounds)
+    return {
+        **earlier,
+        "target": earlier["target"] | {"fingerprint": fingerprint},
+        "teacher": teacher,
+        "front": rows,
+        "best": best,
+        "nearest_miss": nearest_miss,
     }

@@ -173,8 +173,12 @@ class Rungs(Section):
 
 
 class Resources(Section):
+    """What each trial asks of a node. gpus: may be a fraction. accelerator: Ray's name of a type of
+    GPU, "A10G"."""
+
     cpus: float = Field(1, gt=0)
     gpus: float = Field(0, ge=0)
+    memory_bytes: int | None = Field(None, gt=0)
     accelerator: str | None = None
 
 

@@ -1,39 +1,33 @@
-"""Artifacts and checkpoints in a run directory: written whole or not at all, verified when read."""
+"""Artifacts and checkpoints: named by what they depend on, verified when read."""
 
 import hashlib
+import io
 import json
-import os
-import shutil
-import tempfile
+import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..compressors import Candidate, save_candidate
 from ..spaces import BadInput, FlyweightError, Policy
+from .storage import Storage
+from .storage import write_whole as write_whole  # other files know it from here
 
 PROFILE = "profile.jsonl"  # the device profile in a run directory
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes ``path`` so that a reader sees all of it or nothing. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+REQUEST = "teacher/request.npz"  # beside the teacher's model
 
 
 def write_json(path: Path, value: Any) -> None:
     """``value`` as indented JSON, whole or not at all."""
-    write_whole(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    write_whole(path, _json(value))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def compressed_bytes(model: bytes) -> int:
@@ -52,12 +46,13 @@ def run_of(policy_path: Path) -> Path | None:
     return folders[2] if len(folders) > 2 else None
 
 
-def write_artifact(run_dir: Path, candidate: Candidate, facts: dict[str, Any]) -> str:
-    """Stores the artifact of ``candidate`` with its policy and ``facts``; its relative path."""
+def write_artifact(storage: Storage, candidate: Candidate, facts: dict[str, Any]) -> str:
+    """Stores the artifact of ``candidate`` with its policy and ``facts``; its relative path.
+    Raises OSError."""
     digest = candidate.policy.digest
-    place = run_dir / artifact_path(digest)
-    write_whole(place, candidate.model)
-    write_json(place.with_name("policy.json"), candidate.policy.to_dict())
+    folder = storage.under(f"artifacts/{digest}")
+    folder.write("model.onnx", candidate.model)
+    folder.write("policy.json", _json(candidate.policy.to_dict()))
     metrics = {
         "digest": digest,
         "sha256": hashlib.sha256(candidate.model).hexdigest(),
@@ -70,8 +65,17 @@ def write_artifact(run_dir: Path, candidate: Candidate, facts: dict[str, Any]) -
         "parity": None if candidate.parity is None else vars(candidate.parity),
         **facts,
     }
-    write_json(place.with_name("metrics.json"), metrics)
+    folder.write("metrics.json", _json(metrics))
     return artifact_path(digest)
+
+
+def fetch_artifact(storage: Storage, run_dir: Path, digest: str) -> None:
+    """Brings an artifact that a worker stored into the run directory, if it is not there. Raises
+    OSError."""
+    place = run_dir / artifact_path(digest)
+    for name in ("model.onnx", "policy.json", "metrics.json"):  # read_artifact verifies them
+        if not place.with_name(name).exists():
+            write_whole(place.with_name(name), storage.read(f"artifacts/{digest}/{name}"))
 
 
 def read_artifact(run_dir: Path, digest: str) -> bytes:
@@ -87,39 +91,60 @@ def read_artifact(run_dir: Path, digest: str) -> bytes:
     return model
 
 
-def write_checkpoint(run_dir: Path, candidate: Candidate, inputs: str) -> None:
+def write_request(run_dir: Path, request: Mapping[str, NDArray[Any]]) -> None:
+    """Stores the request, arrays by input name, that latency is measured with, so that it can be
+    measured without the task. Raises OSError."""
+    content = io.BytesIO()
+    np.savez(content, **request)  # type: ignore[arg-type]  # its other arguments are keywords too
+    write_whole(run_dir / REQUEST, content.getvalue())
+
+
+def read_request(run_dir: Path) -> dict[str, NDArray[Any]]:
+    """What ``write_request`` stored. Raises BadInput."""
+    place = run_dir / REQUEST
+    try:
+        with np.load(place, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise BadInput(
+            f"{place}, the request that latency is measured with, cannot be read: {error}; fetch "
+            "the run again, or let `flyweight search --resume` write it"
+        ) from error
+
+
+def write_checkpoint(storage: Storage, candidate: Candidate, inputs: str) -> None:
     """Stores ``candidate`` for as long as its trial runs. inputs: digest of what it depends on
     besides its policy and rung. Raises OSError or FlyweightError."""
     content = save_candidate(candidate)
     digest = hashlib.sha256(content).hexdigest()
-    folder = checkpoint_folder(run_dir, candidate.policy.digest)
-    write_whole(folder / f"{candidate.rung}-{inputs}-{digest}.safetensors", content)
+    folder = storage.under(checkpoint_folder(candidate.policy.digest))
+    folder.write(f"{candidate.rung}-{inputs}-{digest}.safetensors", content)
 
 
-def read_checkpoint(run_dir: Path, digest: str, rung: str, inputs: str) -> bytes:
+def read_checkpoint(storage: Storage, digest: str, rung: str, inputs: str) -> bytes:
     """What ``write_checkpoint`` stored for the policy ``digest``. Raises FlyweightError if there is
     none, or it is not what was written."""
-    places = checkpoint_folder(run_dir, digest).glob(f"{rung}-{inputs}-*.safetensors")
+    folder = checkpoint_folder(digest)
     try:
-        newest = max(places, key=lambda place: place.stat().st_mtime_ns, default=None)
-        content = newest.read_bytes() if newest else b""
+        names = [n for n in storage.names(folder) if n.startswith(f"{rung}-{inputs}-")]
+        content = storage.read(f"{folder}/{names[-1]}") if names else b""
     except OSError as error:
         raise FlyweightError(f"its checkpoint cannot be read: {error}") from error
-    if newest is None:
+    if not names:
         raise FlyweightError("it has no checkpoint")
-    if hashlib.sha256(content).hexdigest() != newest.stem.rpartition("-")[2]:
+    if hashlib.sha256(content).hexdigest() != Path(names[-1]).stem.rpartition("-")[2]:
         raise FlyweightError("its checkpoint is damaged")
     return content
 
 
-def checkpoint_folder(run_dir: Path, digest: str | None = None) -> Path:
-    """Where the checkpoints of the policy ``digest`` lie, or those of all."""
-    return run_dir / "checkpoints" / (digest or "")
+def checkpoint_folder(digest: str | None = None) -> str:
+    """Where in a storage the checkpoints of the policy ``digest`` lie, or those of all."""
+    return f"checkpoints/{digest}" if digest else "checkpoints"
 
 
-def remove_checkpoints(run_dir: Path, digest: str | None = None) -> None:
+def remove_checkpoints(storage: Storage, digest: str | None = None) -> None:
     """Removes those of the policy ``digest``, or all."""
-    shutil.rmtree(checkpoint_folder(run_dir, digest), ignore_errors=True)
+    storage.remove(checkpoint_folder(digest))
 
 
 def read_policy(path: Path) -> Policy:

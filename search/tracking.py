@@ -19,6 +19,7 @@ from ..spaces import BadInput
 if TYPE_CHECKING:
     from .mlflow_entries import Update
     from .mlflow_runs import Runs
+    from .spec import Tracking
 
 Entry = dict[str, Any]
 Status = Literal["FINISHED", "KILLED", "FAILED"]
@@ -34,6 +35,7 @@ ENVIRONMENT = {
     # A compression tool has no business telling third parties that it ran.
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+TRACKED = ("search", "result", "end", "measured")  # kinds of entries that a tracker shows
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.5, 10.0
 _REASONS = 5  # kept and told
 
@@ -96,6 +98,15 @@ class MemoryTracker:
         if self.status is None:
             self.status, self.files = status, tuple(files)
         return Undelivered(self._left_out, LATE if self._left_out else None)
+
+
+def tracked_at(
+    tracking: "Tracking", folder: Path, header: Entry
+) -> tuple[str, str, str | None, str]:
+    """Where a search that ``header`` opens is tracked: the first arguments of a tracker. folder:
+    of the spec."""
+    files = (folder / "mlartifacts").as_uri() if tracking.uri.startswith("sqlite:") else None
+    return tracking.uri, tracking.experiment, files, header["search_id"]
 
 
 LATE = "came after the end"

@@ -8,6 +8,7 @@ What goes in and out are lines of JSON: first how to reach MLflow, then ``{"entr
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,19 @@ _log = logging.getLogger(__name__)
 
 
 class TrackerProcess:
-    """A ``Tracker`` that hands everything to a ``MlflowTracker`` elsewhere; same arguments."""
+    """A ``Tracker`` that hands everything to a ``MlflowTracker`` elsewhere; same arguments.
+
+    run_dir: of the search. Locked by the process that writes: what one still delivers whose driver
+    was killed comes first, for two at a time would each create runs that the other does not know.
+    """
 
     def __init__(
-        self, uri: str, experiment: str, artifact_location: str | None, search_id: str
+        self,
+        uri: str,
+        experiment: str,
+        artifact_location: str | None,
+        search_id: str,
+        run_dir: Path | None = None,
     ) -> None:
         self._uri = uri
         self._outbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
@@ -51,7 +61,8 @@ class TrackerProcess:
             stdout=subprocess.PIPE,
             start_new_session=True,
         )
-        self._outbox.put({"open": [uri, experiment, artifact_location, search_id]})
+        lock = str(run_dir) if run_dir else None
+        self._outbox.put({"open": [uri, experiment, artifact_location, search_id], "lock": lock})
         for target in (self._send, self._listen):
             threading.Thread(target=target, name="flyweight-mlflow", daemon=True).start()
 
@@ -142,9 +153,16 @@ def _main() -> None:
     logging.getLogger("flyweight").addHandler(_Warnings(logging.WARNING))
     if not (opening := sys.stdin.readline()):
         return  # the driver was killed before it said anything
-    tracker = MlflowTracker(*json.loads(opening)["open"])
+    begin = json.loads(opening)
+    with locked(begin["lock"]):
+        _follow(MlflowTracker(*begin["open"]))
+
+
+def _follow(tracker: MlflowTracker) -> None:
     threading.Thread(target=_tell_run_id, args=(tracker,), daemon=True).start()
     for line in sys.stdin:
+        if not line.endswith("\n"):
+            break  # the driver was killed while it wrote
         message = json.loads(line)
         if "entry" in message:
             tracker.record(message["entry"])
@@ -155,6 +173,18 @@ def _main() -> None:
         return
     # The driver was killed: its search can be resumed, so the run stays open.
     tracker.wait_delivered(ORPHAN_S)
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path | None) -> Iterator[None]:
+    """Waits until no other process has locked ``folder``, where its file system knows locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            if folder is not None:
+                handle = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def _tell_run_id(tracker: MlflowTracker) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import cloudpickle, tune
 from ray.air.execution._internal import RayActorManager
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.tune.execution import tune_controller
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -74,7 +74,7 @@ class ControlledScheduler(_Unpickled, FIFOScheduler):
         error = _error(trial)
         reason = (str(error).strip().splitlines() or ["its worker died or raised"])[-1]
         if isinstance(error, RayActorError) and not error.actor_init_failed:
-            controller.died(number, reason)
+            controller.died(number, reason, _lost(error))
         else:
             controller.failed(number, reason)
 
@@ -88,6 +88,16 @@ class OutlivingActors(RayActorManager):
 
     def _actor_start_failed(self, tracked_actor: Any, exception: Exception) -> None:
         super()._actor_start_failed(tracked_actor, _as_death(exception))
+
+
+def _lost(error: RayActorError) -> str:
+    """What was lost with a worker, as ``Controller.died`` is told it."""
+    if error.preempted:
+        return "preempted"
+    # Ray's errors say of a node that it died in words alone. Of an actor that does not answer for
+    # the moment, over a network that fails, nobody knows more.
+    gone = isinstance(error, ActorUnavailableError) or "node has died" in str(error)
+    return "node" if gone else "worker"
 
 
 def _as_death(error: Exception) -> Exception:
@@ -111,9 +121,9 @@ def run_trials(
     *,
     concurrency: int,
     resources: dict[str, float],
-    accelerator: str | None = None,
 ) -> None:
-    """Runs trials until the controller proposes no more and all have ended.
+    """Runs trials until the controller proposes no more and all have ended. resources: what each
+    asks of a node, in Ray's words.
 
     On Ctrl-C Tune ends the running trials and this returns.
     """
@@ -121,14 +131,11 @@ def run_trials(
     # A trial whose worker dies is proposed again by the controller. Tune's own way, max_failures,
     # would begin it anew, and by its source (2.60) waits for ever for a worker that died between
     # two trials: the trial stays among those whose actor is being reset.
-    request: dict[str, Any] = dict(resources)
-    if accelerator:
-        request[f"accelerator_type:{accelerator}"] = 0.001
     tune_controller.RayActorManager = OutlivingActors  # type: ignore[attr-defined]  # an import
     scratch = tempfile.mkdtemp(prefix="flyweight-tune-")
     try:
         tune.Tuner(
-            tune.with_resources(trainable, request),
+            tune.with_resources(trainable, resources),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=ControlledScheduler(searcher),

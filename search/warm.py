@@ -1,4 +1,5 @@
-"""The warm start: policies of the least predicted harm, for a sweep of limits."""
+"""The warm start: policies of the least predicted harm, for a sweep of limits; and those that
+follow, solved for with what the results have taught."""
 
 import math
 import random
@@ -8,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..compressors import RUNGS
 from ..spaces import Parameter, Policy, Space
 from .batch import BatchPredictor
+from .learned import LearnedHarms
 from .limits import Limits
 from .sensitivity import Sensitivity
 from .solver import Point, Solver
@@ -17,13 +20,11 @@ from .solver import Point, Solver
 KEEPS = (1.0, 0.5, 0.25)  # shares of channels kept by the recipes that the solver starts from
 # Of the way, in octaves, from the limit to the fastest policy: what lies beyond has lost too much.
 DEPTH = 0.75
-# How far the harm of a choice, once the network is trained, may be off that of the table: the
-# standard deviation of its logarithm.
-DOUBT = 0.7
 
 
 class WarmStart:
-    """Solves for policies of each student, from the latency limit (or the teacher's latency) down.
+    """Solves for policies of each student, from the latency limit down; without one, from the
+    latency of the student at full width in its fastest precision.
 
     settings: those with which the table was judged. The upper end of a predicted interval counts,
     as everywhere where a limit is kept.
@@ -35,29 +36,35 @@ class WarmStart:
         table: Sensitivity,
         predictor: BatchPredictor,
         limits: Limits,
-        teacher_ms: float,
     ) -> None:
         self.settings = dict(table.settings)
-        slowest = limits.latency_ms or teacher_ms
-        self._students = [
-            _Student(name, space, table, predictor, slowest) for name in table.students
-        ]
+        self._students = {
+            name: _Student(name, space, table, predictor, limits.latency_ms)
+            for name in table.students
+        }
         self._space = space
 
     def sweep(self, count: int, seconds: float = math.inf) -> list[Policy]:
         """``count`` policies of each student, fewer if ``seconds`` are over: at the limit first,
         then far apart, then between."""
         each = seconds / len(self._students)
-        found = [student.sweep(count, each) for student in self._students]
+        found = [student.sweep(count, each) for student in self._students.values()]
         ordered = [values for some in zip(*found, strict=False) for values in some]
         rest = [values for some in found for values in some]
         policies = [self._space.policy({**self.settings, **v}) for v in (*ordered, *rest)]
         return list(dict.fromkeys(policies))
 
     def draw(self, rng: random.Random) -> dict[str, Any] | None:
-        """The values of the axes of one more, for a limit at random and as the table might have
-        been: Thompson sampling (Thompson 1933) with what the table says for the prior."""
-        return rng.choice(self._students).draw(rng)
+        """The values of the axes of one more, for a limit at random and with harms as they might
+        be, given the table and the results: Thompson sampling (Thompson 1933)."""
+        return rng.choice([*self._students.values()]).draw(rng)
+
+    def tell(self, policy: Policy, rung: str, loss: float) -> None:
+        """A result, from which the next draws learn if the policy was trained: what choices harm
+        untrained the table knows."""
+        student = self._students.get(policy.student)
+        if student and rung != RUNGS[0] and self._space.contains(policy):
+            student.tell(policy, rung, loss)
 
 
 class _Student:
@@ -69,7 +76,7 @@ class _Student:
         space: Space,
         table: Sensitivity,
         predictor: BatchPredictor,
-        slowest_ms: float,
+        slowest_ms: float | None,
     ) -> None:
         self._space, self._predictor = space, predictor
         self._places = [j for j, axis in enumerate(space.axes) if _judged(axis, name)]
@@ -83,9 +90,10 @@ class _Student:
             self._point(space.uniform(keep, p, name)) for keep in KEEPS for p in precisions
         ]
         smallest = np.array([self._point(space.smallest(p, name)) for p in precisions])
-        self._slowest = slowest_ms
-        self._fastest = float(min(*self._latency(smallest), slowest_ms))
+        self._slowest = slowest_ms or float(min(self._latency(np.array(self._whole))))
+        self._fastest = float(min(*self._latency(smallest), self._slowest))
         self._solved: list[tuple[float, Point]] = []
+        self._learned = LearnedHarms(self._harms, table.students[name])
 
     def sweep(self, count: int, seconds: float) -> list[dict[str, Any]]:
         ends, starts = time.monotonic() + seconds, self._recipes
@@ -106,9 +114,11 @@ class _Student:
         limit = self._limit(rng.random())
         near = sorted(self._solved, key=lambda known: abs(math.log(known[0] / limit)))
         starts = [point for _, point in near[:1]] or self._recipes
-        doubted = [h * math.exp(rng.gauss(0, DOUBT)) for h in self._harms]
-        found = self._solver(doubted).solve(limit, starts)
+        found = self._solver(self._learned.draw(rng)).solve(limit, starts)
         return None if found is None else self._values(found)
+
+    def tell(self, policy: Policy, rung: str, loss: float) -> None:
+        self._learned.tell(rung, self._point(policy), settings_of(self._space, policy), loss)
 
     def _limit(self, way: float) -> float:
         """The latency so far of the way from the slowest that is wanted, in octaves."""
@@ -145,3 +155,23 @@ def coarse_first(count: int) -> list[int]:
 def _judged(axis: Parameter, student: str) -> bool:
     """Whether the table says what the choices of ``axis`` harm ``student``."""
     return axis.name != "student" and axis.student in ("", student)
+
+
+def settings_of(space: Space, policy: Policy) -> NDArray[np.float64]:
+    """The settings of ``policy`` that are no axes: of a range where it is from -1 to 1, and the
+    square of that; of a choice, for each but the first whether it is that."""
+    values, axes = space.values(policy), {axis.name for axis in space.axes}
+    out: list[float] = []
+    for p in space.parameters:
+        value = values.get(p.name)
+        if p.name in axes or len(p.choices) == 1:
+            continue
+        if p.choices:
+            out += [float(value == choice) for choice in p.choices[1:]]
+        else:
+            low, high, at = (
+                math.log(v) if p.log else v for v in (p.low, p.high, value or p.default)
+            )
+            place = 2 * (at - low) / (high - low) - 1
+            out += [place, place**2]
+    return np.array(out)

@@ -1,10 +1,9 @@
-"""What runs on Ray's workers: the trial as a Tune trainable, the meter as an actor."""
+"""What runs on Ray's workers: the trial as a Tune trainable."""
 
 import contextlib
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from ray import tune
 
 from ..compressors import RUNGS, Candidate, Prepared, compress, load_candidate
 from ..spaces import FlyweightError, Impossible, Policy
-from .meter import Meter
-from .ready import Ready, prepare_task
+from .ready import prepare_task
 from .spec import Spec
+from .storage import Storage
 from .store import compressed_bytes, read_checkpoint, write_artifact, write_checkpoint
 
 # Rungs of which a trial leaves a checkpoint: those that train, but the last, which has an artifact.
@@ -31,10 +30,14 @@ class Job:
     its policy and rung. answers: the teacher's, per variant of the data."""
 
     spec: Spec
-    run_dir: Path
+    storage: Storage
     facts: dict[str, Any]
     inputs: str
     answers: dict[int, np.ndarray[Any, Any]]
+
+
+class Unstored(FlyweightError):
+    """What a trial made could not be stored: a disk is full, a storage away. No fault of it."""
 
 
 class CompressionTrial(tune.Trainable):
@@ -59,7 +62,7 @@ class CompressionTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         # One string, so that Tune neither flattens nor inspects it.
-        return {"outcome": json.dumps(self._climb())}
+        return {"outcome": json.dumps(self._climb() | _where())}
 
     def _climb(self) -> dict[str, Any]:
         assert self.prepared is not None
@@ -71,12 +74,14 @@ class CompressionTrial(tune.Trainable):
             began = time.perf_counter()
             candidate = compress(self.prepared, self.policy, rung, self.candidate, seed)
             outcome = self._outcome(candidate)
+        except Unstored as error:
+            return {"rung": rung, "unstored": f"{rung}: {error}"}
         except (Impossible, OSError) as error:
             return {"rung": rung, "error": f"{rung}: {error}"}
         if rung in KEPT:
             # Whatever keeps it from being written: without one the trial would begin anew.
             with contextlib.suppress(OSError, FlyweightError):
-                write_checkpoint(self.job.run_dir, candidate, self.job.inputs)
+                write_checkpoint(self.job.storage, candidate, self.job.inputs)
         self.candidate = candidate
         self.rung += 1
         outcome |= {"rung_seconds": time.perf_counter() - began}
@@ -89,7 +94,7 @@ class CompressionTrial(tune.Trainable):
         if rung in KEPT:
             try:
                 digest, inputs = self.policy.digest, self.job.inputs
-                content = read_checkpoint(self.job.run_dir, digest, rung, inputs)
+                content = read_checkpoint(self.job.storage, digest, rung, inputs)
                 return load_candidate(prepared, content), None
             except FlyweightError as error:
                 note = f"begun anew: {error}"
@@ -98,7 +103,10 @@ class CompressionTrial(tune.Trainable):
     def _outcome(self, candidate: Candidate) -> dict[str, Any]:
         artifact = None
         if candidate.rung == RUNGS[-1]:
-            artifact = write_artifact(self.job.run_dir, candidate, self.job.facts)
+            try:
+                artifact = write_artifact(self.job.storage, candidate, self.job.facts)
+            except OSError as error:
+                raise Unstored(f"the artifact cannot be stored: {error}") from error
         return {
             "rung": candidate.rung,
             "loss": candidate.loss,
@@ -119,10 +127,13 @@ class CompressionTrial(tune.Trainable):
         return None
 
 
-def start_meter(ready: Ready) -> Any:
-    """The one measuring actor, on a node that carries the resource ``target`` where one does."""
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    on_target = {"target": 1} if cluster.get("target") else None
-    actor = ray.remote(Meter).options(num_cpus=0, resources=on_target)
-    target = ready.spec.target
-    return actor.remote(target.runtime, target.threads, ready.teacher, ready.request())
+def trainable(job: Job) -> Any:
+    """The trial for Tune; ``job`` goes once to each node, through the object store."""
+    return tune.with_parameters(CompressionTrial, job=job)
+
+
+def _where() -> dict[str, str]:
+    """The node of the cluster that this is."""
+    if not ray.is_initialized():
+        return {}
+    return {"node": ray.get_runtime_context().get_node_id()}

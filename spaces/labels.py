@@ -22,6 +22,7 @@ MOVES = {
     "movedim", "moveaxis", "t", "getattr", "expand", "expand_as", "repeat",
     "repeat_interleave", "squeeze", "unsqueeze", "cat", "concat", "concatenate", "stack", "unbind",
     "chunk", "split", "getitem", "narrow", "select", "flip", "pixel_shuffle", "pixel_unshuffle",
+    "channel_shuffle", "ChannelShuffle", "tile",
     "Flatten", "Unflatten", "PixelShuffle", "PixelUnshuffle",
 }  # fmt: skip
 # Operations over an axis along which what goes would change what stays, and where it stands.
@@ -31,13 +32,17 @@ OVER = {
     "cumsum": (1, 0), "roll": (2, None), "glu": (1, -1), "GLU": (1, -1),
 }  # fmt: skip
 REDUCES = {"mean", "sum", "amax", "amin", "std", "var", "prod", "norm", "logsumexp"}
+# Of channels, what these give means the same when some are gone, as what a layer norm computes.
+AVERAGES = {"mean", "amax", "amin", "std", "var", "max", "min"}
+EXTREMES = {"max", "min"}  # along an axis: values, and where they are
 MEETS = {"matmul", "bmm", "scaled_dot_product_attention"}
 # Element by element. Names here and below are in lower case, without underscores.
 ELEMENTWISE = {
     "add", "iadd", "sub", "isub", "rsub", "mul", "imul", "div", "truediv", "itruediv", "pow",
     "ipow", "neg", "abs", "sign", "square", "sqrt", "rsqrt", "reciprocal", "exp", "expm1", "log",
     "log1p", "log2", "erf", "sin", "cos", "tanh", "sigmoid", "floor", "ceil", "round", "trunc",
-    "clamp", "clip", "clampmin", "clampmax", "maximum", "minimum", "where", "maskedfill", "lerp",
+    "clamp", "clip", "clampmin", "clampmax", "maximum", "minimum", "max", "min", "subtract",
+    "multiply", "divide", "atan", "where", "maskedfill", "lerp",
     "eq", "ne", "lt", "le", "gt", "ge", "logicalnot", "logicaland", "logicalor", "and", "or",
     "invert", "float", "half", "double", "bfloat16", "int", "long", "bool", "to", "type",
     "typeas", "contiguous", "clone", "detach", "identity", "relu", "relu6", "leakyrelu", "elu",
@@ -104,6 +109,9 @@ class Labels(fx.Interpreter):
     def _function(self, name: str, n: fx.Node, inputs: list[Tensor], result: Any) -> Any:
         if name in MOVES:
             return self._move(name, n, inputs, result)
+        if name in EXTREMES and isinstance(result, tuple):
+            found = self._reduce(n, inputs[0], result[0])
+            return [found, nothing(result[1])]
         if not isinstance(result, Tensor):
             return self.give_up(inputs, result)
         if name in ("glu", "GLU"):
@@ -177,6 +185,8 @@ class Labels(fx.Interpreter):
     def _move(self, name: str, n: fx.Node, inputs: list[Tensor], result: Any) -> Any:
         if not n.args:
             return self.give_up(inputs, result)
+        if name == "getattr" and n.args[1] in ("values", "indices"):
+            return self.of[n.all_input_nodes[0]][0 if n.args[1] == "values" else 1]
         source: Any = fx.node.map_arg(n.args[0], self.of.__getitem__)
         rest, kwargs = fx.node.map_arg((n.args[1:], n.kwargs), self.env.__getitem__)
         call: Any = n.target
@@ -218,9 +228,17 @@ class Labels(fx.Interpreter):
 
     def _reduce(self, n: fx.Node, labels: Tensor, result: Tensor) -> Any:
         axes = self._given(n, 1, "dim")
-        if axes is None or not isinstance(axes, int | tuple | list):
+        if axes is None or isinstance(axes, bool) or not isinstance(axes, int | tuple | list):
             return self.give_up([labels], result)
-        for axis in [axes] if isinstance(axes, int) else axes:
+        axes = [axes] if isinstance(axes, int) else axes
+        varied = [a for a, size in enumerate(core(labels).shape) if size > 1]
+        if (
+            called(self.module, n) in AVERAGES
+            and varied
+            and {a % labels.ndim for a in axes} == {*varied}
+        ):
+            return nothing(result)
+        for axis in axes:
             self.ties.still(labels, axis)
             labels = labels.narrow(axis, 0, 1)
         return labels.reshape(result.shape)

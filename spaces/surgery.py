@@ -150,6 +150,13 @@ def _resize(
         module: Any = student.get_submodule(str(node.target))
         if hasattr(module, "normalized_shape"):
             module.normalized_shape = new[-len(module.normalized_shape) :]
+        elif isinstance(module, nn.Unflatten) and isinstance(module.dim, int):
+            count = len(module.unflattened_size)
+            first = module.dim % (len(old) - count + 1)
+            module.unflattened_size = tuple(
+                s if s == -1 else size
+                for s, size in zip(module.unflattened_size, new[first:], strict=False)
+            )
         return
     if name == "split":
         node.args = (node.args[0], _part_sizes(network, node, widths), *node.args[2:])
@@ -164,7 +171,7 @@ def _resize(
         first = len(old) - len(sizes)
     elif name == "unflatten":
         axis: Any = node.args[1]
-        first = axis % len(old)
+        first = axis % (len(old) - len(sizes) + 1)
     ends = zip(sizes, old[first:], new[first:], strict=False)
     fitted = tuple(
         s if s == -1 or (before == after and s not in stale) else after for s, before, after in ends

@@ -4,7 +4,8 @@ import copy
 import inspect
 import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .network import Group, Layer, Network, Op
 from .operations import LAYERS, SHAPE, callee, operations, shape_of
 from .surgery import operate_
 
+MAKERS = ("zeros", "ones", "full")  # of tensors, from sizes alone
 _LIBRARY = (str(Path(torch.__file__).parent), "<eval_with_key>", __file__)
 
 
@@ -51,7 +53,7 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     """``model`` as an fx graph whose nodes carry their shapes and change nothing in place."""
     bound, defaults = _bind(model, example)
     try:
-        graph = fx.symbolic_trace(model, concrete_args=defaults or None)
+        graph = _symbolic(model, defaults)
     except Exception as error:
         raise Untraceable(
             f"the model cannot be traced at {_where(error)}: {error}{_advice(error)}"
@@ -61,6 +63,72 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     graph.graph.eliminate_dead_code()  # not before: it would drop changes whose result is not used
     graph.recompile()
     return graph
+
+
+class _Tracer(fx.Tracer):
+    """torch.fx's, that knows how many parts a tensor is cut into, and can note how buffers are
+    read: a table of positions is cut as long as a request is."""
+
+    def __init__(self, buffers: bool) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = buffers
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """The parts that ``obj`` gives, where it says how many."""
+        node = obj.node
+        name, given = getattr(node.target, "__name__", node.target), (*node.args, None)[1]
+        sizes = node.kwargs.get("chunks", node.kwargs.get("split_size_or_sections", given))
+        if name == "split" and isinstance(sizes, list | tuple):
+            sizes = len(sizes)
+        elif name != "chunk" or not isinstance(sizes, int):
+            return super().iter(obj)
+        parts: Any = obj
+        return (parts[i] for i in range(sizes))
+
+
+def _symbolic(model: nn.Module, defaults: dict[str, Any]) -> fx.GraphModule:
+    """``model`` as torch.fx traces it: first with its buffers as the tensors they are, by which it
+    may decide what runs."""
+
+    def traced(tracer: fx.Tracer) -> fx.GraphModule:
+        graph = tracer.trace(model, defaults or None)
+        return fx.GraphModule(tracer.root, graph, type(model).__name__)
+
+    with _sized_by_requests():
+        try:
+            return traced(_Tracer(buffers=False))
+        except Exception as error:
+            try:
+                return traced(_Tracer(buffers=True))
+            except Exception:
+                raise error from None
+
+
+@contextmanager
+def _sized_by_requests() -> Iterator[None]:
+    """While a model is traced, tensors that are made as large as a request asks (the first state
+    of a recurrent layer) are noted: of sizes alone torch.fx sees nothing."""
+
+    def noted(make: Any) -> Any:
+        def maker(*args: Any, **kwargs: Any) -> Any:
+            found: list[fx.Proxy] = []
+            fx.node.map_aggregate(
+                (args, kwargs), lambda a: found.append(a) if isinstance(a, fx.Proxy) else None
+            )
+            if not found:
+                return make(*args, **kwargs)
+            return found[0].tracer.create_proxy("call_function", make, args, kwargs)
+
+        return maker
+
+    known = {name: getattr(torch, name) for name in MAKERS}
+    try:
+        for name, make in known.items():
+            setattr(torch, name, noted(make))
+        yield
+    finally:
+        for name, make in known.items():
+            setattr(torch, name, make)
 
 
 def note_shapes(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Change]:

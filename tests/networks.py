@@ -503,6 +503,54 @@ class Signal(nn.Module):
         return self.head(F.adaptive_avg_pool1d(x, 1).flatten(1))
 
 
+class Text(nn.Module):
+    """Convolutions of several lengths over words, of each its maximum (Kim 2014)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 16, padding_idx=0)
+        self.convs = nn.ModuleList(nn.Conv1d(16, 24, k, padding=k // 2) for k in (3, 4, 5))
+        self.head = nn.Linear(72, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:  # [N, T]
+        x = self.words(ids).transpose(1, 2)
+        return self.head(torch.cat([F.relu(c(x)).max(dim=2)[0] for c in self.convs], 1))
+
+
+class ChannelNorm(nn.Module):
+    """A layer norm of the channels of images, written out, as ConvNeXt's own code has it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+        self.bias = nn.Parameter(torch.rand(width))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, H, W]
+        mean = x.mean(1, keepdim=True)
+        variance = (x - mean).pow(2).mean(1, keepdim=True)
+        x = (x - mean) / torch.sqrt(variance + 1e-6)
+        return self.weight[:, None, None] * x + self.bias[:, None, None]
+
+
+class ConvNext(nn.Module):
+    """A block of ConvNeXt (Liu et al. 2022, "A ConvNet for the 2020s") with its layer scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 2, 2), ChannelNorm(16))
+        self.depth = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.norm = nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(48, 16)
+        self.scale = nn.Parameter(torch.rand(16))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.norm(self.depth(x).permute(0, 2, 3, 1))
+        y = self.scale * self.down(F.gelu(self.up(y)))
+        return self.head((x + y.permute(0, 3, 1, 2)).mean([-2, -1]))
+
+
 MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "plain": lambda: (Plain(), image()),
     "mlp": lambda: (Mlp(), torch.rand(1, 12)),
@@ -529,6 +577,8 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "inception": lambda: (Inception(), image()),
     "inplace": lambda: (InPlace(), image()),
     "signal": lambda: (Signal(), torch.rand(1, 4, 32)),
+    "text": lambda: (Text(), tokens()[0]),
+    "convnext": lambda: (ConvNext(), image()),
 }
 
 

@@ -1,27 +1,29 @@
 """Jobs on a real Ray head with a token, and what is refused without one."""
 
-import contextlib
 import hashlib
 import http.server
 import importlib.metadata
 import json
 import os
-import shutil
-import signal
+import re
+import shlex
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from ray.job_submission import JobSubmissionClient
 
 from flyweight.search import cluster
+from flyweight.search.cli import main
 from flyweight.search.package import ROOMS, pack
 from flyweight.spaces import BadInput
 
@@ -43,6 +45,7 @@ def no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RAY_AUTH_TOKEN", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "absent"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # nor the last job
 
 
 def test_the_token_is_read_from_where_ray_reads_it(
@@ -161,71 +164,90 @@ def test_the_cluster_file_is_one_that_rays_launcher_takes() -> None:
     assert "TOKEN" not in str(config["file_mounts"].keys())
 
 
+def names(requirements: Iterable[str]) -> set[str]:
+    """Names with their extras, without versions: "ray[default,tune]"."""
+    return {re.split(r"[<>=;\s]", each)[0].lower() for each in requirements}
+
+
+def test_the_cluster_file_installs_what_the_package_needs() -> None:
+    """The set-up's list is written out, so that the file works without the repository."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    config = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    (install,) = [c for c in config["setup_commands"] if "pip install" in c]
+    words = shlex.split(install.partition("constraints.txt")[2])
+    assert names(words) == names(project["dependencies"])
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    plain = {name.partition("[")[0] for name in names(words)}
+    assert plain <= names(lines)  # every version is one that was tested
+
+
+def test_who_asks_for_no_job_means_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInput, match="no job was submitted from here"):
+        cluster.job_of(None, None)
+    with pytest.raises(BadInput, match="give --address"):
+        cluster.job_of("a job", None)
+    cluster._remember("last", "http://there:8265")
+    assert cluster.job_of(None, None) == ("last", "http://there:8265")
+    assert cluster.job_of(None, "http://given") == ("last", "http://given")
+    assert cluster.job_of("other", None) == ("other", "http://there:8265")
+    monkeypatch.setenv("RAY_ADDRESS", "http://of-ray")  # where its own tools would ask
+    assert cluster.job_of("other", None) == ("other", "http://of-ray")
+    assert cluster.job_of(None, None) == ("last", "http://there:8265")  # that job is there
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://first")
+    assert cluster.job_of("other", None) == ("other", "http://first")
+    assert cluster.address_of("http://given") == "http://given"
+
+
+def test_a_password_in_an_address_is_not_remembered(tmp_path: Path) -> None:
+    cluster._remember("last", "http://me:secret@there:8265")
+    (kept,) = (tmp_path / "state").rglob("*.json")
+    assert "secret" not in kept.read_text()
+    assert cluster.job_of(None, "http://given") == ("last", "http://given")
+    with pytest.raises(BadInput, match="give --address"):
+        cluster.job_of(None, None)
+    kept.write_text("damaged")
+    with pytest.raises(BadInput, match="no job was submitted from here"):
+        cluster.job_of(None, "http://given")
+
+
+def test_the_rayjob_of_the_docs_is_whole() -> None:
+    """As far as can be seen without a Kubernetes: its parts, and the command that it runs."""
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    (block,) = [b for b in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) if "RayJob" in b]
+    job = yaml.safe_load(block)
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    ray_cluster = job["spec"]["rayClusterSpec"]
+    assert ray_cluster["authOptions"] == {"mode": "token"}
+    assert f"ray=={ray_cluster['rayVersion']}" in (ROOT / "constraints.txt").read_text()
+    head, workers = ray_cluster["headGroupSpec"], ray_cluster["workerGroupSpecs"]
+    assert head["rayStartParams"]["num-cpus"] == "0"  # no trials on the head
+    by_name = {group["groupName"]: group for group in workers}
+    target = by_name["target"]
+    assert json.loads(json.loads(target["rayStartParams"]["resources"])) == {"target": 1}
+    assert target["rayStartParams"]["num-cpus"] == "0"
+    assert (target["minReplicas"], target["maxReplicas"]) == (1, 1)
+    assert "nvidia.com/gpu" in str(by_name["trials"]["template"])
+    (container,) = head["template"]["spec"]["containers"]
+    (mount,) = container["volumeMounts"]
+    (volume,) = head["template"]["spec"]["volumes"]
+    assert mount["name"] == volume["name"]
+    program, *words = shlex.split(job["spec"]["entrypoint"])
+    assert program == "flyweight"
+    assert words[0] == "search"
+    search = main.commands["search"].make_context("search", words[1:])
+    assert search.params["out"].is_relative_to(mount["mountPath"])  # it outlives the pod
+    assert search.params["address"] == "auto"
+    assert search.params["wait"] > 0
+
+
 # From here on a real head.
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
 @pytest.fixture(scope="module")
-def head() -> Iterator[str]:
-    """The address of a Ray head that asks for TOKEN. Its processes end with the test, no others."""
-    # Short: the path of a socket has at most 107 bytes.
-    temporary = tempfile.mkdtemp(prefix="fw", dir="/tmp")
-    names = ("port", "object-manager-port", "node-manager-port", "dashboard-port",
-             "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port",
-             "metrics-export-port", "ray-client-server-port")  # fmt: skip
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
-    script = Path(sys.executable).parent
-    command = [
-        str(script / "ray"), "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0",
-        "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--disable-usage-stats",
-        "--object-store-memory=100000000", f"--temp-dir={temporary}",
-        *(f"--{name}={port}" for name, port in ports.items()),
-    ]  # fmt: skip
-    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    env |= {
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "HOME": temporary,
-        "PATH": f"{script}:{os.environ['PATH']}",
-    }  # fmt: skip
-    with open(Path(temporary) / "head.log", "w") as log:
-        process = subprocess.Popen(
-            command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=temporary
-        )
-    address = f"http://127.0.0.1:{ports['dashboard-port']}"
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                cluster.check(address, {"Authorization": f"Bearer {TOKEN}"})
-                break
-            except BadInput:
-                text = (Path(temporary) / "head.log").read_text()
-                assert process.poll() is None, text
-                assert time.monotonic() < deadline, text
-                time.sleep(1)
-        yield address
-    finally:
-        end(process, temporary)
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def end(process: subprocess.Popen[bytes], temporary: str) -> None:
-    """Ends the head and whatever it started: they all have ``temporary`` in their environment."""
-    process.send_signal(signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
-    mark = f"HOME={temporary}\0".encode()
-    for place in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if mark in place.read_bytes():
-                os.kill(int(place.parent.name), signal.SIGKILL)
-    process.wait(20)
+def head(load: Callable[[str], ModuleType]) -> Iterator[str]:
+    """The address of a Ray head that asks for TOKEN."""
+    with load("tests/ray_nodes.py").Nodes(TOKEN, num_cpus=2) as nodes:
+        yield nodes.dashboard
 
 
 @pytest.fixture
@@ -282,6 +304,9 @@ def test_a_job_takes_folder_and_package_along(
     assert "runs" not in listing
     assert "py_modules_files" in file
     assert number == importlib.metadata.version("flyweight")
+    job, address = cluster.job_of(None, None)  # remembered
+    assert address == head
+    assert cluster.last_line(job, head) == number
     state, text = run(spec, head, "sh -c 'echo no; exit 3'")
     assert state.startswith("FAILED: ")
     assert "exit code 3" in state
@@ -336,6 +361,8 @@ def test_a_real_search_runs_as_a_job(
     assert result.is_file(), text
     assert json.loads(result.read_text())["trials"]["full"] >= 1, text
     assert ended(job, head) == "SUCCEEDED", text
+    done = CliRunner().invoke(main, ["status"])
+    assert done.output.startswith("SUCCEEDED\nBest: "), done.output
 
 
 def ended(job: str, address: str) -> str:

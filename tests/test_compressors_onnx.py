@@ -233,6 +233,12 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "repeat": of(lambda x, m: m.m0.repeat(x.shape[0], 5, 1) * x, 5, 4, owned=(parameter(1, 1, 4),)),
     # arithmetic
     "positions": of(lambda x, m: x + m.m0[:, : x.size(1)], 5, 4, owned=(parameter(1, 9, 4),)),
+    "positions, a buffer": of(
+        lambda x, m: x + m.m0[:, : x.size(1)],
+        5,
+        4,
+        owned=(nn.Buffer(torch.randn(1, 9, 4)),),
+    ),
     "positions, embedded": of(
         lambda x, m: x + m.m0(torch.arange(x.size(1), device=x.device)),
         5,
@@ -310,6 +316,141 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         owned=(nn.Conv2d(3, 4, 3, 2), nn.ConstantPad2d((0, 1, 2, 0), 0.5)),
     ),
     "pad, replicated": of(lambda x, _: F.pad(x, (1, 2), mode="replicate"), 3, 5),
+    # recurrent
+    "lstm": of(lambda x, m: m.m0(x)[0][:, -1], 7, 4, owned=(nn.LSTM(4, 5, batch_first=True),)),
+    "lstm, two layers, both ways": of(
+        lambda x, m: m.m0(x)[0],
+        7,
+        4,
+        owned=(nn.LSTM(4, 5, 2, batch_first=True, bidirectional=True, dropout=0.3),),
+    ),
+    "lstm, states": of(
+        lambda x, m: torch.cat([(y := m.m0(x))[1][0][-1], y[1][1][0]], 1),
+        7,
+        4,
+        owned=(nn.LSTM(4, 5, 2, batch_first=True),),
+    ),
+    "lstm, steps first": of(
+        lambda x, m: m.m0(x.permute(1, 0, 2))[0][-1], 7, 4, owned=(nn.LSTM(4, 5, bias=False),)
+    ),
+    "lstm, given states": of(
+        lambda x, m: m.m0(
+            x, (torch.zeros(2, x.size(0), 5).to(x.device), m.m1(x[:, :2, :]).movedim(1, 0))
+        )[0],
+        7,
+        4,
+        owned=(nn.LSTM(4, 5, 2, batch_first=True), nn.Linear(4, 5)),
+    ),
+    "gru, given a state": of(
+        lambda x, m: m.m0(x, torch.ones((1, x.shape[0], 5), device=x.device))[0],
+        7,
+        4,
+        owned=(nn.GRU(4, 5, batch_first=True),),
+    ),
+    "gru": of(lambda x, m: m.m0(x)[1].squeeze(0), 7, 4, owned=(nn.GRU(4, 5, batch_first=True),)),
+    "gru, two layers, both ways": of(
+        lambda x, m: m.m0(x)[0].mean(1),
+        7,
+        4,
+        owned=(nn.GRU(4, 5, 2, batch_first=True, bidirectional=True),),
+    ),
+    "rnn, relu, both ways": of(
+        lambda x, m: m.m0(x)[0],
+        7,
+        4,
+        owned=(nn.RNN(4, 5, nonlinearity="relu", batch_first=True, bidirectional=True),),
+    ),
+    # composed
+    "rms norm": module(lambda: shaken(nn.RMSNorm(4)), 5, 4),
+    "rms norm, eps": module(lambda: nn.RMSNorm((5, 4), eps=0.1, elementwise_affine=False), 5, 4),
+    "F.group_norm": of(
+        lambda x, m: F.group_norm(x, 2, m.m0, m.m1), 4, 5, owned=(parameter(4), parameter(4))
+    ),
+    "batch norm, plain": module(lambda: nn.BatchNorm2d(3, affine=False).eval(), 3, 4, 4),
+    **{
+        f"nn.{name}": module(lambda name=name: getattr(nn, name)(), 3, 5)  # type: ignore[misc]
+        for name in ("Softplus", "Mish", "SELU", "CELU", "Softsign", "LogSigmoid")
+    },
+    "softplus, beta": of(lambda x, _: F.softplus(x, beta=2) + F.mish(x) + F.selu(x), 3, 5),
+    "glu": of(lambda x, _: F.glu(x, 1), 4, 5),
+    "glu, module": module(lambda: nn.GLU(-1), 4, 6),
+    "waves": of(lambda x, _: torch.sin(x) + x.cos() + x.erf() + torch.atan(x), 5),
+    "steps": of(lambda x, _: torch.floor(x) + x.ceil() * x.round() + x.sign(), 5),
+    "powers": of(lambda x, _: x.square() + (x.abs() + 1).reciprocal(), 5),
+    "near 0": of(lambda x, _: torch.log1p(x.abs()) + torch.expm1(x), 5),
+    "maximum along": of(lambda x, _: x.max(dim=2)[0] + torch.max(x, 2).values, 3, 5),
+    "minimum along": of(lambda x, _: x.min(-1, keepdim=True)[0] + x.amin(1, keepdim=True), 3, 5),
+    "where the maximum is": of(lambda x, _: x.max(2).indices * x.mean(2), 3, 5),
+    "larger of two": of(lambda x, _: torch.max(x, -x) + torch.min(x, 0 * x), 3, 5),
+    "spread": of(lambda x, _: x.std(2, keepdim=True) + torch.var(x, (1, 2), keepdim=True), 3, 5),
+    "spread, biased": of(
+        lambda x, _: x.var(1, unbiased=False) + torch.std(x, 1, correction=0), 3, 5
+    ),
+    "lengths": of(lambda x, _: x.norm(dim=1) + torch.linalg.vector_norm(x, dim=1) * 2, 3, 5),
+    "length, p": of(lambda x, _: x.norm(p=1, dim=-1, keepdim=True) + x.logsumexp(1, True), 3, 5),
+    "pixel shuffle": of(
+        lambda x, m: m.m0(F.pixel_shuffle(x, 2)), 8, 3, 4, owned=(nn.PixelUnshuffle(2),)
+    ),
+    "channel shuffle": module(lambda: nn.ChannelShuffle(2), 8, 3, 4),
+    "places": of(
+        lambda x, _: x.narrow(1, 1, 2) + x.flip(2)[:, :2] + torch.roll(x, 1, 2)[:, 1:], 3, 5
+    ),
+    "places, one": of(lambda x, _: x.select(1, 0) + torch.select(x, -2, 1), 3, 5),
+    "places, repeated": of(lambda x, _: x.repeat_interleave(2, dim=1), 3, 5),
+    "places, listed": of(
+        lambda x, m: x[:, [0, 2]] + x[:, m.m0] + torch.index_select(x, 1, m.m0),
+        3,
+        5,
+        owned=(nn.Parameter(torch.tensor([2, 0]), False),),
+    ),
+    "axes moved": of(
+        lambda x, _: x.movedim(1, -1) + torch.moveaxis(x, 2, 1).swapdims(2, 3), 3, 5, 5
+    ),
+    "tiles": of(lambda x, _: x.tile(1, 1, 2) + x.repeat(1, 1, 2), 3, 5),
+    "parts joined": of(lambda x, _: torch.cat(x.split([1, 3], 1), 1), 4, 3),
+    "parts stacked": of(lambda x, _: torch.stack(x.chunk(2, 1), 1), 4, 3),
+    "zeros": of(
+        lambda x, _: torch.cat([x, x.new_zeros(x.shape[0], 1, 3), 0 * x + torch.ones_like(x)], 1),
+        4,
+        3,
+    ),
+    "zeros, made": of(lambda x, _: torch.cat([x, torch.zeros(x.size(0), 2, 3)], 1), 4, 3),
+    "bilinear": module(lambda: nn.Upsample(scale_factor=2, mode="bilinear"), 3, 5, 4),
+    "bilinear, corners": module(lambda: nn.UpsamplingBilinear2d(scale_factor=2), 3, 5, 4),
+    "bilinear, as large": of(
+        lambda x, m: F.interpolate(m.m0(x), size=x.shape[2:], mode="bilinear"),
+        3,
+        7,
+        9,
+        owned=(nn.MaxPool2d(2),),
+    ),
+    "linear, enlarged": module(lambda: nn.Upsample(scale_factor=2, mode="linear"), 3, 5),
+    "bicubic": of(lambda x, _: F.interpolate(x, scale_factor=2, mode="bicubic"), 3, 5, 4),
+    "nearest, no multiple": of(lambda x, _: F.interpolate(x, size=(7, 9)), 3, 5, 4),
+    "nearest, smaller": of(lambda x, _: F.interpolate(x, scale_factor=0.5), 3, 4, 6),
+    "adaptive pool, uneven": module(lambda: nn.AdaptiveAvgPool2d((3, 2)), 3, 7, 5),
+    "adaptive pool, uneven, 1d": module(lambda: nn.AdaptiveAvgPool1d(3), 3, 7),
+    "three axes": of(
+        lambda x, m: (
+            F.avg_pool3d(m.m1(m.m0(x)), 2).mean((2, 3, 4), True)
+            + F.adaptive_avg_pool3d(x, 1)[:, :1]
+        ),
+        2,
+        4,
+        4,
+        4,
+        owned=(nn.ConvTranspose3d(2, 3, 2, stride=2), nn.MaxPool3d(2)),
+    ),
+    "pads": of(
+        lambda x, m: m.m0(x).mean((2, 3)) + m.m1(x).amax((2, 3)),
+        3,
+        5,
+        4,
+        owned=(nn.ReflectionPad2d(1), nn.ReplicationPad2d((0, 1, 2, 0))),
+    ),
+    "dropouts": of(
+        lambda x, m: F.dropout2d(m.m0(x), training=m.training), 3, 5, 4, owned=(nn.AlphaDropout(),)
+    ),
 }
 
 
@@ -556,6 +697,11 @@ def test_what_the_policy_calls_int8_runs_in_int8_and_nothing_else(
         graph, artifact = quantized(model, example, int8, runtime)
         counts = int8_layers(artifact), float_layers(artifact)
         assert counts == (len(int8), len(layers) - len(int8)), int8
+        written = onnx.load_from_string(artifact).graph
+        made = {name for node in written.node for name in node.output}
+        made |= {tensor.name for tensor in written.initializer}
+        read = {name for node in written.node for name in node.input}
+        assert made <= read | {"output"}
         items = Items(drawn(example, 300), torch.zeros(300))
         found = compare(run_module(graph, items), run_session(runtime.load(artifact), items))
         assert found.agreement >= 0.99, int8

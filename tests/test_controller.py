@@ -1,6 +1,7 @@
 """The search without Ray: a record in memory, a clock and a price that a test sets."""
 
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from flyweight.compressors import RUNGS
 from flyweight.search.controller import (
     DEATHS,
     HOPELESS,
+    UNSTORED,
     Budget,
     Controller,
     Price,
@@ -509,6 +511,71 @@ def test_a_policy_on_which_workers_die_is_poisonous(resumed: bool) -> None:
     assert later.proposals.running() == 0
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize(("lost", "often"), [("node", 8), ("preempted", 30)])
+def test_nodes_that_are_lost_are_hardly_the_fault_of_a_policy(
+    lost: str, often: int, resumed: bool
+) -> None:
+    record = MemoryRecord()
+    control = controller(record, trials=1)
+    for loss in range(often):
+        trial = control.propose()
+        assert trial is not None, f"{loss} lost"
+        control.died(0, "gone", lost)
+        if resumed:
+            control = controller(record, trials=1)
+    if lost == "preempted":
+        run(control)
+        assert control.trials[0].ended == "finished"
+    else:  # it may be what takes them along
+        assert control.propose() is None
+        assert control.trials[0].ended == "failed"
+
+
+def unstored(policy: Policy, rung: str) -> Entry:
+    """What a worker says whose disk is full."""
+    if rung == RUNGS[-1]:
+        return {"rung": rung, "unstored": f"{rung}: no space left"}
+    return outcome(policy, rung)
+
+
+def test_a_result_that_could_not_be_stored_is_had_again() -> None:
+    record, full = MemoryRecord(), [True] * (UNSTORED - 1)
+    control = controller(record, trials=12)
+
+    def step(trial: Trial) -> Entry:
+        rung = trial.next_rung
+        found = (unstored if rung == RUNGS[-1] and full else outcome)(trial.policy, rung)
+        if "unstored" in found:
+            full.pop()
+        return found
+
+    while trial := control.propose():
+        while control.result(trial.number, step(trial)):
+            pass
+    assert not full
+    assert control.fatal is None
+    assert {t.ended for t in control.trials.values()} <= {"finished", "stopped", "over_limit"}
+    assert len(control.trials) == 12
+
+
+def test_a_search_whose_results_cannot_be_stored_ends_and_can_be_gone_on_with() -> None:
+    record = MemoryRecord()
+    control = controller(record, trials=12)
+    while trial := control.propose():
+        while control.result(trial.number, unstored(trial.policy, trial.next_rung)):
+            pass
+    control.close()
+    assert "no space left" in str(control.fatal)
+    assert "failed" not in {t.ended for t in control.trials.values()}
+    later = controller(record, trials=12)
+    run(later)
+    assert len(later.trials) == 12
+    assert later.results(RUNGS[-1])
+    rungs = [(e["trial"], e["rung"]) for e in kinds(record, "result")]
+    assert len(rungs) == len(set(rungs))
+
+
 def test_a_worker_that_dies_when_the_time_is_up_interrupts_its_trial() -> None:
     clock, record = Clock(), MemoryRecord()
     record.append({"kind": "search", "time": clock.now})
@@ -539,6 +606,70 @@ def test_what_an_earlier_session_left_is_not_begun_when_there_is_no_time_for_it(
     assert control.propose() is None  # as many trials as there may be have begun
     ended = {t.number for t in control.trials.values() if t.ended == "deadline"}
     assert ended == waiting
+
+
+class Gated(Proposals):
+    """Lets a test decide when a proposal is made."""
+
+    def __init__(self) -> None:
+        super().__init__(space())
+        self.gate, self.asked = threading.Event(), threading.Event()
+
+    def ask(self) -> Policy | None:
+        assert self.gate.wait(60)
+        found = super().ask()
+        self.asked.set()
+        return found
+
+
+def test_what_is_proposed_does_not_hang_on_how_long_proposing_takes() -> None:
+    def proposed(quick: bool) -> list[str]:
+        proposals = Gated()
+        proposals.gate.set()
+        control = Controller(
+            proposals, price, NONE, MemoryRecord(), Budget(40), clock=Clock(), look_ahead=True
+        )
+        out = []
+        trial = control.propose()
+        while trial is not None:
+            out.append(trial.policy.digest)
+            if quick:  # the next is known before there is any result of this one
+                assert len(out) == 40 or proposals.asked.wait(60)
+            climb(control, trial)
+            proposals.gate.set()
+            proposals.asked.clear()
+            trial = control.propose() if quick else _held(control, proposals)
+        control.close()
+        return out
+
+    def _held(control: Controller, proposals: Gated) -> Trial | None:
+        """The next trial; the one after it is not looked for until there are results."""
+        found = control.propose()
+        proposals.gate.clear()
+        return found
+
+    assert proposed(True) == proposed(False)
+
+
+def test_with_more_time_what_the_deadline_ended_goes_on() -> None:
+    clock = Clock()
+    record = MemoryRecord([{"kind": "search", "time": clock.now}])
+    control = controller(record, seconds=20.0, trials=1000, clock=clock)
+    first = control.propose()
+    late = control.propose()
+    assert first is not None
+    assert late is not None
+    climb(control, first, clock)
+    clock.now += 30
+    best = outcome(late.policy, RUNGS[0]) | {"loss": 0.0}
+    assert not control.result(late.number, best)
+    assert late.ended == "deadline"
+    control.close()
+    record.append({"kind": "search", "time": clock.now})
+    assert controller(record, seconds=20.0, clock=clock).propose() is None
+    again = controller(record, seconds=200.0, clock=clock).propose()
+    assert again is not None
+    assert (again.number, again.next_rung) == (late.number, RUNGS[1])
 
 
 def test_what_a_changed_target_cannot_run_is_left_out() -> None:

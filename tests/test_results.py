@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flyweight.kernels import Timing
 from flyweight.search.limits import Limits, limits
-from flyweight.search.results import FINALISTS, choose, finalists, measured_front
+from flyweight.search.results import FINALISTS, choose, final_front, finalists
 
 ROW = st.fixed_dictionaries(
     {
@@ -124,6 +124,6 @@ def test_what_was_predicted_is_given_for_the_machine_as_fast_as_when_it_was_meas
         "compressed_bytes": 4, "artifact": "a", "loss": 0.1,
     }  # fmt: skip
     timings = {"teacher": Timing((3.0,)), "a": Timing((1.5,))}  # the teacher took 2 before
-    (row,) = measured_front([entry], timings, {}, 2.0)
+    (row,) = final_front([entry], {}, 2.0, timings)
     assert row["latency_ms"] == 1.5
     assert row["predicted_latency_ms"] == [1.5 * ms for ms in (0.9, 1.0, 1.2)]

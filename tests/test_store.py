@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from flyweight.compressors import Candidate
+from flyweight.search.storage import Storage
 from flyweight.search.store import (
     artifact_path,
     checkpoint_folder,
@@ -77,35 +78,35 @@ def candidate(policy: Policy, value: float) -> Candidate:
 
 def test_a_checkpoint_is_found_by_what_it_depends_on_and_verified(tmp_path: Path) -> None:
     policy = Policy()
-    write_checkpoint(tmp_path, candidate(policy, 1.0), "inputs")
-    (place,) = checkpoint_folder(tmp_path, policy.digest).iterdir()
+    write_checkpoint(Storage(tmp_path), candidate(policy, 1.0), "inputs")
+    (place,) = (tmp_path / checkpoint_folder(policy.digest)).iterdir()
     content = place.read_bytes()
     assert hashlib.sha256(content).hexdigest() in place.name
-    assert read_checkpoint(tmp_path, policy.digest, "short", "inputs") == content
+    assert read_checkpoint(Storage(tmp_path), policy.digest, "short", "inputs") == content
     for others in ((DIGEST, "short", "inputs"), (policy.digest, "full", "inputs")):
         with pytest.raises(FlyweightError, match="no checkpoint"):
-            read_checkpoint(tmp_path, *others)
+            read_checkpoint(Storage(tmp_path), *others)
     with pytest.raises(FlyweightError, match="no checkpoint"):
-        read_checkpoint(tmp_path, policy.digest, "short", "others")
+        read_checkpoint(Storage(tmp_path), policy.digest, "short", "others")
     for damaged in (content[:-1], b"", bytes([content[0] ^ 1]) + content[1:]):
         place.write_bytes(damaged)
         with pytest.raises(FlyweightError, match="damaged"):
-            read_checkpoint(tmp_path, policy.digest, "short", "inputs")
+            read_checkpoint(Storage(tmp_path), policy.digest, "short", "inputs")
     place.unlink()
     place.mkdir()
     with pytest.raises(FlyweightError, match="cannot be read"):
-        read_checkpoint(tmp_path, policy.digest, "short", "inputs")
+        read_checkpoint(Storage(tmp_path), policy.digest, "short", "inputs")
 
 
 def test_checkpoints_are_removed_by_policy_and_all_together(tmp_path: Path) -> None:
     policies = [Policy(), Policy(Prune({"a": 8}))]
     for policy in policies:
-        write_checkpoint(tmp_path, candidate(policy, 1.0), "inputs")
-    write_checkpoint(tmp_path, candidate(policies[0], 2.0), "inputs")  # a rung done again
-    remove_checkpoints(tmp_path, policies[0].digest)
-    assert [p.name for p in checkpoint_folder(tmp_path).iterdir()] == [policies[1].digest]
-    remove_checkpoints(tmp_path)
-    remove_checkpoints(tmp_path)
+        write_checkpoint(Storage(tmp_path), candidate(policy, 1.0), "inputs")
+    write_checkpoint(Storage(tmp_path), candidate(policies[0], 2.0), "inputs")  # a rung done again
+    remove_checkpoints(Storage(tmp_path), policies[0].digest)
+    assert [p.name for p in (tmp_path / checkpoint_folder()).iterdir()] == [policies[1].digest]
+    remove_checkpoints(Storage(tmp_path))
+    remove_checkpoints(Storage(tmp_path))
     assert not list(tmp_path.iterdir())
 
 

@@ -43,6 +43,9 @@ class Warm:
     def draw(self, rng: random.Random) -> dict[str, Any]:
         return self.space.values_at(self.space.point(self.space.uniform(rng.uniform(0.3, 0.9))))
 
+    def tell(self, *_: Any) -> None:
+        return None
+
 
 def drawn(space: Space, strategy: str, count: int, seed: int = 0) -> list[Policy]:
     recipes = [space.uniform(0.5, "int8")]
@@ -103,8 +106,8 @@ def test_joint_goes_on_asking_the_warm_start(space: Space) -> None:
     found = drawn(space, "joint", 40)
     uniform = {tuple(sorted(space.uniform(k / 1000).prune.width.items())) for k in range(300, 900)}
     from_there = [tuple(sorted(p.prune.width.items())) in uniform for p in found[2:]]
-    assert sum(from_there) >= 10
-    assert sum(from_there) <= 25
+    assert sum(from_there) >= 20
+    assert sum(from_there) <= 32
 
 
 def test_sequential_goes_on_where_a_session_ended(space: Space) -> None:

@@ -144,16 +144,75 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"loss": lambda output, _: output.argmax(1).sum()}, "loss cannot be differentiated"),
     ({"loss": fails}, "loss or metric fails on output"),
     ({"metric": lambda *_: float("nan")}, "metric must be one finite number, but got nan"),
+    ({"model": lambda: torch.jit.script(model())}, "the model is a TorchScript module"),
+    ({"model": lambda: torch.jit.trace(model(), torch.rand(1, 6))}, "was made from"),
+    ({"model": lambda: model().half()}, "must be in float32, but '0.weight' is float16"),
+    ({"model": lambda: model().double()}, r"is float64; give model\(\).float\(\)"),
     ({"metric": lambda *_: "good"}, "metric must be one finite number, but got 'good'"),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 @pytest.mark.parametrize(("broken", "message"), BROKEN)
 def test_a_broken_task_is_refused_with_the_rule_it_breaks(
     broken: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(BadInput, match=message):
         prepare(Mine(**broken), make_runtime("onnxruntime", 1), Schedule())
+
+
+class Backbone(nn.Module):
+    """A module in which another one is compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.compile(nn.Sequential(nn.Linear(6, 16), nn.ReLU()))
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))  # type: ignore[no-any-return]
+
+
+def normed(norm: Any) -> nn.Module:
+    made: Any = model()
+    norm(made[0])
+    made(torch.rand(4, 6))  # spectral norm comes closer at each call in training
+    return made  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: nn.DataParallel(model()),
+        lambda: torch.compile(model()),
+        Backbone,
+        lambda: normed(nn.utils.parametrizations.weight_norm),
+        lambda: normed(nn.utils.parametrizations.spectral_norm),
+        lambda: normed(nn.utils.parametrizations.orthogonal),
+        lambda: normed(nn.utils.weight_norm),
+        lambda: normed(nn.utils.spectral_norm),
+    ],
+    ids=["parallel", "compiled", "inside", "weight", "spectral", "orthogonal", "old", "older"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_what_wraps_a_model_or_its_weights_is_taken_off(made: Any) -> None:
+    theirs = made()
+    task, x = Mine(model=lambda: theirs), torch.stack([x for x, _ in items()])
+    kept = {name: value.clone() for name, value in theirs.state_dict().items()}
+    found = prepare(task, make_runtime("onnxruntime", 1), Schedule())
+    assert len(found.network.groups) == 1
+    bare = getattr(theirs, "module", getattr(theirs, "_orig_mod", theirs))
+    if isinstance(bare, Backbone):
+        bare.body = bare.body._orig_mod
+    torch.testing.assert_close(found.teacher(x), bare.eval()(x))
+    assert type(found.teacher) is type(bare)
+    if theirs is bare:
+        assert all(
+            torch.equal(value, kept[name])
+            for name, value in theirs.state_dict().items()
+            if name in kept
+        )
 
 
 def test_a_task_that_lacks_something_is_told_what() -> None:

@@ -80,6 +80,8 @@ GROUPS = {
     },
     "inplace": {"a": ("a", "b"), "c": ("c",)},
     "signal": {"stem": ("stem", "c2"), "c1": ("c1",)},
+    "text": {f"convs.{i}": (f"convs.{i}",) for i in range(3)},
+    "convnext": {"stem.0": ("stem.0", "depth", "down"), "up": ("up",)},
 }  # fmt: skip
 
 
@@ -101,7 +103,7 @@ def test_a_norm_in_groups_asks_for_multiples(traced: Traced) -> None:
     assert group.first(12) == [0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21]  # two of each four
 
 
-@pytest.mark.parametrize("name", sorted(GROUPS.keys() - {"groupnorm"}))  # it mixes channels
+@pytest.mark.parametrize("name", sorted(GROUPS.keys() - {"groupnorm", "convnext"}))  # mix channels
 def test_removing_channels_that_are_zero_changes_nothing(
     name: str, networks: ModuleType, traced: Traced
 ) -> None:
@@ -122,6 +124,58 @@ def test_removing_channels_that_are_zero_changes_nothing(
     args = example if isinstance(example, tuple) else (example,)
     assert sum(p.numel() for p in pruned.parameters()) < network.parameters
     torch.testing.assert_close(pruned(*args), model(*args))
+
+
+class Heads(nn.Module):
+    """Attention whose heads are cut in one of the ways that people write."""
+
+    def __init__(self, cut: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.cut, self.heads = cut, 4
+        self.embed, self.qkv, self.out = nn.Linear(8, 32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = self.cut(self, x)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head((x + self.out(y)).mean(1))
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        lambda m, x: [
+            t.reshape(len_of(x), x.shape[1], m.heads, -1).transpose(1, 2)
+            for t in m.qkv(x).chunk(3, dim=-1)
+        ],
+        lambda m, x: (t.unflatten(2, (4, 8)).transpose(1, 2) for t in m.qkv(x).split([32] * 3, 2)),
+        lambda m, x: (p(x).unflatten(-1, (m.heads, -1)).transpose(1, 2) for p in (m.q, m.k, m.v)),
+        lambda m, x: (p(x).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (m.q, m.k, m.v)),
+    ],
+    ids=["chunks", "split", "heads", "widths"],
+)  # fmt: skip
+def test_heads_are_found_however_they_are_cut(cut: Any) -> None:
+    network = trace(Heads(cut).eval(), torch.rand(1, 5, 8))
+    assert {g.multiple_of for g in network.groups.values()} == {1, 8}
+
+
+def len_of(x: Tensor) -> Any:
+    return x.size(0)
+
+
+def test_channels_may_be_unflattened_by_a_module() -> None:
+    body = nn.Sequential(
+        nn.Linear(8, 128), nn.ReLU(), nn.Unflatten(1, (32, 2, -1)), nn.Conv2d(32, 4, 1)
+    )
+    network = trace(body.eval(), torch.rand(1, 8))
+    assert members(network) == {"0": ("0",)}
+    pruned = remove(
+        body, network, torch.rand(1, 8), {"0": torch.tensor(network.groups["0"].first(16))}
+    )
+    assert pruned.get_submodule("3").weight.shape == (4, 16, 1, 1)
+    assert body[2].unflattened_size == (32, 2, -1)
 
 
 # -- values and layers ---------------------------------------------------------------------------
@@ -499,6 +553,22 @@ class Mixing(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.c2(self.operation(self.c1(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x * torch.sigmoid(x.mean(1, keepdim=True) + x.amax(1, keepdim=True)),
+        lambda x: x - x.max(dim=1, keepdim=True).values.min(1, keepdim=True)[0],
+        lambda x: (x - x.mean(1, True)) / (x.std(1, keepdim=True) + 0.1),
+        lambda x: torch.max(x.max(2, keepdim=True)[0], x),
+        nn.ChannelShuffle(2),
+    ],
+    ids=["attention", "maximum", "norm", "larger", "shuffle"],
+)
+def test_channels_that_an_operation_reads_on_average_can_go(operation: Any) -> None:
+    network = trace(Mixing(operation).eval(), torch.rand(1, 3, 6, 6))
+    assert {"c1", "c2"} <= network.groups.keys()
 
 
 @pytest.mark.parametrize(

@@ -202,7 +202,11 @@ class TestMlflow(TrackerContract):
         assert run.data.metrics["latency_high_ms"] == 1.1
         assert metrics_of(tracker, run, "speedup") == [(2, 2.5)]
         assert (run.info.start_time, run.info.end_time) == (999_000, 1_005_000)
-        assert not run.data.params
+        # The policy in a few words, to group by; the whole of it is a file.
+        assert run.data.params == {
+            "student": "pruned", "pruned_groups": "1", "dropped_blocks": "0", "criterion": "l1",
+            "int8_layers": "0", "calibration": "none", "qat": "false",
+        }  # fmt: skip
         content = (Path(run.info.artifact_uri) / "policy.json").read_bytes()
         assert hashlib.sha256(content).hexdigest() == policy(0).digest
 
@@ -453,6 +457,36 @@ os.kill(os.getpid(), 9)
         assert len(runs) == 5
         parent = next(r for r in runs if "mlflow.parentRunId" not in r.data.tags)
         assert parent.info.status == "RUNNING"  # to be resumed
+
+    def test_what_a_killed_driver_left_under_way_comes_first(self, store: Path) -> None:
+        """Two processes at once would each create runs that the other does not know."""
+        uri, many = f"sqlite:///{store}/made/mlflow.db", 40
+        record = [search_entry(), *(result(n) for n in range(many)), *(end(n) for n in range(many))]
+        code = f"""
+import os
+from pathlib import Path
+from flyweight.search.tracking_process import TrackerProcess
+tracker = TrackerProcess({uri!r}, "left", None, "left", Path({str(store)!r}))
+assert tracker.wait_run_id({LONG_S})
+for entry in {record!r}:
+    tracker.record(entry)
+while not tracker._outbox.empty():
+    pass
+os.kill(os.getpid(), 9)
+"""
+        subprocess.run([sys.executable, "-c", code], check=False)
+        again = TrackerProcess(uri, "left", None, "left", store)
+        for entry in record:
+            again.record(entry)
+        assert again.finish("FINISHED", timeout_s=LONG_S) == ALL
+        from mlflow import MlflowClient
+
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name("left")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id])
+        assert len(runs) == 1 + many
+        assert {run.info.status for run in runs} == {"FINISHED"}
 
 
 class TestNoServer:

@@ -18,6 +18,7 @@ from flyweight.compressors import (
     prepare,
 )
 from flyweight.kernels import make_runtime
+from flyweight.search.storage import Storage
 from flyweight.search.store import checkpoint_folder
 from flyweight.search.workers import KEPT, CompressionTrial, Job
 from flyweight.spaces import Distill, Policy, Prune
@@ -42,7 +43,7 @@ class Worker:
     def __init__(self, prepared: Prepared, run_dir: Path, inputs: str = "inputs") -> None:
         self.trial = object.__new__(CompressionTrial)  # its __init__ is Tune's
         spec: Any = SimpleNamespace(search=SimpleNamespace(seed=SEED))
-        self.trial.job = Job(spec, run_dir, {}, inputs, {})
+        self.trial.job = Job(spec, Storage(run_dir), {}, inputs, {})
         self.trial.prepared = prepared
 
     def begin(self, rung: str) -> None:
@@ -66,7 +67,7 @@ def climbed(prepared: Prepared, tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def files(run_dir: Path) -> list[Path]:
-    return sorted(checkpoint_folder(run_dir, POLICY.digest).iterdir())
+    return sorted((run_dir / checkpoint_folder(POLICY.digest)).iterdir())
 
 
 def test_a_trial_goes_on_elsewhere_as_if_nothing_had_happened(
@@ -115,3 +116,20 @@ def test_a_checkpoint_that_cannot_be_written_fails_no_trial(
     worker = Worker(prepared, run_dir)
     worker.begin(RUNGS[0])
     assert [worker.step() for _ in RUNGS] == climbed
+
+
+def test_an_artifact_that_cannot_be_stored_is_no_fault_of_its_policy(
+    prepared: Prepared, tmp_path: Path, climbed: list[dict[str, Any]]
+) -> None:
+    run_dir = tmp_path / "another"
+    run_dir.mkdir()
+    (run_dir / "artifacts").write_text("a file where the folder should be")
+    worker = Worker(prepared, run_dir)
+    worker.begin(RUNGS[0])
+    assert [worker.step(), worker.step()] == climbed[:2]
+    outcome = worker.step()
+    assert outcome.keys() == {"rung", "unstored"}
+    assert str(run_dir) in outcome["unstored"]
+    (run_dir / "artifacts").unlink()
+    worker.begin(RUNGS[2])  # the controller sends it again
+    assert worker.step() == climbed[2]

@@ -1,0 +1,41 @@
+"""The recipe by hand: uniform pruning, distillation, static int8 by ONNX Runtime's quantizer.
+
+The share of channels is the largest whose untrained network keeps the limit. Groups are pruned by
+torch-pruning as its README shows: uniformly, by the magnitude of a group (Fang et al. 2023,
+"DepGraph"), in multiples of 8.
+"""
+
+from typing import Any
+
+import torch_pruning as tp
+from shared import Order, export, main, widths
+from torch import nn
+
+SHARES = [sixteenths / 16 for sixteenths in range(16, 1, -1)]  # of the channels
+RESERVE = 30.0  # CPU seconds for what comes after the training
+
+
+def build(order: Order) -> tuple[bytes, dict[str, Any]]:
+    bench = order.bench
+
+    def pruned(share: float) -> nn.Module:
+        model = bench.teacher()
+        if share < 1:
+            pruner = tp.pruner.BasePruner(
+                model, bench.prepared.example, tp.importance.GroupMagnitudeImportance(),
+                pruning_ratio=1 - share, ignored_layers=[model.head], round_to=8,
+            )  # fmt: skip
+            pruner.step()
+        return model
+
+    share, precision = bench.widest(SHARES, pruned, order.limit)
+    student = pruned(share)
+    epochs = bench.distil(student, order.account, RESERVE)
+    order.student.write_bytes(export(student))
+    model, calibration = bench.artifact(student, precision)
+    how = {"kept": share, "precision": precision, "calibration": calibration, "epochs": epochs}
+    return model, how | {"widths": widths(student)}
+
+
+if __name__ == "__main__":
+    main("hand", build)

@@ -1,0 +1,67 @@
+"""Runs a peer in a virtual environment of its own, made the first time.
+
+    python benchmarks/peers/run.py hand|nncf|fastnas|olive [--limits 2.5 3.5 4.5] [--budget 2400]
+
+``nncf`` and ``olive`` do not prune: they begin with the students of ``hand``, which runs first, and
+carry what those cost. Artifacts, with what they cost, go to benchmarks/peers/artifacts/PEER; a
+limit whose artifact is there is not run again. The environments are kept in the user's cache
+(FLYWEIGHT_PEERS names another folder), flyweight's folders are linked there, so that all peers
+train, read data and take time by the same code as flyweight itself.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CACHE = Path(os.environ.get("FLYWEIGHT_PEERS", Path.home() / ".cache" / "flyweight" / "peers"))
+# Nobody is told what runs here. Olive sends a first message before it reads its own switch, unless
+# it believes itself in CI.
+QUIET = {"OLIVE_DISABLE_TELEMETRY": "1", "CI": "true"}
+PEERS = ("hand", "nncf", "fastnas", "olive")
+
+
+def environment(peer: str) -> Path:
+    """The interpreter of the peer's environment; made anew when its requirements change."""
+    needs, pins = HERE / f"requirements-{peer}.txt", ROOT / "constraints.txt"
+    digest = hashlib.sha256(needs.read_bytes() + pins.read_bytes()).hexdigest()[:12]
+    folder = CACHE / f"{peer}-{digest}"
+    python, ready = folder / "bin" / "python", folder / ".ready"
+    if not ready.exists():
+        print(f"== Installing {needs.name} into {folder}", flush=True)
+        venv.create(folder, with_pip=True, clear=True)
+        install = [python, "-m", "pip", "install", "--quiet", "-c", pins, "-r", needs]
+        subprocess.run([str(part) for part in install], check=True)
+        ready.touch()
+    return python
+
+
+def linked() -> Path:
+    """A folder from which ``flyweight`` is imported without being installed: the package maps
+    folders of the repository to its own (pyproject.toml)."""
+    folder = CACHE / f"linked-{hashlib.sha256(str(ROOT).encode()).hexdigest()[:12]}"
+    (folder / "flyweight").mkdir(parents=True, exist_ok=True)
+    for room in ("spaces", "kernels", "compressors"):
+        link = folder / "flyweight" / room
+        if not link.is_symlink():
+            link.symlink_to(ROOT / room)
+    return folder
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, add_help=False)
+    parser.add_argument("peer", choices=PEERS)
+    args, rest = parser.parse_known_args()
+    python = environment(args.peer)
+    variables = {**os.environ, **QUIET, "PYTHONPATH": str(linked())}
+    script = HERE / f"peer_{args.peer}.py"
+    return subprocess.run([str(python), str(script), *rest], env=variables).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""What a task's output is, as its loss says: it decides how two networks' answers are compared."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST = 1e-7  # probability whose logarithm is taken
+SAME = 1e-3  # relative difference of what is the same but for rounding
+DRAWS = 3  # of noise: one may leave a loss where it was by chance
+
+
+@dataclass(frozen=True)
+class OutputKind:
+    """Scores of classes along ``axis``, or, where that is None, quantities.
+
+    probabilities: whether the scores are probabilities, not their logarithms (but for a constant).
+    variance: of quantities.
+    """
+
+    axis: int | None = -1
+    probabilities: bool = False
+    variance: float = 1.0
+
+    def scores(self, output: Tensor) -> Tensor:
+        """``output`` with its classes last, their softmax the probabilities: [..., classes]."""
+        assert self.axis is not None
+        scores = output.movedim(self.axis, -1)
+        return scores.clamp(LEAST).log() if self.probabilities else scores
+
+    def same(self, output: Tensor, other: Tensor, step: float) -> Tensor:
+        """Where two networks predict the same: the class, or a quantity within ``step``."""
+        if self.axis is None:
+            return (output - other).abs() <= step
+        return output.argmax(self.axis) == other.argmax(self.axis)
+
+
+CLASSES = OutputKind()
+
+
+def kind_of(loss: Callable[[Tensor, Any], Tensor], output: Tensor, target: Any) -> OutputKind:
+    """The kind of ``output`` [N, ...], the teacher's answers, as ``loss`` reads them.
+
+    Classes lie along the axis where probabilities sum to 1, or where a constant added to all scores
+    changes no loss, as softmax has it. Everything else are quantities: what is regressed, pixels,
+    logits of labels that exclude each other not.
+    """
+    axes = [a for a in range(1, output.ndim) if output.shape[a] > 1]
+    for axis in axes:
+        if output.min() >= 0 and _ones(output.sum(axis)):
+            return OutputKind(axis, probabilities=True)
+        if _ones(output.logsumexp(axis).exp()):
+            return OutputKind(axis)
+    generator = torch.Generator().manual_seed(0)
+    scale = output.std(correction=0) + output.abs().mean() + LEAST
+
+    def change(shape: list[int]) -> float:
+        """How far the loss moves when noise of ``shape`` is added to all answers."""
+        noise = [scale * torch.randn(shape, generator=generator) for _ in range(DRAWS)]
+        losses = [float(loss(output + part, target)) for part in noise]
+        return max(abs(value - before) for value in losses)
+
+    before = float(loss(output, target))
+    most = change(list(output.shape))
+    for axis in axes:
+        if change([1 if a == axis else n for a, n in enumerate(output.shape)]) <= SAME * most:
+            return OutputKind(axis)
+    return OutputKind(None, variance=max(output.double().var(correction=0).item(), LEAST))
+
+
+def _ones(sums: Tensor) -> bool:
+    return bool((sums - 1).abs().max() <= SAME)

@@ -1,0 +1,98 @@
+"""A user's module without what wraps it or its weights: the same function, ready to be traced."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from ..spaces import BadInput
+
+WRAPPERS: dict[type[nn.Module], str] = {  # by type the attribute that holds the module itself
+    nn.DataParallel: "module",
+    nn.parallel.DistributedDataParallel: "module",
+    OptimizedModule: "_orig_mod",  # what torch.compile gives
+}
+
+
+def unwrapped(model: nn.Module, whose: str) -> nn.Module:
+    """A copy of ``model`` in eval mode in which modules that share a parameter have equal ones of
+    their own, weights are what their norm or parametrization makes of them, and nothing is
+    compiled or spread over devices. It computes the same.
+
+    Raises BadInput for a module whose source is gone, and for weights that are not float32.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise BadInput(
+            f"task: {whose} is a TorchScript module, which cannot be changed; give the "
+            "torch.nn.Module that it was made from, with its state_dict"
+        )
+    model = untied(bare(model)).eval()
+    _make_weights_plain_(model)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise BadInput(
+                f"task: {whose} must be in float32, but {name!r} is {dtype}; give model().float() "
+                "and inputs in float32"
+            )
+    return model
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """``model`` without wrappers, a copy where there were any inside."""
+    while type(model) in WRAPPERS:
+        model = getattr(model, WRAPPERS[type(model)])
+    if any(type(module) in WRAPPERS for module in model.modules()):
+        model = copied(model)
+        for module in [*model.modules()]:
+            for name, child in module.named_children():
+                if type(child) in WRAPPERS:
+                    setattr(module, name, bare(child))
+    return model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of ``model``, also of one that keeps what it computed (a weight under its norm)."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    computed = [v for v in attributes if isinstance(v, torch.Tensor) and not v.is_leaf]
+    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+
+
+def untied(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in which modules that share a parameter have equal ones of their own.
+
+    It computes the same. Whatever works on one layer (reconstruction, equalization, rounding)
+    would change the parameter for the others too.
+    """
+    model = copied(model)
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():  # a module with two names comes once
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in seen:
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+            seen.add(parameter)
+    return model
+
+
+def _make_weights_plain_(model: nn.Module) -> None:
+    """Weight and spectral norm, and other parametrizations: students train the weight itself."""
+    for module in [*model.modules()]:
+        if parametrize.is_parametrized(module):
+            held: Any = module.parametrizations
+            weights = {name: getattr(module, name).detach().clone() for name in held}
+            # torch's own way changes the class, which the user's module has too.
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            for name, weight in weights.items():
+                module.register_parameter(name, nn.Parameter(weight))
+        for hook in [*module._forward_pre_hooks.values()]:  # those of before parametrizations
+            old: Any = getattr(hook, "name", None)
+            if isinstance(hook, WeightNorm):
+                nn.utils.remove_weight_norm(module, old)
+            elif isinstance(hook, SpectralNorm):
+                nn.utils.remove_spectral_norm(module, old)

@@ -1,0 +1,169 @@
+"""What is found out about a cluster before a search costs anything: whether its nodes can run the
+trials at all, and whether each of them has what a trial needs."""
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import ray
+from pyarrow import ArrowException
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from ..spaces import BadInput, FlyweightError
+from .meter import Device
+from .placement import for_actor, trial_request
+from .ready import Ready
+from .spec import Resources, Spec
+from .storage import Storage
+
+LOOK_S = 5.0  # between two looks for a node that is waited for
+PATIENCE_S = 300.0  # for a node to say what it has: its first import of torch takes long
+MARKS = "reached"  # where nodes show that they can write
+PACKAGES = ("ray", "flyweight")  # whose versions must be the driver's
+UNITS = {"memory": "bytes of memory", "CPU": "CPUs", "GPU": "GPUs"}
+
+Say = Callable[[str], None]
+Node = Mapping[str, Any]
+
+
+def check_cluster(ready: Ready, storage: Storage, local: bool, wait_s: float, say: Say) -> None:
+    """Raises BadInput if no node can run a trial of ``ready`` (after ``wait_s`` seconds), or if one
+    that can lacks something. storage: that trials write to. local: Ray is of this machine alone,
+    which has what the search has."""
+    resources = ready.spec.resources
+    nodes = _fitting(resources)
+    until = time.monotonic() + (0.0 if local else wait_s)
+    if not nodes and time.monotonic() < until:
+        say(f"Waiting for a node with {_asked(resources)}")
+        # So that an autoscaler knows what is wanted.
+        waiting = ray.remote(_nothing).options(**for_actor(resources)).remote()
+        while not nodes and time.monotonic() < until:
+            time.sleep(min(LOOK_S, max(0.0, until - time.monotonic())))
+            nodes = _fitting(resources)
+        ray.cancel(waiting, force=True)
+    if not nodes:
+        wait = "" if local else "; for nodes that an autoscaler still brings, give --wait 20m"
+        raise BadInput(
+            f"resources: a trial asks for {_asked(resources)}, but no node has that; there is "
+            f"{_there()}{wait}"
+        )
+    if not local:
+        say(f"Checking {len(nodes)} nodes that can run trials")
+        _check_nodes(nodes, ready, storage)
+
+
+def _fitting(resources: Resources) -> list[Node]:
+    """The nodes that could run a trial if nothing else ran there."""
+    asked = trial_request(resources)
+    return [
+        node
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"] and all(node["Resources"].get(k, 0) >= v for k, v in asked.items())
+    ]
+
+
+def _nothing() -> None:
+    return None
+
+
+def _asked(resources: Resources) -> str:
+    return ", ".join(_words(name, n) for name, n in trial_request(resources).items())
+
+
+def _words(name: str, amount: float) -> str:
+    if name.startswith("accelerator_type:"):
+        return f"a GPU of type {name.partition(':')[2]}"
+    return f"{amount:g} {UNITS.get(name, name)}"
+
+
+def _there() -> str:
+    """What the nodes have, a phrase for each."""
+    phrases = []
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["Alive"]:
+            has = {
+                k: v
+                for k, v in sorted(node["Resources"].items())
+                if k in UNITS or k.startswith("accelerator_type:")
+            }
+            phrases.append(" and ".join(_words(k, v) for k, v in has.items()) or "nothing")
+    counts = {phrase: phrases.count(phrase) for phrase in phrases}
+    return "; ".join(f"{n} x ({phrase})" for phrase, n in counts.items()) or "no node"
+
+
+def _check_nodes(nodes: list[Node], ready: Ready, storage: Storage) -> None:
+    """Asks every node for what a trial needs. Raises BadInput with what is missing, and where."""
+    spec, own = ready.spec, facts(ready.spec)
+    answers = {}
+    for node in nodes:
+        where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        # It takes no CPU of the node: a cluster that is busy is asked too.
+        task: Any = ray.remote(facts)
+        task = task.options(num_cpus=0, scheduling_strategy=where, max_retries=0)
+        answers[task.remote(spec, storage, node["NodeID"])] = node
+    problems: dict[str, list[str]] = {}
+    try:
+        ray.wait([*answers], num_returns=len(answers), timeout=PATIENCE_S)
+        seen = set(storage.names(MARKS))
+        for answer, node in answers.items():
+            for problem in _problems(answer, own, node["NodeID"] in seen):
+                problems.setdefault(problem, []).append(node["NodeManagerAddress"])
+    except (OSError, ArrowException) as error:
+        raise BadInput(f"storage: what trials leave there cannot be read: {error}") from error
+    finally:
+        storage.remove(MARKS)
+    if problems:
+        lines = [f"  {', '.join(sorted({*at}))}: {what}" for what, at in problems.items()]
+        raise BadInput("the cluster cannot run this search:\n" + "\n".join(lines))
+
+
+def _problems(answer: Any, own: dict[str, str], seen: bool) -> list[str]:
+    """What a node's ``answer`` says that would not do. seen: whether what it wrote is there."""
+    if not ray.wait([answer], timeout=0)[0]:
+        return [f"it did not answer within {PATIENCE_S:g} s"]
+    try:
+        found: dict[str, str] = ray.get(answer)
+    except ray.exceptions.RayError as error:
+        return [f"it failed: {str(error).strip().splitlines()[-1]}"]
+    out = [
+        f"{name} is {found[name]}, but {own[name]} on the driver"
+        for name in own
+        if name in found and found[name] != own[name]
+    ]
+    if "problem" in found:
+        out.append(found["problem"])
+    if "unwritable" in found:
+        out.append(f"it cannot write what a trial makes: {found['unwritable']}")
+    elif not seen:
+        out.append(
+            "what it writes is not seen here, so artifacts would be lost; name a storage in the "
+            "spec that all nodes reach, or put --out on a file system that they share"
+        )
+    return out
+
+
+def facts(spec: Spec, storage: Storage | None = None, mark: str = "") -> dict[str, str]:
+    """What a process has of what a trial of ``spec`` needs. storage: where it leaves ``mark``, so
+    that the driver sees whether it can. problem: why the task or its runtime cannot be had."""
+    found = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    if storage is not None:
+        try:
+            storage.write(f"{MARKS}/{mark}", b"")
+        except (OSError, ArrowException) as error:
+            found["unwritable"] = str(error)
+    try:
+        device = Device.of_this(spec.target.runtime, spec.target.threads)
+        # Artifacts are quantized, run and scored by workers: as the driver plans them.
+        found["int8 of the kernels"] = device.capabilities
+        if storage is not None:
+            spec.load_task()
+    except FlyweightError as error:
+        found["problem"] = str(error)
+    return found

@@ -1,0 +1,73 @@
+"""What an output is, found out from a loss; and networks that give something else than classes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flyweight.compressors.distill import kl_divergence
+from flyweight.compressors.outputs import OutputKind, kind_of
+
+N = 40
+GENERATOR = torch.Generator().manual_seed(0)
+SCORES = torch.randn(N, 4, generator=GENERATOR) * 5
+PIXELS = torch.randn(N, 3, 6, 5, generator=GENERATOR)
+CLASSES = torch.randint(0, 3, (N,), generator=GENERATOR)
+MASKS = torch.randint(0, 3, (N, 6, 5), generator=GENERATOR)
+
+
+def steps(output: Tensor, target: Tensor) -> Tensor:  # [N, T, C], [N, T]
+    return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+
+@pytest.mark.parametrize(
+    ("loss", "output", "target", "axis", "probabilities"),
+    [
+        (F.cross_entropy, SCORES, CLASSES, 1, False),
+        (F.cross_entropy, PIXELS, MASKS, 1, False),
+        (steps, PIXELS[:, 0, :, :3], MASKS[:, :, 0], 2, False),
+        (F.nll_loss, SCORES.log_softmax(1), CLASSES, 1, False),
+        (F.mse_loss, SCORES.softmax(1), SCORES, 1, True),
+        (F.multi_margin_loss, SCORES, CLASSES, 1, False),
+        (F.mse_loss, SCORES, SCORES + 1, None, False),
+        (F.mse_loss, SCORES[:, :1], CLASSES[:, None].float(), None, False),
+        (F.l1_loss, SCORES[:, 0], CLASSES.float(), None, False),
+        (F.binary_cross_entropy_with_logits, SCORES, (SCORES > 0).float(), None, False),
+        (F.mse_loss, PIXELS.sigmoid(), PIXELS, None, False),
+        (F.mse_loss, 0.5 + 1e-4 * PIXELS, PIXELS, None, False),  # of one that learned nothing
+        (F.cross_entropy, 40 * F.one_hot(CLASSES, 4).float(), CLASSES, 1, False),  # and too much
+    ],
+)  # fmt: skip
+def test_a_loss_says_what_an_output_is(
+    loss: Any, output: Tensor, target: Tensor, axis: int | None, probabilities: bool
+) -> None:
+    found = kind_of(loss, output, target)
+    assert (found.axis, found.probabilities) == (axis, probabilities)
+
+
+def test_quantities_are_compared_as_such() -> None:
+    kind = kind_of(F.mse_loss, PIXELS, PIXELS)
+    near, far = PIXELS + 0.01, PIXELS + 1
+    assert kl_divergence(PIXELS, PIXELS, kind=kind) == 0
+    assert 0 < kl_divergence(near, PIXELS, kind=kind) < kl_divergence(far, PIXELS, kind=kind)
+    # In other units, and softened, it is the same.
+    metres, other = kind_of(F.mse_loss, PIXELS * 1e3, PIXELS), kl_divergence(far, PIXELS, kind=kind)
+    assert torch.allclose(kl_divergence(far * 1e3, PIXELS * 1e3, 4.0, metres), other)
+    # A mean instead of all answers: half a nat.
+    mean = PIXELS.mean().expand_as(PIXELS)
+    assert kl_divergence(mean, PIXELS, kind=kind).item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_classes_lie_where_the_kind_says() -> None:
+    there, last = OutputKind(1), PIXELS.movedim(1, -1)
+    shifted = PIXELS + torch.randn(N, 1, 6, 5, generator=GENERATOR)  # the same probabilities
+    assert kl_divergence(shifted, PIXELS, kind=there).item() == pytest.approx(0, abs=1e-6)
+    other = PIXELS.flip(0)
+    assert torch.allclose(
+        kl_divergence(other, PIXELS, 2.0, there), kl_divergence(other.movedim(1, -1), last, 2.0)
+    )
+    chances = OutputKind(1, probabilities=True)
+    found = kl_divergence(other.softmax(1), PIXELS.softmax(1), kind=chances)
+    assert torch.allclose(found, kl_divergence(other, PIXELS, kind=there), atol=1e-5)

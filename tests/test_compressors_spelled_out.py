@@ -1,0 +1,105 @@
+"""PyTorch's own transformer modules compute the same, and can be compressed, once spelled out."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flyweight.compressors import ClassificationTask, Schedule, compress, prepare
+from flyweight.compressors.spelled_out import spelled_out
+from flyweight.kernels import make_runtime
+from flyweight.spaces import Policy, Prune, Quantize
+
+STEPS, WIDTH = 5, 16
+
+
+class Net(nn.Module):
+    """Words, some attention, and a head on the mean."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.words = nn.Embedding(20, WIDTH)
+        first = kind != "steps first"
+        if kind.startswith("encoder"):
+            layer = nn.TransformerEncoderLayer(
+                WIDTH, 4, 32, batch_first=True, norm_first="pre" in kind, activation="gelu"
+            )
+            norm = nn.LayerNorm(WIDTH) if "pre" in kind else None
+            self.body: Any = nn.TransformerEncoder(layer, 2, norm, enable_nested_tensor=False)
+        elif kind == "layer":
+            self.body = nn.TransformerEncoderLayer(WIDTH, 4, 32, batch_first=True)
+        else:
+            self.body = nn.MultiheadAttention(
+                WIDTH, 4, batch_first=first, bias="plain" not in kind, add_zero_attn=kind == "zero"
+            )
+            nn.init.normal_(self.body.out_proj.weight)
+        self.register_buffer("mask", torch.ones(9, 9).triu(1).bool())
+        self.register_buffer("scores", torch.randn(STEPS, STEPS))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        if self.kind == "encoder padded":
+            x = self.body(x, src_key_padding_mask=ids == 0)
+        elif self.kind == "encoder masked":
+            x = self.body(x, self.mask[: ids.size(1), : ids.size(1)])
+        elif self.kind.startswith("encoder") or self.kind == "layer":
+            x = self.body(x)
+        elif self.kind == "masked":
+            x = x + self.body(x, x, x, attn_mask=self.scores, need_weights=False)[0]
+        elif self.kind == "steps first":
+            y = x.transpose(0, 1)
+            x = x + self.body(y, y, y)[0].transpose(0, 1)
+        elif self.kind == "weights":
+            y, weights = self.body(x, x, x)
+            x = x + y * weights.sum(-1, keepdim=True) + weights.max(-1, keepdim=True)[0]
+        else:
+            y, _ = self.body(x, x, x)
+            x = x + y
+        return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+
+def words(count: int) -> Tensor:
+    found = torch.randint(1, 20, (count, STEPS), generator=torch.Generator().manual_seed(1))
+    found[1::2, 3:] = 0  # padding
+    return found
+
+
+def task(model: nn.Module) -> ClassificationTask:
+    items = [(ids, int(ids[0]) % 3) for ids in words(40)]
+    return ClassificationTask(model, items, items)
+
+
+KINDS = (
+    "attention", "attention plain", "steps first", "masked", "weights", "layer", "encoder",
+    "encoder pre", "encoder padded", "encoder masked",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_computes_the_same_and_its_heads_and_layers_are_found(kind: str) -> None:
+    model = Net(kind).eval()
+    runtime = make_runtime("onnxruntime", 1)
+    prepared = prepare(task(model), runtime, Schedule(1, 0.5, 16))
+    x = words(8)
+    with torch.no_grad():
+        torch.testing.assert_close(prepared.teacher(x), model(x), rtol=1e-4, atol=1e-5)
+    network = prepared.network
+    heads = [g for g in network.groups.values() if g.multiple_of == WIDTH // 4]
+    assert heads
+    assert not any("MultiheadAttention" in type(m).__name__ for m in prepared.teacher.modules())
+    policy = Policy(
+        prune=Prune(width={heads[0].name: heads[0].width // 2}),
+        quantize=Quantize(precision=dict.fromkeys(network.layers, "int8")),
+    )
+    assert compress(prepared, policy, "recalibrate").loss < 1
+
+
+def test_what_would_not_be_the_same_stays() -> None:
+    model = Net("zero").eval()
+    assert spelled_out(model, words(1)) is model
+    plain = nn.Sequential(nn.Linear(3, 3))
+    assert spelled_out(plain, torch.rand(1, 3)) is plain

@@ -1,0 +1,74 @@
+"""A run directory is held by one process, on whatever machine; one that died holds nothing."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flyweight.search import hold
+from flyweight.search.record import FileRecord
+from flyweight.search.storage import Storage
+from flyweight.spaces import BadInput
+
+
+def held_by(run_dir: Path, host: str, pid: int, seconds_ago: float) -> None:
+    who = {"host": host, "pid": pid, "time": time.time() - seconds_ago}
+    Storage(run_dir).write(hold.NAME, json.dumps(who).encode())
+
+
+def test_the_second_is_told_who_holds_it(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from flyweight.search.record import FileRecord\n"
+        "record = FileRecord(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    )
+    path = tmp_path / "record.jsonl"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(BadInput, match=f"process {process.pid} on {socket.gethostname()}"):
+            FileRecord(path)
+        process.kill()  # which leaves its note behind
+    assert hold.read(Storage(tmp_path))
+    FileRecord(path).close()
+    assert not (tmp_path / "held").exists()
+
+
+def test_another_machine_holds_it_as_long_as_it_gives_signs_of_life(tmp_path: Path) -> None:
+    held_by(tmp_path, "another-machine", 77, 5)
+    with pytest.raises(BadInput, match=r"process 77 on another-machine.* 5 s ago"):
+        FileRecord(tmp_path / "record.jsonl")
+    assert json.loads((tmp_path / hold.NAME).read_text())["pid"] == 77  # as it was
+    held_by(tmp_path, "another-machine", 77, hold.STALE_S + 1)
+    FileRecord(tmp_path / "record.jsonl").close()
+    Storage(tmp_path).write(hold.NAME, b"damaged")
+    FileRecord(tmp_path / "record.jsonl").close()
+
+
+def test_a_storage_is_held_from_another_directory_too(tmp_path: Path) -> None:
+    """Two heads that go on with one search: no file lock is between them."""
+    storage, here = Storage(tmp_path), socket.gethostname()
+    held_by(tmp_path, here, os.getppid(), 1)
+    with pytest.raises(BadInput, match=f"the storage is held by process {os.getppid()} on {here}"):
+        hold.Hold(storage, "the storage")
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    held_by(tmp_path, here, gone.pid, 1)  # killed a moment ago
+    hold.Hold(storage, "the storage").close()
+
+
+def test_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hold, "SIGN_S", 0.05)
+    record = FileRecord(tmp_path / "record.jsonl")
+    held_by(tmp_path, "overwritten", 1, 1e6)
+    until = time.monotonic() + 30
+    while (holder := hold.read(Storage(tmp_path))) and holder["host"] == "overwritten":
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    record.close()
