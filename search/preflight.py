@@ -11,7 +11,6 @@ import ray
 from pyarrow import ArrowException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..compressors import load_task
 from ..spaces import BadInput, FlyweightError
 from .meter import Device
 from .placement import for_actor, trial_request
@@ -170,7 +169,7 @@ def facts(spec: Spec, storage: Storage | None = None, mark: str = "") -> dict[st
         # Artifacts are quantized, run and scored by workers: as the driver plans them.
         found["what the kernels can do (digest)"] = device.capabilities
         if storage is not None:
-            load_task(spec.task, spec.folder, spec.task_args)
+            spec.load_task()
     except FlyweightError as error:
         found["problem"] = str(error)
     return found
