@@ -2,7 +2,6 @@
 trials at all, and whether each of them has what a trial needs."""
 
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from pyarrow import ArrowException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..compressors import load_task
@@ -18,10 +18,13 @@ from .meter import Device
 from .placement import for_actor, trial_request
 from .ready import Ready
 from .spec import Resources, Spec
+from .storage import Storage, storage_of
+from .tracking import redact
 
 LOOK_S = 5.0  # between two looks for a node that is waited for
 PATIENCE_S = 300.0  # for a node to say what it has: its first import of torch takes long
 PACKAGES = ("ray", "flyweight")  # whose versions must be the driver's
+MARK = ".reached"  # a folder beside the artifacts, while nodes show that they reach it
 UNITS = {"memory": "bytes of memory", "CPU": "CPUs", "GPU": "GPUs"}
 
 Say = Callable[[str], None]
@@ -30,8 +33,11 @@ Node = Mapping[str, Any]
 
 def check_cluster(ready: Ready, run_dir: Path, local: bool, wait_s: float, say: Say) -> None:
     """Raises BadInput if no node can run a trial of ``ready`` (after ``wait_s`` seconds), or if one
-    that can lacks something. local: Ray is of this machine alone, which has what the search has."""
-    resources = ready.spec.resources
+    that can lacks something, or if the storage of its spec cannot be written. local: Ray is of this
+    machine alone, which has what the search has."""
+    resources, storage = ready.spec.resources, storage_of(ready.spec, run_dir)
+    if ready.spec.storage is not None:
+        _check_storage(storage, ready.spec.storage)
     nodes = _fitting(resources)
     until = time.monotonic() + (0.0 if local else wait_s)
     if not nodes and time.monotonic() < until:
@@ -50,7 +56,17 @@ def check_cluster(ready: Ready, run_dir: Path, local: bool, wait_s: float, say: 
         )
     if not local:
         say(f"Checking {len(nodes)} nodes that can run trials")
-        _check_nodes(nodes, ready, run_dir)
+        _check_nodes(nodes, ready, run_dir, storage)
+
+
+def _check_storage(storage: Storage, place: str) -> None:
+    """Raises BadInput if this process cannot write to ``storage``, which lies at ``place``."""
+    try:
+        storage.write(f"{MARK}/driver", b"reached")
+    except (OSError, ArrowException) as error:
+        what = redact(f"{place} cannot be written: {error}", place)
+        raise BadInput(f"storage: {what}") from error
+    storage.remove(MARK)
 
 
 def _fitting(resources: Resources) -> list[Node]:
@@ -92,33 +108,34 @@ def _there() -> str:
     return "; ".join(f"{n} x ({phrase})" for phrase, n in counts.items()) or "no node"
 
 
-def _check_nodes(nodes: list[Node], ready: Ready, run_dir: Path) -> None:
+def _check_nodes(nodes: list[Node], ready: Ready, run_dir: Path, storage: Storage) -> None:
     """Asks every node for what a trial needs. Raises BadInput with what is missing, and where."""
     spec, own = ready.spec, facts(ready.spec)
-    mark = run_dir / ".reached"
+    kept = redact(f"the storage {spec.storage}") if spec.storage else f"the run directory {run_dir}"
     answers = {}
     for node in nodes:
         where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         # It takes no CPU of the node: a cluster that is busy is asked too.
         task: Any = ray.remote(facts)
         task = task.options(num_cpus=0, scheduling_strategy=where, max_retries=0)
-        place = mark / node["NodeID"]
-        answers[task.remote(spec, place)] = node, place
+        answers[task.remote(spec, storage, node["NodeID"])] = node
     problems: dict[str, list[str]] = {}
     try:
         ray.wait([*answers], num_returns=len(answers), timeout=PATIENCE_S)
-        for answer, (node, place) in answers.items():
-            for problem in _problems(answer, own, place, run_dir):
+        reached = {*storage.names(MARK)}
+        for answer, node in answers.items():
+            for problem in _problems(answer, own, node["NodeID"] in reached, kept):
                 problems.setdefault(problem, []).append(node["NodeManagerAddress"])
     finally:
-        shutil.rmtree(mark, ignore_errors=True)
+        storage.remove(MARK)
     if problems:
         lines = [f"  {', '.join(sorted({*at}))}: {what}" for what, at in problems.items()]
         raise BadInput("the cluster cannot run this search:\n" + "\n".join(lines))
 
 
-def _problems(answer: Any, own: dict[str, str], place: Path, run_dir: Path) -> list[str]:
-    """What a node's ``answer`` says that would not do."""
+def _problems(answer: Any, own: dict[str, str], reached: bool, kept: str) -> list[str]:
+    """What a node's ``answer`` says that would not do. reached: whether its mark arrived in
+    ``kept``, where artifacts are."""
     if not ray.wait([answer], timeout=0)[0]:
         return [f"it did not answer within {PATIENCE_S:g} s"]
     try:
@@ -133,35 +150,35 @@ def _problems(answer: Any, own: dict[str, str], place: Path, run_dir: Path) -> l
     if "problem" in found:
         out.append(found["problem"])
     if "unwritable" in found:
-        out.append(f"it cannot write to the run directory: {found['unwritable']}")
-    elif "problem" not in found and not place.is_file():
+        out.append(f"it cannot write to {kept}: {found['unwritable']}")
+    elif "problem" not in found and not reached:
         out.append(
-            f"it does not reach the run directory {run_dir}, where artifacts are kept; put --out "
-            "on a file system that all nodes share, or name a storage that they all reach"
+            f"what it writes to {kept}, where artifacts are kept, is not there on the driver; put "
+            "--out on a file system that all nodes share, or name a storage that they all reach"
         )
     return out
 
 
-def facts(spec: Spec, place: Path | None = None) -> dict[str, str]:
-    """What a process has of what a trial of ``spec`` needs. place: a file to write, so that the
-    driver sees whether it can. problem: why the task or its runtime cannot be had."""
+def facts(spec: Spec, storage: Storage | None = None, mark: str = "") -> dict[str, str]:
+    """What a process has of what a trial of ``spec`` needs. storage: where to leave ``mark``, so
+    that the driver sees whether it can; None on the driver. problem: why the task or its runtime
+    cannot be had."""
     found = {"Python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "missing"
-    if place is not None:
+    if storage is not None:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text("")
-        except OSError as error:
-            found["unwritable"] = str(error)
+            storage.write(f"{MARK}/{mark}", b"reached")
+        except (OSError, ArrowException) as error:
+            found["unwritable"] = redact(str(error), spec.storage or "")
     try:
         device = Device.of_this(spec.target.runtime, spec.target.threads)
         # Artifacts are quantized, run and scored by workers: as the driver plans them.
         found["int8 of the kernels"] = device.capabilities
-        if place is not None:
+        if storage is not None:
             load_task(spec.task, spec.folder, spec.task_args)
     except FlyweightError as error:
         found["problem"] = str(error)
