@@ -202,7 +202,11 @@ class TestMlflow(TrackerContract):
         assert run.data.metrics["latency_high_ms"] == 1.1
         assert metrics_of(tracker, run, "speedup") == [(2, 2.5)]
         assert (run.info.start_time, run.info.end_time) == (999_000, 1_005_000)
-        assert not run.data.params
+        # The policy in a few words, to group by; the whole of it is a file.
+        assert run.data.params == {
+            "student": "pruned", "pruned_groups": "1", "dropped_blocks": "0", "criterion": "l1",
+            "int8_layers": "0", "calibration": "none", "qat": "false",
+        }  # fmt: skip
         content = (Path(run.info.artifact_uri) / "policy.json").read_bytes()
         assert hashlib.sha256(content).hexdigest() == policy(0).digest
 
@@ -275,6 +279,12 @@ class TestMlflow(TrackerContract):
             condition = f"tags.`mlflow.parentRunId` = '{tracker.run_id}'"
             found = client.search_runs([run.info.experiment_id], condition)
             assert len(found) == 4
+
+    def test_a_database_is_made_before_anybody_may_leave(self, tmp_path: Path) -> None:
+        tracker = MlflowTracker(f"sqlite:///{tmp_path}/new.db", "e", str(tmp_path), "s")
+        tracker.wait_opened(LONG_S)
+        assert tracker.run_id
+        assert tracker.finish("FINISHED", timeout_s=LONG_S) == ALL
 
     def test_requests_a_trial(self, make: MakeMlflow) -> None:
         tracker = make(linger_s=0.2)
@@ -427,6 +437,8 @@ class TestProcess(TrackerContract):
         left = tracker.finish("FINISHED", timeout_s=0.1)
         assert left.entries == 1_000 * len(RECORD)
         assert left.reason is not None
+        assert runs_in_process(tracker._process.pid)  # it may have been making a database
+        tracker._process.kill()
 
     def test_what_was_given_arrives_when_the_driver_is_killed(self, store: Path) -> None:
         code = f"""
