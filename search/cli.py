@@ -88,6 +88,7 @@ def main() -> None:
       flyweight search my-search/search.yaml --out my-search/run
       flyweight report my-search/run
       flyweight deploy my-search/run
+      flyweight serve my-search/run     answers HTTP
 
     Exit codes: 0 done, 1 failure, 2 bad input (before any cost), 130 interrupted.
     """

@@ -20,6 +20,7 @@ from .cache import key_of
 from .controller import Budget, Controller, failures
 from .explain import explanation
 from .explained import EXPLANATION
+from .hold import Hold
 from .limits import Limits
 from .local_ray import connected, terminable
 from .opening import asks_anew, changed_target, is_done, open_run, opening_entry
@@ -84,8 +85,12 @@ def search(
     began = time.time()
     profile = given_profile(spec)
     run_dir = open_run(spec, out, resume)
-    record = FileRecord(run_dir / "record.jsonl")
-    try:
+    with contextlib.ExitStack() as held:
+        record = FileRecord(run_dir / "record.jsonl")
+        held.callback(record.close)
+        if spec.storage:
+            hold = Hold(storage_of(spec, run_dir), f"the storage of {run_dir.name}")
+            held.callback(hold.close)
         say = console.print if console else print
         say(f"Checking {spec.given_task} and tracing its model")
         prepared = ready(spec, run_dir)
@@ -93,11 +98,9 @@ def search(
             check_profile(profile, empty_profile(spec, prepared.prepared), device=False)
         write_whole(run_dir / "spec.yaml", spec.to_yaml().encode())
         with connected(spec, address):
-            check_cluster(prepared, run_dir, address is None, wait_s, say)
+            check_cluster(prepared, storage_of(spec, run_dir), address is None, wait_s, say)
             place = place_of(prepared, profile, address is None, say)
             return _Search(spec, run_dir, record, prepared, place, console, began, profile).run()
-    finally:
-        record.close()
 
 
 class _Search:

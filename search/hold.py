@@ -1,8 +1,8 @@
-"""Who holds a run directory: one process at a time, on whatever machine.
+"""Who holds a run: one process at a time, on whatever machine.
 
-On one machine the system's file lock says it, and goes with its process. On a file system that
-machines share it may reach no further than one of them: there a file says who holds the run, and is
-touched as a sign of life. One that was not touched for long is of a process that is gone.
+On one machine the system's file lock says it, and goes with its process (``record.py``). Beyond it
+a file in the run directory, and one in the storage, says who holds the run, and is written again
+and again as a sign of life. One that was not for long is of a process that is gone.
 """
 
 import json
@@ -10,60 +10,85 @@ import os
 import socket
 import threading
 import time
-from pathlib import Path
+from typing import Any
+
+from pyarrow import ArrowException
 
 from ..spaces import BadInput
+from .storage import Storage
 
-NAME = "held.json"
-TOUCH_S = 20.0
-STALE_S = 120.0  # clocks of machines differ, and network file systems keep times for a while
+FOLDER = "held"
+NAME = f"{FOLDER}/by.json"
+SIGN_S = 20.0  # between two signs of life
+STALE_S = 120.0  # the clocks of machines differ
 
 
 class Hold:
-    """Held from now on until ``close``. Raises BadInput if another machine's process holds it."""
+    """Held from now on until ``close``. Raises BadInput if another process holds it, OSError if the
+    storage is away. locked: no other process of this machine can hold it."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._path = run_dir / NAME
-        here = socket.gethostname()
-        holder = read(run_dir)
-        if holder and holder["host"] != here and (age := self._age()) < STALE_S:
+    def __init__(self, storage: Storage, name: str, *, locked: bool = False) -> None:
+        self._storage = storage
+        try:
+            holder = read(storage)
+        except ArrowException as error:
+            raise OSError(f"{name} cannot be read: {error}") from error
+        if holder and not (locked and holder["host"] == socket.gethostname()) and _lives(holder):
+            age = time.time() - holder["time"]
             raise BadInput(
-                f"{run_dir} is held by {told(holder)}, which gave a sign of life {age:.0f} s ago; "
-                f"wait for it or use --out; if it is gone, try again {STALE_S:.0f} s after its last"
+                f"{name} is held by {told(holder)}, which gave a sign of life {age:.0f} s ago; "
+                "wait for it or use another --out; if it is gone, try again "
+                f"{STALE_S:.0f} s after its last"
             )
+        self._sign()
         self._stop = threading.Event()
-        self._path.write_text(json.dumps({"host": here, "pid": os.getpid()}))
         self._thread = threading.Thread(target=self._live, name="flyweight-hold", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
+        """Gives it back."""
         self._stop.set()
         self._thread.join()
-        self._path.unlink(missing_ok=True)
+        self._storage.remove(FOLDER)  # where it cannot be removed it grows stale
 
     def _live(self) -> None:
-        while not self._stop.wait(TOUCH_S):
+        while not self._stop.wait(SIGN_S):
             try:
-                os.utime(self._path)
-            except OSError:  # the run directory is away, or was removed: nobody can hold it
+                self._sign()
+            except (OSError, ArrowException):  # away for a while
                 continue
 
-    def _age(self) -> float:
-        try:
-            return time.time() - self._path.stat().st_mtime
-        except OSError:
-            return STALE_S
+    def _sign(self) -> None:
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        self._storage.write(NAME, json.dumps(who).encode())
 
 
-def read(run_dir: Path) -> dict[str, str] | None:
-    """Who says that they hold ``run_dir``: host and pid; None if nobody does."""
+def read(storage: Storage) -> dict[str, Any] | None:
+    """Who says that they hold the run: host, pid and the time of their last sign; None if nobody
+    does. Raises OSError if the storage is away."""
     try:
-        found = json.loads((run_dir / NAME).read_text())
-        return {"host": str(found["host"]), "pid": str(found["pid"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads(storage.read(NAME))
+        return {"host": str(found["host"]), "pid": int(found["pid"]), "time": float(found["time"])}
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
-def told(holder: dict[str, str] | None) -> str:
+def told(holder: dict[str, Any] | None) -> str:
     """``holder`` in words."""
     return f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+
+
+def _lives(holder: dict[str, Any]) -> bool:
+    if time.time() - holder["time"] > STALE_S:
+        return False
+    if holder["host"] != socket.gethostname():
+        return True
+    if holder["pid"] == os.getpid():  # the run directory may lie in the storage
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True

@@ -5,10 +5,10 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import ray
+from pyarrow import ArrowException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..compressors import load_task
@@ -17,12 +17,11 @@ from .meter import Device
 from .placement import for_actor, trial_request
 from .ready import Ready
 from .spec import Resources, Spec
-from .storage import Storage, storage_of
-from .tracking import redact
+from .storage import Storage
 
 LOOK_S = 5.0  # between two looks for a node that is waited for
 PATIENCE_S = 300.0  # for a node to say what it has: its first import of torch takes long
-MARK = ".reached"  # where nodes write, beside the artifacts
+MARKS = "reached"  # where nodes show that they can write
 PACKAGES = ("ray", "flyweight")  # whose versions must be the driver's
 UNITS = {"memory": "bytes of memory", "CPU": "CPUs", "GPU": "GPUs"}
 
@@ -30,9 +29,10 @@ Say = Callable[[str], None]
 Node = Mapping[str, Any]
 
 
-def check_cluster(ready: Ready, run_dir: Path, local: bool, wait_s: float, say: Say) -> None:
+def check_cluster(ready: Ready, storage: Storage, local: bool, wait_s: float, say: Say) -> None:
     """Raises BadInput if no node can run a trial of ``ready`` (after ``wait_s`` seconds), or if one
-    that can lacks something. local: Ray is of this machine alone, which has what the search has."""
+    that can lacks something. storage: that trials write to. local: Ray is of this machine alone,
+    which has what the search has."""
     resources = ready.spec.resources
     nodes = _fitting(resources)
     until = time.monotonic() + (0.0 if local else wait_s)
@@ -52,7 +52,7 @@ def check_cluster(ready: Ready, run_dir: Path, local: bool, wait_s: float, say: 
         )
     if not local:
         say(f"Checking {len(nodes)} nodes that can run trials")
-        _check_nodes(nodes, ready, run_dir)
+        _check_nodes(nodes, ready, storage)
 
 
 def _fitting(resources: Resources) -> list[Node]:
@@ -94,38 +94,34 @@ def _there() -> str:
     return "; ".join(f"{n} x ({phrase})" for phrase, n in counts.items()) or "no node"
 
 
-def _check_nodes(nodes: list[Node], ready: Ready, run_dir: Path) -> None:
+def _check_nodes(nodes: list[Node], ready: Ready, storage: Storage) -> None:
     """Asks every node for what a trial needs. Raises BadInput with what is missing, and where."""
     spec, own = ready.spec, facts(ready.spec)
-    storage = storage_of(spec, run_dir)
     answers = {}
     for node in nodes:
         where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         # It takes no CPU of the node: a cluster that is busy is asked too.
         task: Any = ray.remote(facts)
         task = task.options(num_cpus=0, scheduling_strategy=where, max_retries=0)
-        answers[task.remote(spec, (storage, f"{MARK}/{node['NodeID']}"))] = node
+        answers[task.remote(spec, storage, node["NodeID"])] = node
     problems: dict[str, list[str]] = {}
     try:
         ray.wait([*answers], num_returns=len(answers), timeout=PATIENCE_S)
-        try:
-            reached = storage.names(MARK)
-        except OSError:  # something else is there: the nodes say so
-            reached = []
+        seen = set(storage.names(MARKS))
         for answer, node in answers.items():
-            there = node["NodeID"] in reached
-            for problem in _problems(answer, own, there, spec.storage or run_dir):
+            for problem in _problems(answer, own, node["NodeID"] in seen):
                 problems.setdefault(problem, []).append(node["NodeManagerAddress"])
+    except (OSError, ArrowException) as error:
+        raise BadInput(f"storage: what trials leave there cannot be read: {error}") from error
     finally:
-        storage.remove(MARK)
+        storage.remove(MARKS)
     if problems:
         lines = [f"  {', '.join(sorted({*at}))}: {what}" for what, at in problems.items()]
         raise BadInput("the cluster cannot run this search:\n" + "\n".join(lines))
 
 
-def _problems(answer: Any, own: dict[str, str], there: bool, kept: str | Path) -> list[str]:
-    """What a node's ``answer`` says that would not do. there: whether what it wrote to ``kept``
-    is seen from here."""
+def _problems(answer: Any, own: dict[str, str], seen: bool) -> list[str]:
+    """What a node's ``answer`` says that would not do. seen: whether what it wrote is there."""
     if not ray.wait([answer], timeout=0)[0]:
         return [f"it did not answer within {PATIENCE_S:g} s"]
     try:
@@ -140,36 +136,34 @@ def _problems(answer: Any, own: dict[str, str], there: bool, kept: str | Path) -
     if "problem" in found:
         out.append(found["problem"])
     if "unwritable" in found:
-        what = redact(found["unwritable"], str(kept))
-        out.append(f"it cannot write to {redact(str(kept))}, where artifacts are kept: {what}")
-    elif "problem" not in found and not there:
+        out.append(f"it cannot write what a trial makes: {found['unwritable']}")
+    elif not seen:
         out.append(
-            f"it does not reach {redact(str(kept))}, where artifacts are kept; put --out on a file "
-            "system that all nodes share, or name a storage that they all reach"
+            "what it writes is not seen here, so artifacts would be lost; name a storage in the "
+            "spec that all nodes reach, or put --out on a file system that they share"
         )
     return out
 
 
-def facts(spec: Spec, place: tuple[Storage, str] | None = None) -> dict[str, str]:
-    """What a process has of what a trial of ``spec`` needs. place: a file to write, so that the
-    driver sees whether it can. problem: why the task or its runtime cannot be had."""
+def facts(spec: Spec, storage: Storage | None = None, mark: str = "") -> dict[str, str]:
+    """What a process has of what a trial of ``spec`` needs. storage: where it leaves ``mark``, so
+    that the driver sees whether it can. problem: why the task or its runtime cannot be had."""
     found = {"Python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "missing"
-    if place is not None:
+    if storage is not None:
         try:
-            storage, name = place
-            storage.write(name, b"")
-        except OSError as error:
+            storage.write(f"{MARKS}/{mark}", b"")
+        except (OSError, ArrowException) as error:
             found["unwritable"] = str(error)
     try:
         device = Device.of_this(spec.target.runtime, spec.target.threads)
         # Artifacts are quantized, run and scored by workers: as the driver plans them.
         found["int8 of the kernels"] = device.capabilities
-        if place is not None:
+        if storage is not None:
             load_task(spec.task, spec.folder, spec.task_args)
     except FlyweightError as error:
         found["problem"] = str(error)

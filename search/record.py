@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from ..spaces import BadInput
 from .hold import Hold, told
 from .hold import read as held_by
+from .storage import Storage
 
 Entry = dict[str, Any]
 # What is synced. The rest can be had again: a trial that began, a rejection; where its end is lost
@@ -59,12 +60,12 @@ class FileRecord:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.close()
-            who = told(held_by(path.parent))
+            who = told(held_by(Storage(path.parent)))
             raise BadInput(
                 f"{path} is being written by {who}; wait for it, or use --out"
             ) from error
         try:
-            self._hold = Hold(path.parent)
+            self._hold = Hold(Storage(path.parent), str(path.parent), locked=True)
         except (BadInput, OSError):
             self._file.close()
             raise

@@ -115,6 +115,11 @@ def _source(
         io = describe(content)
     except Exception as error:  # protobuf's, which has no public base
         raise BadInput(f"MODEL: {where} is no ONNX file: {error}") from error
+    if not io["inputs"] or len(io["outputs"]) != 1:
+        raise BadInput(
+            f"MODEL: what is served has inputs and one output, but {where} has "
+            f"{len(io['inputs'])} and {len(io['outputs'])}"
+        )
     measured = facts.get("fingerprint")
     if measured is not None and measured != make_runtime(runtime, threads).fingerprint:
         notes += ("it was measured on another device: its latency here is not known",)

@@ -72,8 +72,16 @@ class Nodes:
         shutil.rmtree(self._home, ignore_errors=True)
 
     def add(self, **how: Any) -> subprocess.Popen[bytes]:
-        """Another node; how: the options of ``ray start``, "num_cpus" or "resources"."""
-        return self._start(f"--address={self.gcs}", **how)
+        """Another node, once it is there; how: the options of ``ray start``, "num_cpus" or
+        "resources". Ray gives a node 30 s, which is little on a busy machine: then again."""
+        for _ in range(6):
+            process = self._start(f"--address={self.gcs}", **how)
+            log = Path(self._home) / f"node-{len(self._started)}.log"
+            while process.poll() is None:
+                if "Ray runtime started" in log.read_text():
+                    return process
+                time.sleep(0.2)
+        raise AssertionError(self.log())
 
     def environment(self) -> dict[str, str]:
         """Of a driver."""
@@ -82,7 +90,7 @@ class Nodes:
 
     def log(self) -> str:
         """What ``ray start`` wrote, of all nodes."""
-        return (Path(self._home) / "nodes.log").read_text()
+        return "".join(place.read_text() for place in Path(self._home).glob("node-*.log"))
 
     def _start(self, *words: str, **how: Any) -> subprocess.Popen[bytes]:
         options = {"num_gpus": 0, "object_store_memory": 100_000_000} | how
@@ -95,7 +103,7 @@ class Nodes:
         env = self.environment() | {
             "HOME": self._home, "PATH": f"{SCRIPTS}:{os.environ['PATH']}",
         }  # fmt: skip
-        with open(Path(self._home) / "nodes.log", "a") as log:
+        with open(Path(self._home) / f"node-{len(self._started) + 1}.log", "w") as log:
             process = subprocess.Popen(
                 command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=self._home
             )

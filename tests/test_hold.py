@@ -12,14 +12,13 @@ import pytest
 
 from flyweight.search import hold
 from flyweight.search.record import FileRecord
+from flyweight.search.storage import Storage
 from flyweight.spaces import BadInput
 
 
-def held_elsewhere(run_dir: Path, seconds_ago: float) -> None:
-    place = run_dir / hold.NAME
-    place.write_text(json.dumps({"host": "another-machine", "pid": 77}))
-    then = time.time() - seconds_ago
-    os.utime(place, (then, then))
+def held_by(run_dir: Path, host: str, pid: int, seconds_ago: float) -> None:
+    who = {"host": host, "pid": pid, "time": time.time() - seconds_ago}
+    Storage(run_dir).write(hold.NAME, json.dumps(who).encode())
 
 
 def test_the_second_is_told_who_holds_it(tmp_path: Path) -> None:
@@ -36,28 +35,40 @@ def test_the_second_is_told_who_holds_it(tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=f"process {process.pid} on {socket.gethostname()}"):
             FileRecord(path)
         process.kill()  # which leaves its note behind
-    assert (tmp_path / hold.NAME).exists()
+    assert hold.read(Storage(tmp_path))
     FileRecord(path).close()
-    assert not (tmp_path / hold.NAME).exists()
+    assert not (tmp_path / "held").exists()
 
 
 def test_another_machine_holds_it_as_long_as_it_gives_signs_of_life(tmp_path: Path) -> None:
-    held_elsewhere(tmp_path, 5)
+    held_by(tmp_path, "another-machine", 77, 5)
     with pytest.raises(BadInput, match=r"process 77 on another-machine.* 5 s ago"):
         FileRecord(tmp_path / "record.jsonl")
     assert json.loads((tmp_path / hold.NAME).read_text())["pid"] == 77  # as it was
-    held_elsewhere(tmp_path, hold.STALE_S + 1)
+    held_by(tmp_path, "another-machine", 77, hold.STALE_S + 1)
     FileRecord(tmp_path / "record.jsonl").close()
-    (tmp_path / hold.NAME).write_text("damaged")
+    Storage(tmp_path).write(hold.NAME, b"damaged")
     FileRecord(tmp_path / "record.jsonl").close()
+
+
+def test_a_storage_is_held_from_another_directory_too(tmp_path: Path) -> None:
+    """Two heads that go on with one search: no file lock is between them."""
+    storage, here = Storage(tmp_path), socket.gethostname()
+    held_by(tmp_path, here, os.getppid(), 1)
+    with pytest.raises(BadInput, match=f"the storage is held by process {os.getppid()} on {here}"):
+        hold.Hold(storage, "the storage")
+    with subprocess.Popen(["true"]) as gone:
+        pass
+    held_by(tmp_path, here, gone.pid, 1)  # killed a moment ago
+    hold.Hold(storage, "the storage").close()
 
 
 def test_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hold, "TOUCH_S", 0.05)
+    monkeypatch.setattr(hold, "SIGN_S", 0.05)
     record = FileRecord(tmp_path / "record.jsonl")
-    os.utime(tmp_path / hold.NAME, (0, 0))
+    held_by(tmp_path, "overwritten", 1, 1e6)
     until = time.monotonic() + 30
-    while (tmp_path / hold.NAME).stat().st_mtime == 0:
+    while (holder := hold.read(Storage(tmp_path))) and holder["host"] == "overwritten":
         assert time.monotonic() < until
         time.sleep(0.02)
     record.close()

@@ -80,7 +80,7 @@ def test_a_search_from_objects(tmp_path: Path) -> None:
     ("arguments", "settings", "words"),
     [
         ((NET,), {"max_drop": 1}, "a model needs train and val"),
-        ((NET, None, DATA, DATA), {"max_dorp": 1}, "unknown 'max_dorp'.* max_drop"),
+        ((NET, None, DATA, DATA), {"max_dorp": 1}, "unknown 'max_dorp'.*'max_drop'"),
         ((NET, None, DATA, DATA), {}, "give at least one of speedup"),
         ((NET, None, DATA, DATA), {"max_drop": 1, "time_budget": "soon"}, "duration such as 90s"),
         (("search.yaml",), {"speedup": 2}, "beside it speedup means nothing"),

@@ -142,6 +142,9 @@ def test_what_is_not_what_was_scored_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(BadInput, match="is no ONNX file"):
         read_path(tmp_path / "text.onnx")
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"inputs and one output, but .* has 0 and 0"):
+        read_path(tmp_path / "empty.onnx")
 
 
 def test_an_alias_is_told_from_a_path(tmp_path: Path) -> None:
@@ -602,6 +605,8 @@ def test_a_queue_that_is_full_refuses_and_metrics_count(tmp_path: Path) -> None:
         while "serve_num_http_requests" not in requests.get(metrics, timeout=30).text:
             assert time.monotonic() < until
             time.sleep(1)
+        command.process.terminate()  # as a service manager ends it
+        assert command.process.wait(60) == 0, command.lines
     codes = {answer.status_code for answer in answers}
     assert codes == {200, 503}
 
