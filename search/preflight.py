@@ -23,7 +23,7 @@ LOOK_S = 5.0  # between two looks for a node that is waited for
 PATIENCE_S = 300.0  # for a node to say what it has: its first import of torch takes long
 MARKS = "reached"  # where nodes show that they can write
 PACKAGES = ("ray", "flyweight")  # whose versions must be the driver's
-UNITS = {"memory": "bytes of memory", "CPU": "CPUs", "GPU": "GPUs"}
+UNITS = {"CPU": "CPUs", "GPU": "GPUs", "memory": "GB of memory"}
 
 Say = Callable[[str], None]
 Node = Mapping[str, Any]
@@ -76,7 +76,8 @@ def _asked(resources: Resources) -> str:
 def _words(name: str, amount: float) -> str:
     if name.startswith("accelerator_type:"):
         return f"a GPU of type {name.partition(':')[2]}"
-    return f"{amount:g} {UNITS.get(name, name)}"
+    amount /= 1e9 if name == "memory" else 1
+    return f"{round(amount, 2):,.12g} {UNITS[name]}"
 
 
 def _there() -> str:
@@ -105,19 +106,24 @@ def _check_nodes(nodes: list[Node], ready: Ready, storage: Storage) -> None:
         task = task.options(num_cpus=0, scheduling_strategy=where, max_retries=0)
         answers[task.remote(spec, storage, node["NodeID"])] = node
     problems: dict[str, list[str]] = {}
-    try:
-        ray.wait([*answers], num_returns=len(answers), timeout=PATIENCE_S)
-        seen = set(storage.names(MARKS))
-        for answer, node in answers.items():
-            for problem in _problems(answer, own, node["NodeID"] in seen):
-                problems.setdefault(problem, []).append(node["NodeManagerAddress"])
-    except (OSError, ArrowException) as error:
-        raise BadInput(f"storage: what trials leave there cannot be read: {error}") from error
-    finally:
-        storage.remove(MARKS)
+    ray.wait([*answers], num_returns=len(answers), timeout=PATIENCE_S)
+    seen = _seen(storage)
+    for answer, node in answers.items():
+        for problem in _problems(answer, own, node["NodeID"] in seen):
+            problems.setdefault(problem, []).append(node["NodeManagerAddress"])
     if problems:
         lines = [f"  {', '.join(sorted({*at}))}: {what}" for what, at in problems.items()]
         raise BadInput("the cluster cannot run this search:\n" + "\n".join(lines))
+
+
+def _seen(storage: Storage) -> set[str]:
+    """What nodes left in ``storage``, which is then as before."""
+    try:
+        return set(storage.names(MARKS))
+    except (OSError, ArrowException):  # then nothing of theirs is seen here
+        return set()
+    finally:
+        storage.remove(MARKS)
 
 
 def _problems(answer: Any, own: dict[str, str], seen: bool) -> list[str]:
@@ -162,7 +168,7 @@ def facts(spec: Spec, storage: Storage | None = None, mark: str = "") -> dict[st
     try:
         device = Device.of_this(spec.target.runtime, spec.target.threads)
         # Artifacts are quantized, run and scored by workers: as the driver plans them.
-        found["int8 of the kernels"] = device.capabilities
+        found["what the kernels can do (digest)"] = device.capabilities
         if storage is not None:
             load_task(spec.task, spec.folder, spec.task_args)
     except FlyweightError as error:
