@@ -129,12 +129,16 @@ class Driver:
         return sum(e["kind"] == kind for e in entries(self.folder))
 
 
+_STARTED: list[subprocess.Popen[bytes]] = []
+
+
 def start_python(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log").open("ab") as log:
-        return subprocess.Popen(
+        _STARTED.append(subprocess.Popen(
             [sys.executable, *words], stdout=log, stderr=log, start_new_session=True, cwd=folder
-        )
+        ))  # fmt: skip
+    return _STARTED[-1]
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:
@@ -465,6 +469,22 @@ FAULTS = {
 }  # fmt: skip
 
 
+def suffer(name: str, folder: Path, short: bool) -> dict[str, Any]:
+    """What came of a fault; ``wrong``: what is not as it must be. Of what was started nothing is
+    left."""
+    began = time.monotonic()
+    try:
+        figures = FAULTS[name](folder, short)
+    finally:
+        while _STARTED:
+            process = _STARTED.pop()
+            for pid in [*descendants(process.pid), process.pid] if process.poll() is None else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    wall = round(time.monotonic() - began, 1)
+    return figures | {"short": short, "wall_s": wall, "wrong": verdict(figures)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("faults", nargs="*", help=f"of {', '.join(FAULTS)}; all without")
@@ -484,14 +504,11 @@ def main() -> None:
             print("disk: left out, no small disk can be mounted here")
             continue
         with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-            began = time.monotonic()
-            figures = FAULTS[name](Path(folder), options.short)
-        figures["wall_s"] = round(time.monotonic() - began, 1)
-        wrong = verdict(figures)
-        bad = bad or bool(wrong)
-        print(f"{name}: {'; '.join(wrong) or 'nothing lost'}", flush=True)
+            figures = suffer(name, Path(folder), options.short)
+        bad = bad or bool(figures["wrong"])
+        print(f"{name}: {'; '.join(figures['wrong']) or 'nothing lost'}", flush=True)
         print(json.dumps(figures, indent=1), flush=True)
-        print("Written:", write(f"faults-{name}", figures | {"wrong": wrong}), flush=True)
+        print("Written:", write(f"faults-{name}", figures), flush=True)
     sys.exit(bad)
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 120.0  # until a service must answer, on a busy machine
+PATIENCE_S = 400.0  # until a service must answer, on a busy machine
 
 
 def free_port() -> int:
@@ -171,6 +171,15 @@ class Node(Service):
                 command = ["ip", "netns", "exec", self.network, "sh", "-c", script, "sh", *command]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.begin(command, PATH=path, HOME=str(self.cluster.scratch))
+        self._await_start()
+
+    def _await_start(self) -> None:
+        """One after another: many that start at once wait for each other until they give up."""
+        until = time.monotonic() + PATIENCE_S
+        while "Ray runtime started" not in self.log.read_text():
+            if self.process is None or self.process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"{self.mark}: {self.log.read_text()[-3000:]}")
+            time.sleep(0.2)
 
     def _connect(self) -> None:
         bridge, near, far = self.cluster.bridge, f"{self.network}a", f"{self.network}b"
@@ -234,7 +243,6 @@ class Cluster:
     def start(self, nodes: int, cpus: int) -> None:
         os.environ.update(self.environment)
         self.head.start("--num-cpus=0")
-        self.head.await_port(self.port, self.head.host)
         for _ in range(nodes):
             self.add(cpus)
 

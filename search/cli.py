@@ -480,10 +480,11 @@ JOB = click.argument("job", required=False)
               type=click.FloatRange(0, 1000, min_open=True))  # fmt: skip
 @click.option("--queue", default=256, show_default=True, type=click.IntRange(1),
               help="Requests that wait at most; further ones get 503.")  # fmt: skip
-@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1))
+@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1),
+              help="Processes that answer.")  # fmt: skip
 @click.option("--max-replicas", default=1, type=click.IntRange(1), help="More under load, to this.")
 @click.option("--poll-s", default=5.0, show_default=True, type=click.FloatRange(0.1),
-              help="Between looks at where the alias points.")  # fmt: skip
+              help="Seconds between looks at where the alias points.")  # fmt: skip
 @click.option("--address", help="A Ray cluster (auto, on one of its nodes); local without it.")
 @answers
 def serve(model: str, tracking_uri: str | None, address: str | None, **options: Any) -> None:

@@ -280,7 +280,7 @@ class Controller:
             self._end(trial, "finished")
         elif entry["through"] is None:
             self._end(trial, "stopped")
-        elif self.interrupted:
+        elif self.interrupted or self.fatal:
             self._end(trial, "interrupted")
         elif not self._in_time(RUNGS[RUNGS.index(rung) + 1]):
             self._end(trial, "deadline")

@@ -9,9 +9,8 @@ from .record import Entry, FileRecord
 from .spec import load_spec
 from .store import write_json
 from .tracking import TRACKED, MlflowTracker, Status, tracked_at
-from .tracking_process import locked
+from .tracking_process import OPENING_S, locked
 
-ANSWERS_S = 60.0  # until the server must have answered
 DELIVERED_S = 3600.0  # until everything must be there
 
 
@@ -46,7 +45,8 @@ def _deliver(run_dir: Path, entries: list[Entry], place: tuple[Any, ...]) -> str
     tracker = MlflowTracker(*place, capacity=len(entries))
     for entry in entries:
         tracker.record(entry)
-    run_id = tracker.wait_run_id(ANSWERS_S)
+    tracker.wait_opened(OPENING_S)
+    run_id = tracker.run_id
     done = run_dir / "result.json"
     files = [run_dir / name for name in ("result.json", "report.html", "spec.yaml")]
     if run_id and done.is_file():

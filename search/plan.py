@@ -133,8 +133,9 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
             "would refuse."
         )
     cost = plan["cost"]
-    minutes = (cost["time_budget_s"] or 0) / 60
-    budget = f", about {minutes:g} min of them and then the finalists" if minutes else ""
+    seconds = cost["time_budget_s"]
+    long = f"{seconds:.0f} s" if (seconds or 0) < 120 else f"{seconds / 60:.3g} min"
+    budget = f", about {long} of them and then the finalists" if seconds else ""
     console.print(
         f"Cost: up to {cost['trials']} trials{budget}; one that climbs to the top trains on "
         f"{cost['samples_of_a_full_trial']:,} samples"
@@ -157,7 +158,9 @@ def _print_limit(plan: dict[str, Any], name: str, console: Console) -> None:
     if limit is None:
         return
     least = min(case[name] for case in plan["cases"])
-    verdict = "OUT OF REACH of this space" if name in plan["out_of_reach"] else "within reach"
+    verdict = "within reach" if least <= limit else "perhaps within reach"
+    if name in plan["out_of_reach"]:
+        verdict = "OUT OF REACH of this space"
     console.print(
         f"Limit: {_amount(name, limit)}, {verdict} (least {_amount(name, least)}, "
         f"{plan['teacher'][name] / least:.2f} times less than the teacher)",

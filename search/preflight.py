@@ -17,12 +17,13 @@ from .placement import for_actor, trial_request
 from .ready import Ready
 from .spec import Resources, Spec
 from .storage import Storage
+from .tracking import redact
 
 LOOK_S = 5.0  # between two looks for a node that is waited for
 PATIENCE_S = 300.0  # for a node to say what it has: its first import of torch takes long
 MARKS = "reached"  # where nodes show that they can write
 PACKAGES = ("ray", "flyweight")  # whose versions must be the driver's
-UNITS = {"memory": "bytes of memory", "CPU": "CPUs", "GPU": "GPUs"}
+UNITS = {"CPU": "CPUs", "GPU": "GPUs", "memory": "GB of memory"}
 
 Say = Callable[[str], None]
 Node = Mapping[str, Any]
@@ -30,9 +31,12 @@ Node = Mapping[str, Any]
 
 def check_cluster(ready: Ready, storage: Storage, local: bool, wait_s: float, say: Say) -> None:
     """Raises BadInput if no node can run a trial of ``ready`` (after ``wait_s`` seconds), or if one
-    that can lacks something. storage: that trials write to. local: Ray is of this machine alone,
-    which has what the search has."""
+    that can lacks something, or if this process cannot write to a storage that the spec names.
+    storage: that trials write to. local: Ray is of this machine alone, which has what the search
+    has."""
     resources = ready.spec.resources
+    if ready.spec.storage is not None:
+        _check_storage(storage, ready.spec.storage)
     nodes = _fitting(resources)
     until = time.monotonic() + (0.0 if local else wait_s)
     if not nodes and time.monotonic() < until:
@@ -52,6 +56,15 @@ def check_cluster(ready: Ready, storage: Storage, local: bool, wait_s: float, sa
     if not local:
         say(f"Checking {len(nodes)} nodes that can run trials")
         _check_nodes(nodes, ready, storage)
+
+
+def _check_storage(storage: Storage, place: str) -> None:
+    try:
+        storage.write(f"{MARKS}/driver", b"")
+    except (OSError, ArrowException) as error:
+        what = redact(f"{place} cannot be written: {error}", place)
+        raise BadInput(f"storage: {what}") from error
+    storage.remove(MARKS)
 
 
 def _fitting(resources: Resources) -> list[Node]:
@@ -75,7 +88,8 @@ def _asked(resources: Resources) -> str:
 def _words(name: str, amount: float) -> str:
     if name.startswith("accelerator_type:"):
         return f"a GPU of type {name.partition(':')[2]}"
-    return f"{amount:g} {UNITS.get(name, name)}"
+    amount /= 1e9 if name == "memory" else 1
+    return f"{round(amount, 2):,.12g} {UNITS[name]}"
 
 
 def _there() -> str:
@@ -104,19 +118,24 @@ def _check_nodes(nodes: list[Node], ready: Ready, storage: Storage) -> None:
         task = task.options(num_cpus=0, scheduling_strategy=where, max_retries=0)
         answers[task.remote(spec, storage, node["NodeID"])] = node
     problems: dict[str, list[str]] = {}
-    try:
-        ray.wait([*answers], num_returns=len(answers), timeout=PATIENCE_S)
-        seen = set(storage.names(MARKS))
-        for answer, node in answers.items():
-            for problem in _problems(answer, own, node["NodeID"] in seen):
-                problems.setdefault(problem, []).append(node["NodeManagerAddress"])
-    except (OSError, ArrowException) as error:
-        raise BadInput(f"storage: what trials leave there cannot be read: {error}") from error
-    finally:
-        storage.remove(MARKS)
+    ray.wait([*answers], num_returns=len(answers), timeout=PATIENCE_S)
+    seen = _seen(storage)
+    for answer, node in answers.items():
+        for problem in _problems(answer, own, node["NodeID"] in seen):
+            problems.setdefault(problem, []).append(node["NodeManagerAddress"])
     if problems:
         lines = [f"  {', '.join(sorted({*at}))}: {what}" for what, at in problems.items()]
         raise BadInput("the cluster cannot run this search:\n" + "\n".join(lines))
+
+
+def _seen(storage: Storage) -> set[str]:
+    """What nodes left in ``storage``, which is then as before."""
+    try:
+        return set(storage.names(MARKS))
+    except (OSError, ArrowException):  # then nothing of theirs is seen here
+        return set()
+    finally:
+        storage.remove(MARKS)
 
 
 def _problems(answer: Any, own: dict[str, str], seen: bool) -> list[str]:
@@ -157,11 +176,11 @@ def facts(spec: Spec, storage: Storage | None = None, mark: str = "") -> dict[st
         try:
             storage.write(f"{MARKS}/{mark}", b"")
         except (OSError, ArrowException) as error:
-            found["unwritable"] = str(error)
+            found["unwritable"] = redact(str(error), spec.storage or "")
     try:
         device = Device.of_this(spec.target.runtime, spec.target.threads)
         # Artifacts are quantized, run and scored by workers: as the driver plans them.
-        found["int8 of the kernels"] = device.capabilities
+        found["what the kernels can do (digest)"] = device.capabilities
         if storage is not None:
             spec.load_task()
     except FlyweightError as error:

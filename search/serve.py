@@ -21,6 +21,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from ..kernels import Array, Inputs
 from ..spaces import BadInput, FlyweightError
@@ -146,7 +147,7 @@ def deploy(source: Source, options: Options) -> None:
     app = deployment.bind(ray.put(source), options)
     try:
         ray_serve.run(app, name=options.name, route_prefix="/")
-    except (RuntimeError, RayError) as error:
+    except (RuntimeError, RayError, RayServeException) as error:
         raise FlyweightError(f"{source.where} does not start: {_reason(options, error)}") from error
 
 
@@ -174,7 +175,7 @@ def serve(
     """
     from .local_ray import started, terminable  # which imports torch: a replica does without
 
-    _check(options)
+    _check(options, listens=address is None)
     source, registry = find(model, tracking_uri)
     tensors([*source.io["inputs"], *source.io["outputs"]])  # whether JSON can hold them
     for note in source.notes:
@@ -217,12 +218,14 @@ def stop(options: Options, *, shared: bool) -> None:
         ray_serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's own, without types
 
 
-def _check(options: Options) -> None:
+def _check(options: Options, *, listens: bool) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", options.name, re.ASCII):  # it becomes a path
         raise BadInput(
             "--name must begin with a letter or digit and go on with those and _.-, but got "
             f"{options.name!r}"
         )
+    if not listens:  # a Serve that runs on the cluster may listen there already
+        return
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -260,22 +263,22 @@ def _follow(
             continue
         try:
             version = registry.current()
-            trouble = ""
-        except FlyweightError as error:
+            if version in (source.version, refused):
+                trouble = ""
+                continue
+            new = read_registered(registry, version)
+        except FlyweightError as error:  # looked for again, and said once
             if str(error) != trouble:
                 trouble = str(error)
                 say(f"{trouble}; version {source.version} goes on")
             continue
-        if version in (source.version, refused):
-            continue
-        refused = ""
+        trouble = ""
         try:
-            source = _replace(source, read_registered(registry, version), options)
+            source = _replace(source, new, options)
+            say(f"Version {version} serves now (SHA-256 {source.sha256[:12]})")
         except FlyweightError as error:
             refused = version
             say(f"Version {version} is refused, version {source.version} goes on: {error}")
-        else:
-            say(f"Version {version} serves now (SHA-256 {source.sha256[:12]})")
 
 
 def _replace(old: Source, new: Source, options: Options) -> Source:

@@ -173,6 +173,14 @@ class MlflowTracker:
         with self._changed:
             return self._changed.wait_for(lambda: self._held == 0, timeout_s)
 
+    def wait_opened(self, timeout_s: float) -> None:
+        """Waits until the server has answered or failed to: a process that ends while it makes a
+        database leaves one that nobody can use, nor make anew."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._runs is not None or self._outage is not None or self._done, timeout_s
+            )
+
     def record(self, entry: Entry) -> None:
         with self._changed:
             if self._done or self._ending is not None:
@@ -328,6 +336,7 @@ class MlflowTracker:
             if self._outage is None:
                 _log.warning("MLflow does not answer, the search goes on: %s", self._text(error))
             self._outage = f"MLflow does not answer: {self._text(error)}"
+            self._changed.notify_all()
             hurried = self._stops
             self._changed.wait_for(
                 lambda: self._abandoned or self._stops != hurried,

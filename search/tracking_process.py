@@ -25,6 +25,7 @@ from .tracking import LATE, NOT_IN_TIME, Entry, MlflowTracker, Status, Undeliver
 NICENESS = 19  # it follows: trials and the search go first
 GRACE_S = 2.0  # beyond the time that the tracker itself has to finish
 ORPHAN_S = 30.0  # to deliver what it has when the driver is gone
+OPENING_S = 600.0  # to make a database, on a machine however busy
 _DIED = "the process that writes to MLflow died"
 
 _log = logging.getLogger(__name__)
@@ -94,8 +95,10 @@ class TrackerProcess:
             self._changed.wait_for(lambda: self._over, timeout_s + GRACE_S)
             answer = self._answer or Undelivered(self._given, _DIED if self._gone else NOT_IN_TIME)
             late = self._late
-        self._process.kill()
-        self._process.wait()
+        # One that may be making a database is left to itself: it ends soon.
+        if self._run_id is not None or self._over:
+            self._process.kill()
+            self._process.wait()
         if not late:
             return answer
         reasons = [answer.reason, f"{late} entries: {LATE}"]
@@ -169,10 +172,13 @@ def _follow(tracker: MlflowTracker) -> None:
             continue
         status, files, timeout_s = message["finish"]
         missing = tracker.finish(status, [Path(f) for f in files], timeout_s)
+        if missing.reason:  # and no answer until then: nobody shall end this process
+            tracker.wait_opened(OPENING_S)
         _say(undelivered=[missing.entries, missing.reason])
         return
     # The driver was killed: its search can be resumed, so the run stays open.
     tracker.wait_delivered(ORPHAN_S)
+    tracker.wait_opened(OPENING_S)
 
 
 @contextlib.contextmanager

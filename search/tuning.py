@@ -36,7 +36,9 @@ class ControlledSearcher(_Unpickled, Searcher):
         trial = self.controller.propose()
         if trial is None:
             # What runs may come back: Tune asks again as long as it is not told that this is all.
-            return None if self.controller.running() else Searcher.FINISHED
+            # It is where nothing can be recorded any more, though no trial could be ended then.
+            waits = self.controller.running() and not self.controller.fatal
+            return None if waits else Searcher.FINISHED
         self.numbers[trial_id] = trial.number
         policy = trial.policy.canonical()
         return {"number": trial.number, "policy": policy, "rung": trial.next_rung}

@@ -303,6 +303,21 @@ def test_a_record_that_cannot_be_written_ends_the_search(room: int) -> None:
     assert [(e["kind"], e["digest"]) for e in heard] == written
 
 
+@pytest.mark.parametrize("room", range(12))
+def test_tune_is_told_that_nothing_comes_any_more(room: int) -> None:
+    """Else it would wait for ever for trials that could not be ended."""
+    from flyweight.search.tuning import ControlledSearcher
+
+    control = controller(FullDisk(room))
+    searcher = ControlledSearcher(control)
+    asked = 0
+    while searcher.suggest(f"id{asked}") != ControlledSearcher.FINISHED:
+        asked += 1
+        assert asked <= 12
+        climb(control, control.trials[len(control.trials) - 1])
+    assert control.fatal
+
+
 def searched() -> list[Entry]:
     clock, record = Clock(), MemoryRecord()
     record.append({"kind": "search", "time": clock.now})

@@ -103,9 +103,11 @@ def test_trials_run_on_the_workers_and_the_target_measures(
 
 
 REFUSED = [
-    ({"resources": {"gpus": 1}}, "a trial asks for 1 CPUs, 1 GPUs, but no node has that"),
-    ({"resources": {"accelerator": "H100"}}, "a GPU of type H100"),
-    ({"resources": {"memory_bytes": 10**15}}, "bytes of memory, but no node has that"),
+    (
+        {"resources": {"gpus": 0.5, "accelerator": "H100", "memory_bytes": 10**15}},
+        "a trial asks for 1 CPUs, 0.5 GPUs, 1,000,000 GB of memory, a GPU of type H100, but no "
+        "node has that; there is ",
+    ),
     ({"task": "absent.py:Lonely"}, "no_such_package"),
 ]
 
@@ -125,7 +127,7 @@ def test_what_the_nodes_lack_is_refused_before_any_cost(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     if "resources" in changes:
-        assert "2 x (1 CPUs" in done.stderr
+        assert "x (1 CPUs and " in done.stderr  # what there is
         assert "--wait 20m" in done.stderr
     assert not (run / "record.jsonl").read_text()
 

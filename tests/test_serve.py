@@ -523,7 +523,7 @@ def test_what_cannot_be_served_is_said_before_ray_starts(tmp_path: Path) -> None
     assert "--name" in done.output
 
 
-def register(uri: str, folder: Path, content: bytes, digest: str) -> str:
+def register(uri: str, folder: Path, content: bytes, digest: str, alias: str = "champion") -> str:
     """A version of "net" that has the alias, as ``flyweight deploy`` registers it; its number."""
     from flyweight.search.choose import Artifact
     from flyweight.search.deploy import registry_at
@@ -533,7 +533,7 @@ def register(uri: str, folder: Path, content: bytes, digest: str) -> str:
     metrics = json.loads((folder / "metrics.json").read_text())
     path, policy = folder / "model.onnx", folder / "policy.json"
     chosen = Artifact(digest, content, path, policy, metrics, 0.1, "t.py:T", TARGET)
-    return registry_at(uri, "net", "champion").register(chosen, None, "e").version
+    return registry_at(uri, "net", alias).register(chosen, None, "e").version
 
 
 @dataclass
@@ -560,7 +560,7 @@ class Load:
 def test_when_the_alias_moves_no_request_fails_and_a_bad_version_changes_nothing(
     tmp_path: Path,
 ) -> None:
-    from flyweight.search.deploy import rollback
+    from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     assert register(uri, tmp_path / "a", tiny(1), "1" * 64) == "1"
@@ -577,9 +577,16 @@ def test_when_the_alias_moves_no_request_fails_and_a_bad_version_changes_nothing
             assert "Incompatible dimensions for matrix multiplication" in said
             register(uri, tmp_path / "d", two(), "4" * 64)  # a good one, with other inputs
             command.wait("Version 4 is refused, version 2 goes on: its inputs and outputs")
-            rollback("net", tracking_uri=uri)
-            rollback("net", tracking_uri=uri)
-            rollback("net", tracking_uri=uri)
+            register(uri, tmp_path / "e", tiny(5), "5" * 64, alias="next")
+            (stored,) = (
+                place
+                for place in (tmp_path / "mlartifacts").rglob("model.onnx")
+                if place.read_bytes() == tiny(5)
+            )
+            stored.write_bytes(tiny(6))  # behind the registry's back
+            MlflowClient(uri).set_registered_model_alias("net", "champion", "5")
+            command.wait("version 5 of net is not the file that was scored")
+            MlflowClient(uri).set_registered_model_alias("net", "champion", "1")
             command.wait("Version 1 serves now")
             time.sleep(1)
         finally:

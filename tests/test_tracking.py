@@ -280,6 +280,12 @@ class TestMlflow(TrackerContract):
             found = client.search_runs([run.info.experiment_id], condition)
             assert len(found) == 4
 
+    def test_a_database_is_made_before_anybody_may_leave(self, tmp_path: Path) -> None:
+        tracker = MlflowTracker(f"sqlite:///{tmp_path}/new.db", "e", str(tmp_path), "s")
+        tracker.wait_opened(LONG_S)
+        assert tracker.run_id
+        assert tracker.finish("FINISHED", timeout_s=LONG_S) == ALL
+
     def test_requests_a_trial(self, make: MakeMlflow) -> None:
         tracker = make(linger_s=0.2)
         assert tracker.wait_run_id(LONG_S)
@@ -431,6 +437,8 @@ class TestProcess(TrackerContract):
         left = tracker.finish("FINISHED", timeout_s=0.1)
         assert left.entries == 1_000 * len(RECORD)
         assert left.reason is not None
+        assert runs_in_process(tracker._process.pid)  # it may have been making a database
+        tracker._process.kill()
 
     def test_what_was_given_arrives_when_the_driver_is_killed(self, store: Path) -> None:
         code = f"""
