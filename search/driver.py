@@ -96,7 +96,11 @@ def search(
         with connected(spec, address):
             check_cluster(prepared, run_dir, address is None, wait_s, say)
             place = place_of(prepared, profile, address is None, say)
-            return _Search(spec, run_dir, record, prepared, place, console, began, profile).run()
+            run = _Search(spec, run_dir, record, prepared, place, console, began, profile)
+            try:
+                return run.run()
+            finally:
+                run.close()
     finally:
         record.close()
 
@@ -173,6 +177,12 @@ class _Search:
         self._finish(tracker, controller)
         failed = bool(controller.fatal) or controller.hopeless() or not written
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
+
+    def close(self) -> None:
+        """Ends its threads, also of a run that was cut short: what it has is copied."""
+        self.janitor.shutdown(cancel_futures=True)
+        if self.mirror:
+            self.mirror.close()
 
     def _predictor(self, teacher_ms: float) -> LatencyPredictor | None:
         """The predictor for the device that is measured on, from the given device profile or one
