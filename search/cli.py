@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import random
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,15 +21,17 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for prog
 
 
 class Duration(click.ParamType[float]):
-    """ "20m" in seconds."""
+    """ "20m" in seconds, as a spec has them."""
 
     name = "duration"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        match = re.fullmatch(r"([0-9.]+)([smh])", str(value))
-        if match is None:
+        from .spec import seconds
+
+        try:
+            return float(seconds(value))  # type: ignore[arg-type]  # of a string it is a number
+        except ValueError:
             self.fail(f"is a duration such as 90s, 20m or 1h, but got {value!r}", param, ctx)
-        return float(match[1]) * {"s": 1.0, "m": 60.0, "h": 3600.0}[match[2]]
 
 
 WAIT = click.option(

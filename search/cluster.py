@@ -63,7 +63,7 @@ def submit(
         # "python": the cluster's own, which is not where this one is.
         entrypoint = (
             f"python -m flyweight.search.cli search {shlex.quote(spec_path.name)} "
-            f"--out {_quote(place)} --address auto --wait {wait_s:g}s"
+            f"--out {_quote(place)} --address auto --wait {wait_s:.0f}s"
         )
     with TemporaryDirectory(prefix="flyweight-submit-") as folder, _connected(address) as client:
         runtime_env = {

@@ -105,7 +105,9 @@ def search(
             check_cluster(prepared, storage_of(spec, run_dir), address is None, wait_s, say)
             place = place_of(prepared, profile, address is None, say)
             say("Timing the teacher on the target")
-            return _Search(spec, run_dir, record, prepared, place, console, began, profile).run()
+            run = _Search(spec, run_dir, record, prepared, place, console, began, profile)
+            held.callback(run.close)
+            return run.run()
 
 
 def _refused(run_dir: Path, record: FileRecord, fresh: bool) -> Callable[..., None]:
@@ -190,6 +192,12 @@ class _Search:
         self._finish(tracker, controller)
         failed = bool(controller.fatal) or controller.hopeless() or not written
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
+
+    def close(self) -> None:
+        """Ends its threads, also of a run that was cut short: what it has is copied."""
+        self.janitor.shutdown(cancel_futures=True)
+        if self.mirror:
+            self.mirror.close()
 
     def _predictor(self, teacher_ms: float) -> LatencyPredictor | None:
         """The predictor for the device that is measured on, from the given device profile or one

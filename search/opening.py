@@ -12,7 +12,7 @@ from ..spaces import BadInput
 from .cache import key_of
 from .meter import Device
 from .ready import Ready, facts_of, versions
-from .record import Entry, Record
+from .record import Entry, Record, whole_lines
 from .spec import Spec
 from .storage import RECORD, kept_record
 from .store import compressed_bytes, write_whole
@@ -22,6 +22,7 @@ FREE_BYTES = 200_000_000  # what a run directory may come to need
 
 def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
     """The run directory, made if need be. Raises BadInput when it is not what was asked for."""
+    _check_secrets(spec)
     name = spec.task.rpartition(":")[2]
     if out is None:
         earlier = sorted(Path("runs").glob(f"{name}-*/record.jsonl"))
@@ -32,22 +33,28 @@ def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
         )
     out = out.resolve()
     kept = out / RECORD
-    copied = None if kept.is_file() else kept_record(spec, out)
-    if copied is not None and not resume:
+    local = whole_lines(kept.read_bytes()) if kept.is_file() else None
+    copied = kept_record(spec, out)
+    if local and not resume:
+        raise BadInput(f"{out} holds a search already; go on with --resume or choose another --out")
+    if copied and not resume:
         raise BadInput(
             f"storage: it holds a search of the name {out.name} already; go on with it with "
             "--resume or choose another --out"
         )
-    exists = kept.is_file() and kept.stat().st_size > 0
     # An empty one is of a search that had no trials yet.
-    if resume and copied is None and not kept.is_file():
+    if resume and copied is None and local is None:
         raise BadInput(f"nothing to resume in {out}: it has no record.jsonl")
-    if exists and not resume:
-        raise BadInput(f"{out} holds a search already; go on with --resume or choose another --out")
+    longer, shorter = sorted((local or b"", copied or b""), key=len, reverse=True)
+    if not longer.startswith(shorter):
+        raise BadInput(
+            f"the record in {out} and its copy in the storage each hold what the other lacks: two "
+            "heads went on with one search; keep one of the two, and move the other away"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if copied is not None:  # of a head that is gone
-            write_whole(kept, copied)
+        if longer != (local or b""):  # another head went on with it, and is gone
+            write_whole(kept, longer)
         free = shutil.disk_usage(out).free
     except OSError as error:
         raise BadInput(f"the run directory {out} cannot be made: {error}") from error
@@ -66,6 +73,17 @@ def unmake(run_dir: Path) -> None:
     for folder in (run_dir / "teacher", run_dir):
         with contextlib.suppress(OSError):  # not there, or not empty
             folder.rmdir()
+
+
+def _check_secrets(spec: Spec) -> None:
+    """Raises BadInput for the spec of a run directory where that leaves a password out."""
+    uris = {"storage": spec.storage, "tracking.uri": spec.tracking and spec.tracking.uri}
+    for key, uri in uris.items():
+        if uri and "***" in uri:
+            raise BadInput(
+                f"{key}: {uri} has its password left out, as a run directory's spec.yaml has; name "
+                "the search.yaml that the search began with"
+            )
 
 
 def opening_entry(

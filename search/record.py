@@ -75,7 +75,7 @@ class FileRecord:
             self._hold.close()
             self._file.close()
             raise
-        self._size = len(_whole_lines(path.read_bytes()))  # of what is whole, in bytes
+        self._size = len(whole_lines(path.read_bytes()))  # of what is whole, in bytes
         os.truncate(self._file.fileno(), self._size)
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="flyweight-record")
         self._next_sync: Future[None] = Future()
@@ -126,7 +126,7 @@ class FileRecord:
 
 def read(path: Path) -> Iterator[Entry]:
     """The entries of a record file, also of one that is still being written."""
-    for number, line in enumerate(_whole_lines(path.read_bytes()).splitlines(), 1):
+    for number, line in enumerate(whole_lines(path.read_bytes()).splitlines(), 1):
         try:
             entry = json.loads(line)
         except ValueError as error:
@@ -136,5 +136,6 @@ def read(path: Path) -> Iterator[Entry]:
         yield entry
 
 
-def _whole_lines(content: bytes) -> bytes:
+def whole_lines(content: bytes) -> bytes:
+    """``content`` without a last line that was cut off."""
     return content[: content.rfind(b"\n") + 1]

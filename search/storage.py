@@ -12,6 +12,7 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
 
 from ..spaces import BadInput
+from .record import whole_lines
 from .spec import Spec
 from .tracking import redact
 
@@ -104,7 +105,7 @@ def kept_record(spec: Spec, run_dir: Path) -> bytes | None:
     if spec.storage is None:
         return None
     try:
-        return storage_of(spec, run_dir).read(RECORD)
+        return whole_lines(storage_of(spec, run_dir).read(RECORD))
     except FileNotFoundError:
         return None
     except (OSError, ArrowException) as error:
@@ -143,7 +144,7 @@ class Mirror:
         began = time.monotonic()
         try:
             content = self._record.read_bytes()
-            if len(content) != self._copied:
+            if content and len(content) != self._copied:  # nothing: a search that may be refused
                 self._storage.write(RECORD, content)
                 self._copied = len(content)
             self.failed = None

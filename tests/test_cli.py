@@ -92,3 +92,10 @@ def test_sample_writes_numbered_legal_policies(tmp_path: Path) -> None:
     assert found == [space.sample(rng) for _ in range(11)]
     lines = run("sample", "--spec", spec, "-n", 11, "--seed", 3).output.splitlines()
     assert [Policy.from_dict(json.loads(line)) for line in lines] == found
+
+
+@pytest.mark.parametrize("wait", ["20", "1.2.3m", "."])
+def test_a_wait_that_is_no_duration_is_refused(wait: str) -> None:
+    found = CliRunner().invoke(main, ["search", "search.yaml", "--wait", wait])
+    assert found.exit_code == 2
+    assert "is a duration such as 90s, 20m or 1h" in found.output

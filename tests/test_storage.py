@@ -81,7 +81,7 @@ def test_an_artifact_reaches_the_run_directory(storage: Storage, tmp_path: Path)
 
 
 def spec(place: Path) -> Any:
-    return SimpleNamespace(storage=f"file://{place}", task="task.py:Net")
+    return SimpleNamespace(storage=f"file://{place}", task="task.py:Net", tracking=None)
 
 
 def test_a_new_head_goes_on_from_the_copy_of_the_record(tmp_path: Path) -> None:
@@ -119,3 +119,50 @@ def test_a_storage_that_cannot_be_written_is_refused_before_any_cost(tmp_path: P
     )
     with pytest.raises(BadInput, match="cannot be written"):
         check_cluster(ready, Storage(tmp_path / "storage"), True, 0.0, print)
+
+
+@pytest.mark.parametrize(
+    ("local", "copied", "kept"),
+    [
+        (b"one\n", b"one\ntwo\n", b"one\ntwo\n"),  # another head went on with it
+        (b"one\ntw", b"one\ntwo\n", b"one\ntwo\n"),
+        (b"one\ntwo\n", b"one\n", b"one\ntwo\n"),  # killed before it was copied
+        (b"", b"one\n", b"one\n"),
+    ],
+)
+def test_the_longer_of_two_records_of_a_search_is_gone_on_with(
+    tmp_path: Path, local: bytes, copied: bytes, kept: bytes
+) -> None:
+    where, run = spec(tmp_path / "storage"), tmp_path / "run"
+    run.mkdir()
+    (run / RECORD).write_bytes(local)
+    Storage(where.storage).write(f"runs/run/{RECORD}", copied)
+    with pytest.raises(BadInput, match="--resume"):
+        open_run(where, run, resume=False)
+    assert open_run(where, run, resume=True) == run
+    assert (run / RECORD).read_bytes() == kept
+
+
+def test_two_records_that_went_apart_are_refused(tmp_path: Path) -> None:
+    where, run = spec(tmp_path / "storage"), tmp_path / "run"
+    run.mkdir()
+    (run / RECORD).write_bytes(b"one\ntwo\n")
+    Storage(where.storage).write(f"runs/run/{RECORD}", b"one\nother\n")
+    with pytest.raises(BadInput, match="what the other lacks"):
+        open_run(where, run, resume=True)
+    assert (run / RECORD).read_bytes() == b"one\ntwo\n"
+
+
+def test_a_search_that_was_refused_leaves_no_record_in_the_storage(tmp_path: Path) -> None:
+    where, record = spec(tmp_path / "storage"), tmp_path / "run" / RECORD
+    record.parent.mkdir()
+    record.touch()
+    Mirror(record, Storage(where.storage).under("runs/run")).close()
+    assert kept_record(where, record.parent) is None
+
+
+def test_a_password_that_was_left_out_is_asked_for(tmp_path: Path) -> None:
+    where = spec(tmp_path)
+    where.storage = "s3://***@bucket/x"
+    with pytest.raises(BadInput, match="password left out"):
+        open_run(where, tmp_path / "run", resume=True)
