@@ -27,7 +27,7 @@ def test_help(name: str | None) -> None:
 def test_the_commands_of_the_design_that_are_built() -> None:
     assert {"init", "plan", "search", "sample", "replay", "report", "deploy", "serve", "rollback",
             "submit", "status", "logs", "stop", "profile", "predict",
-            "explain", "measure"} >= set(main.commands) >= {
+            "explain", "measure", "deliver"} >= set(main.commands) >= {
         "init", "plan", "search", "sample", "replay", "report", "deploy", "profile", "predict",
         "explain", "measure",
     }  # fmt: skip
