@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RUN ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help install demo test test-slow check benchmarks clean
+.PHONY: help install docs demo test test-slow check benchmarks clean
 
 help:
 	@echo "make install     install flyweight into $(VENV)"
 	@echo "make demo        compress the Fashion-MNIST teacher (installation, then about five minutes)"
 	@echo "make test        the fast tests, linting and types"
 	@echo "make test-slow   the slow tests"
+	@echo "make docs        the pages of docs/ into build/docs"
 	@echo "make benchmarks  the figures of docs/benchmarks.md (long)"
 
 $(READY): pyproject.toml constraints.txt
@@ -42,6 +43,11 @@ check: $(READY)
 	@mkdir -p build/types/flyweight
 	@for room in spaces kernels compressors search; do ln -sfn ../../../$$room build/types/flyweight/$$room; done
 	$(BIN)/mypy build/types/flyweight
+
+docs: check
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "== Open build/docs/index.html"
 
 benchmarks: $(READY)
 	$(BIN)/python benchmarks/demo.py

@@ -34,9 +34,16 @@ def kl_divergence(
 ) -> Tensor:
     """Mean KL(teacher || student) of softened answers, times T^2 (Hinton et al. 2015, sec. 2).
 
-    Of quantities that between normal distributions around them, of the variance that the teacher's
+    Of logits of labels the sum over the labels of an item (axis 1) of what each label has. Of
+    quantities that between normal distributions around them, of the variance that the teacher's
     answers have: the squared error, in units that any output has.
     """
+    if kind.labels:
+        ours, theirs = (kind.scores(x) / temperature for x in (output, answer))
+        chance = theirs.sigmoid()
+        each = chance * (F.logsigmoid(theirs) - F.logsigmoid(ours))
+        each = each + (1 - chance) * (F.logsigmoid(-theirs) - F.logsigmoid(-ours))
+        return (each if each.ndim < 2 else each.sum(1)).mean() * temperature**2
     if kind.axis is None:
         return (output - answer).square().mean() / (2 * kind.variance)
     pair = (kind.scores(x) / temperature for x in (output, answer))
@@ -55,7 +62,7 @@ def decoupled(
     plus ``beta`` times the rest among itself. The target is the teacher's first choice. Raises
     Impossible where the output are quantities."""
     if kind.axis is None:
-        raise Impossible("the loss 'decoupled' compares classes, but this output is quantities")
+        raise Impossible("the loss 'decoupled' compares classes, but this output has none")
     pair = (kind.scores(x) / temperature for x in (output, answer))
     ours, theirs = (x.flatten(0, -2) for x in pair)  # [n, classes]
     target = F.one_hot(theirs.argmax(-1), theirs.shape[-1]).bool()

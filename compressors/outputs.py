@@ -14,24 +14,32 @@ DRAWS = 3  # of noise: one may leave a loss where it was by chance
 
 @dataclass(frozen=True)
 class OutputKind:
-    """Scores of classes along ``axis``, or, where that is None, quantities.
+    """Scores of classes along ``axis``; where that is None logits of labels that may all be true,
+    or quantities.
 
-    probabilities: whether the scores are probabilities, not their logarithms (but for a constant).
-    variance: of quantities.
+    probabilities: whether scores or logits are given as the probabilities that they stand for.
+    labels: whether it is labels. variance: of quantities.
     """
 
     axis: int | None = -1
     probabilities: bool = False
+    labels: bool = False
     variance: float = 1.0
 
     def scores(self, output: Tensor) -> Tensor:
-        """``output`` with its classes last, their softmax the probabilities: [..., classes]."""
-        assert self.axis is not None
+        """``output`` with its classes last, their softmax the probabilities: [..., classes]; or
+        logits of labels, shaped as they are."""
+        if self.axis is None:
+            return output.clamp(LEAST, 1 - LEAST).logit() if self.probabilities else output
         scores = output.movedim(self.axis, -1)
         return scores.clamp(LEAST).log() if self.probabilities else scores
 
     def same(self, output: Tensor, other: Tensor, step: float) -> Tensor:
-        """Where two networks predict the same: the class, or a quantity within ``step``."""
+        """Where two networks predict the same: the class, what is true, or a quantity within
+        ``step``."""
+        if self.labels:
+            least = 0.5 if self.probabilities else 0.0
+            return (output > least) == (other > least)
         if self.axis is None:
             return (output - other).abs() <= step
         return output.argmax(self.axis) == other.argmax(self.axis)
@@ -44,8 +52,8 @@ def kind_of(loss: Callable[[Tensor, Any], Tensor], output: Tensor, target: Any) 
     """The kind of ``output`` [N, ...], the teacher's answers, as ``loss`` reads them.
 
     Classes lie along the axis where probabilities sum to 1, or where a constant added to all scores
-    changes no loss, as softmax has it. Everything else are quantities: what is regressed, pixels,
-    logits of labels that exclude each other not.
+    changes no loss, as softmax has it. Labels have a loss like a sigmoid's cross-entropy, or one
+    that takes nothing but probabilities. Everything else are quantities: what is regressed, pixels.
     """
     axes = [a for a in range(1, output.ndim) if output.shape[a] > 1]
     for axis in axes:
@@ -63,11 +71,32 @@ def kind_of(loss: Callable[[Tensor, Any], Tensor], output: Tensor, target: Any) 
         return max(abs(value - before) for value in losses)
 
     before = float(loss(output, target))
-    most = change(list(output.shape))
-    for axis in axes:
-        if change([1 if a == axis else n for a, n in enumerate(output.shape)]) <= SAME * most:
-            return OutputKind(axis)
+    try:
+        most = change(list(output.shape))
+        for axis in axes:
+            if change([1 if a == axis else n for a, n in enumerate(output.shape)]) <= SAME * most:
+                return OutputKind(axis)
+        if _is_logistic(loss, output, target):
+            return OutputKind(None, labels=True)
+    except Exception:  # the user's: it takes no output that the model does not give
+        if output.min() >= 0 and output.max() <= 1:  # F.binary_cross_entropy
+            return OutputKind(None, probabilities=True, labels=True)
     return OutputKind(None, variance=max(output.double().var(correction=0).item(), LEAST))
+
+
+def _is_logistic(loss: Callable[[Tensor, Any], Tensor], output: Tensor, target: Any) -> bool:
+    """Whether the gradient of ``loss`` is that of cross-entropies of sigmoids: the same far out,
+    and at 0 halfway between both ends."""
+
+    def slope(at: float) -> Tensor:
+        with torch.enable_grad():
+            place = torch.full_like(output, at).requires_grad_()
+            return torch.autograd.grad(loss(place, target), place)[0]
+
+    low, lower, high, higher, middle = map(slope, (-50.0, -100.0, 50.0, 100.0, 0.0))
+    least = SAME * (high - low).abs().max()
+    pairs = ((low, lower), (high, higher), (middle, (low + high) / 2))
+    return bool(least > 0) and all(bool(((a - b).abs() <= least).all()) for a, b in pairs)
 
 
 def _ones(sums: Tensor) -> bool:

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .explained import EXPLANATION
 from .hold import Hold
 from .limits import Limits
 from .local_ray import connected, terminable
-from .opening import asks_anew, changed_target, is_done, open_run, opening_entry
+from .opening import asks_anew, changed_target, is_done, open_run, opening_entry, unmake
 from .placement import Place, place_of, trial_request
 from .predict import given_profile, predictor_of
 from .preflight import check_cluster
@@ -40,6 +40,7 @@ from .ready import (
     teacher_answers,
 )
 from .record import FileRecord
+from .report import FILES as REPORT
 from .report import write_report
 from .results import final_front, finalists, measured_entry, result
 from .spec import Spec
@@ -84,10 +85,12 @@ def search(
     wait_s: for a node that can run its trials to come, where the cluster has none."""
     began = time.time()
     profile = given_profile(spec)
+    fresh = out is None or not out.is_dir() or not any(out.iterdir())
     run_dir = open_run(spec, out, resume)
     with contextlib.ExitStack() as held:
         record = FileRecord(run_dir / "record.jsonl")
         held.callback(record.close)
+        held.push(_refused(run_dir, record, fresh))
         if spec.storage:
             hold = Hold(storage_of(spec, run_dir), f"the storage of {run_dir.name}")
             held.callback(hold.close)
@@ -97,10 +100,22 @@ def search(
         if profile is not None:
             check_profile(profile, empty_profile(spec, prepared.prepared), device=False)
         write_whole(run_dir / "spec.yaml", spec.to_yaml().encode())
+        say("Starting Ray" if address is None else f"Joining the Ray cluster at {address}")
         with connected(spec, address):
             check_cluster(prepared, storage_of(spec, run_dir), address is None, wait_s, say)
             place = place_of(prepared, profile, address is None, say)
+            say("Timing the teacher on the target")
             return _Search(spec, run_dir, record, prepared, place, console, began, profile).run()
+
+
+def _refused(run_dir: Path, record: FileRecord, fresh: bool) -> Callable[..., None]:
+    """What leaves nothing behind where bad input ends a search that had nothing yet."""
+
+    def exits(kind: type[BaseException] | None, *_: object) -> None:
+        if fresh and kind and issubclass(kind, BadInput) and not record.entries():
+            unmake(run_dir)
+
+    return exits
 
 
 class _Search:
@@ -421,7 +436,7 @@ class _Search:
         status: Status = (
             "KILLED" if controller.interrupted else "FAILED" if controller.fatal else "FINISHED"
         )
-        files = [self.run_dir / name for name in ("result.json", "report.html", "spec.yaml")]
+        files = [self.run_dir / name for name in ("result.json", "spec.yaml", *REPORT)]
         missing = tracker.finish(status, [file for file in files if file.is_file()])
         if missing.reason:
             self.notes.append(

@@ -17,12 +17,16 @@ from .spec import Spec
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM (a job that is stopped) ends a search as Ctrl-C does: with the best so far."""
+    """SIGTERM (a job that is stopped) ends a search as Ctrl-C does: with the best so far. Tune
+    (2.60) takes Ctrl-C for itself and keeps it unless it came: it is given back here, so that one
+    that comes later, while finalists are measured, is an interruption."""
+    interrupt = signal.getsignal(signal.SIGINT)
     before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 @contextlib.contextmanager

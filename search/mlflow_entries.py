@@ -64,7 +64,7 @@ def _result(entry: dict[str, Any]) -> Update:
     rung = RUNGS.index(entry["rung"])
     low, middle, high = entry.get("latency_ms") or (None, None, None)
     latencies = {"latency_low_ms": low, "latency_ms": middle, "latency_high_ms": high}
-    names = ("loss", "metric", "size_bytes", "compressed_bytes", "seconds")
+    names = ("loss", "metric", "size_bytes", "compressed_bytes", "macs", "seconds")
     others = {name: entry.get(name) for name in names}
     metrics, odd = _finite(others | latencies, f"@{entry['rung']}")
     return Update(
@@ -72,12 +72,29 @@ def _result(entry: dict[str, Any]) -> Update:
         float(entry["time"]),
         metrics=metrics,
         step=rung,
+        params=_summary(entry["policy"]),
         tags={"flyweight.digest": str(entry["digest"])},
         rung=rung,
         policy=dict(entry["policy"]),
         started=float(entry["time"]) - float(entry.get("seconds") or 0),
         not_finite=odd,
     )
+
+
+def _summary(policy: dict[str, Any]) -> dict[str, str]:
+    """The policy in a few words, to sort and group by; all of it is an artifact."""
+    prune, quantize = policy.get("prune", {}), policy.get("quantize", {})
+    int8 = sum(p == "int8" for p in quantize.get("precision", {}).values())
+    found = {
+        "student": policy.get("distill", {}).get("student", "pruned"),
+        "pruned_groups": len(prune.get("width", {})),
+        "dropped_blocks": len(prune.get("drop", ())),
+        "criterion": prune.get("criterion", "none"),
+        "int8_layers": int8,
+        "calibration": quantize.get("calibration", "none"),
+        "qat": quantize.get("qat", False),
+    }
+    return {name: str(value).lower() for name, value in found.items()}
 
 
 def _end(entry: dict[str, Any]) -> Update:

@@ -154,6 +154,7 @@ class Runs:
         if policy is not None and not run.has_policy:
             self._store_policy(run, policy)
         tags = run.tags_after(new, complete)
+        params = {k: v for u in new for k, v in u.params.items()}  # each key once in a batch
         self._ask(
             self._client.log_batch,
             run.run_id,
@@ -162,7 +163,7 @@ class Runs:
                 for u in new
                 for name, value in u.metrics.items()
             ],
-            params=[Param(k, self._short(v)) for u in new for k, v in u.params.items()],
+            params=[Param(k, self._short(v)) for k, v in params.items()],
             tags=[RunTag(k, self._short(v)) for k, v in tags.items()],
         )
         run.tags |= tags

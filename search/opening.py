@@ -1,5 +1,6 @@
 """How a search begins: its run directory, and the entry that opens its record."""
 
+import contextlib
 import secrets
 import shutil
 import time
@@ -56,6 +57,15 @@ def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
             "free some, or choose another --out"
         )
     return out
+
+
+def unmake(run_dir: Path) -> None:
+    """Removes what a search that was refused had put into a folder that was empty before."""
+    for name in ("record.jsonl", "spec.yaml", "teacher/model.onnx"):
+        (run_dir / name).unlink(missing_ok=True)
+    for folder in (run_dir / "teacher", run_dir):
+        with contextlib.suppress(OSError):  # not there, or not empty
+            folder.rmdir()
 
 
 def opening_entry(

@@ -12,7 +12,7 @@ from ..spaces import Policy, Space
 from .limits import COSTS
 from .meter import Meter
 from .predict import given_profile, predictor_of
-from .progress import size
+from .progress import milliseconds, size
 from .ready import facts_of, make_space, prepare_task, ready, score
 from .spec import load_spec
 from .storage import Storage
@@ -103,9 +103,10 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     """The plan for people."""
     console = console or Console()
     teacher, space = plan["teacher"], plan["space"]
+    test = "" if teacher["metric_test"] is None else f" ({teacher['metric_test']:.2f} on test)"
     console.print(
-        f"{plan['task']}: metric {teacher['metric']:.2f}, {teacher['latency_ms']:.3f} ms, "
-        f"{teacher['parameters'] / 1e6:.2f} M parameters",
+        f"{plan['task']}: metric {teacher['metric']:.2f} on selection validation{test}, "
+        f"{milliseconds(teacher['latency_ms'])} ms, {teacher['parameters'] / 1e6:.2f} M parameters",
         markup=False, soft_wrap=True,
     )  # fmt: skip
     console.print(
@@ -120,7 +121,7 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     for case in plan["cases"]:
         table.add_row(
             case["kind"], f"{case['kept']:.0%}", str(case["int8_layers"]),
-            f"{case['latency_ms']:.4f}", f"{case['speedup']:.2f}x",
+            milliseconds(case["latency_ms"]), f"{case['speedup']:.2f}x",
             f"{case['metric_untrained']:.2f}",
         )  # fmt: skip
     console.print(table)
@@ -132,8 +133,9 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
             "would refuse."
         )
     cost = plan["cost"]
-    minutes = (cost["time_budget_s"] or 0) / 60
-    budget = f", about {minutes:g} min of them and then the finalists" if minutes else ""
+    seconds = cost["time_budget_s"]
+    long = f"{seconds:.0f} s" if (seconds or 0) < 120 else f"{seconds / 60:.3g} min"
+    budget = f", about {long} of them and then the finalists" if seconds else ""
     console.print(
         f"Cost: up to {cost['trials']} trials{budget}; one that climbs to the top trains on "
         f"{cost['samples_of_a_full_trial']:,} samples"
@@ -156,7 +158,9 @@ def _print_limit(plan: dict[str, Any], name: str, console: Console) -> None:
     if limit is None:
         return
     least = min(case[name] for case in plan["cases"])
-    verdict = "OUT OF REACH of this space" if name in plan["out_of_reach"] else "within reach"
+    verdict = "within reach" if least <= limit else "perhaps within reach"
+    if name in plan["out_of_reach"]:
+        verdict = "OUT OF REACH of this space"
     console.print(
         f"Limit: {_amount(name, limit)}, {verdict} (least {_amount(name, least)}, "
         f"{plan['teacher'][name] / least:.2f} times less than the teacher)",
@@ -166,7 +170,7 @@ def _print_limit(plan: dict[str, Any], name: str, console: Console) -> None:
 
 def _amount(name: str, value: float) -> str:
     if name == "latency_ms":
-        return f"{value:.4f} ms"
+        return f"{milliseconds(value)} ms"
     return size(value) + (" compressed" if name == "compressed_bytes" else "")
 
 

@@ -11,13 +11,13 @@ import ray
 from pyarrow import ArrowException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ..compressors import load_task
 from ..spaces import BadInput, FlyweightError
 from .meter import Device
 from .placement import for_actor, trial_request
 from .ready import Ready
 from .spec import Resources, Spec
 from .storage import Storage
+from .tracking import redact
 
 LOOK_S = 5.0  # between two looks for a node that is waited for
 PATIENCE_S = 300.0  # for a node to say what it has: its first import of torch takes long
@@ -31,9 +31,12 @@ Node = Mapping[str, Any]
 
 def check_cluster(ready: Ready, storage: Storage, local: bool, wait_s: float, say: Say) -> None:
     """Raises BadInput if no node can run a trial of ``ready`` (after ``wait_s`` seconds), or if one
-    that can lacks something. storage: that trials write to. local: Ray is of this machine alone,
-    which has what the search has."""
+    that can lacks something, or if this process cannot write to a storage that the spec names.
+    storage: that trials write to. local: Ray is of this machine alone, which has what the search
+    has."""
     resources = ready.spec.resources
+    if ready.spec.storage is not None:
+        _check_storage(storage, ready.spec.storage)
     nodes = _fitting(resources)
     until = time.monotonic() + (0.0 if local else wait_s)
     if not nodes and time.monotonic() < until:
@@ -53,6 +56,15 @@ def check_cluster(ready: Ready, storage: Storage, local: bool, wait_s: float, sa
     if not local:
         say(f"Checking {len(nodes)} nodes that can run trials")
         _check_nodes(nodes, ready, storage)
+
+
+def _check_storage(storage: Storage, place: str) -> None:
+    try:
+        storage.write(f"{MARKS}/driver", b"")
+    except (OSError, ArrowException) as error:
+        what = redact(f"{place} cannot be written: {error}", place)
+        raise BadInput(f"storage: {what}") from error
+    storage.remove(MARKS)
 
 
 def _fitting(resources: Resources) -> list[Node]:
@@ -164,13 +176,13 @@ def facts(spec: Spec, storage: Storage | None = None, mark: str = "") -> dict[st
         try:
             storage.write(f"{MARKS}/{mark}", b"")
         except (OSError, ArrowException) as error:
-            found["unwritable"] = str(error)
+            found["unwritable"] = redact(str(error), spec.storage or "")
     try:
         device = Device.of_this(spec.target.runtime, spec.target.threads)
         # Artifacts are quantized, run and scored by workers: as the driver plans them.
         found["what the kernels can do (digest)"] = device.capabilities
         if storage is not None:
-            load_task(spec.task, spec.folder, spec.task_args)
+            spec.load_task()
     except FlyweightError as error:
         found["problem"] = str(error)
     return found

@@ -109,18 +109,16 @@ class Summary:
         return float(self.teacher["metric"]) - figures.metric
 
     def best(self) -> Figures | None:
-        """The best at the highest rung that anything has reached; the nearest miss where nothing
-        is feasible. As DESIGN says: with ``max_drop`` the fastest, else the highest metric."""
-        for rung in reversed(RUNGS):
-            known = [f for f in self.results[rung].values() if _sound(f)]
-            feasible = [f for f in known if self.excess(f) <= 0]
-            if feasible and self.objective.get("max_drop") is not None:
-                return max(feasible, key=lambda f: f.speedup)
-            if feasible:
-                return max(feasible, key=lambda f: f.metric)
-            if known:
-                return min(known, key=self.excess)
-        return None
+        """The best artifact; the nearest miss where nothing is feasible. As DESIGN says: with
+        ``max_drop`` the fastest, else the highest metric. What has not finished the full rung is
+        none: on a display it would jump whenever the first trial reaches the next rung."""
+        known = [f for f in self.results[RUNGS[-1]].values() if _sound(f)]
+        feasible = [f for f in known if self.excess(f) <= 0]
+        if feasible and self.objective.get("max_drop") is not None:
+            return max(feasible, key=lambda f: f.speedup)
+        if feasible:
+            return max(feasible, key=lambda f: f.metric)
+        return min(known, key=self.excess, default=None)
 
     def misses(self, figures: Figures) -> list[str]:
         """Which limits it breaks and by how much, in words."""
@@ -151,10 +149,10 @@ class Summary:
     def best_line(self) -> str:
         best = self.best()
         if best is None:
-            return "none yet"
+            return "none yet: no trial has finished the full rung"
         misses = self.misses(best)
         kind = "over the limits" if misses else "within the limits"
-        where = "measured" if best.measured else f"{best.rung} rung"
+        where = "measured" if best.measured else "predicted"
         return f"{speed(best.speedup)}, {lost(self.drop(best))} ({where}, {kind})"
 
 

@@ -106,7 +106,14 @@ def ready(spec: Spec, run_dir: Path | None = None) -> Ready:
         write_request(run_dir, request_of(spec, prepared))
     model, splits = untouched.model, prepared.splits
     test = None if splits.test is None else score(prepared, model, splits.test)
-    return Ready(spec, prepared, space, model, score(prepared, model, splits.selection), test)
+    metric = score(prepared, model, splits.selection)
+    most = spec.objective.max_drop
+    if most is not None and 0 < metric <= min(1, most):  # a metric of 0 to 1
+        raise BadInput(
+            f"objective: max_drop {most:g} is in points of the metric, and the model itself has "
+            f"{metric:.3g}: it would limit nothing; of a metric of 0 to 1, 1% is max_drop: 0.01"
+        )
+    return Ready(spec, prepared, space, model, metric, test)
 
 
 def score(prepared: Prepared, model: bytes, items: Items) -> float:

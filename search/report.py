@@ -18,6 +18,7 @@ from .reading import Run, read_run, traits
 from .store import write_whole
 from .strip import strip
 
+FILES = ("report.html", "front.csv", "front.png", "trials.csv")
 _REASONS = 40  # of failure that are listed
 _OTHERS = 100  # artifacts off the front that are listed; trials.csv has all
 

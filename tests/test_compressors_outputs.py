@@ -34,7 +34,7 @@ def steps(output: Tensor, target: Tensor) -> Tensor:  # [N, T, C], [N, T]
         (F.mse_loss, SCORES, SCORES + 1, None, False),
         (F.mse_loss, SCORES[:, :1], CLASSES[:, None].float(), None, False),
         (F.l1_loss, SCORES[:, 0], CLASSES.float(), None, False),
-        (F.binary_cross_entropy_with_logits, SCORES, (SCORES > 0).float(), None, False),
+        (F.smooth_l1_loss, SCORES, SCORES.flip(0), None, False),
         (F.mse_loss, PIXELS.sigmoid(), PIXELS, None, False),
         (F.mse_loss, 0.5 + 1e-4 * PIXELS, PIXELS, None, False),  # of one that learned nothing
         (F.cross_entropy, 40 * F.one_hot(CLASSES, 4).float(), CLASSES, 1, False),  # and too much
@@ -44,7 +44,38 @@ def test_a_loss_says_what_an_output_is(
     loss: Any, output: Tensor, target: Tensor, axis: int | None, probabilities: bool
 ) -> None:
     found = kind_of(loss, output, target)
-    assert (found.axis, found.probabilities) == (axis, probabilities)
+    assert (found.axis, found.probabilities, found.labels) == (axis, probabilities, False)
+
+
+def weighted(output: Tensor, target: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(output, target, pos_weight=torch.tensor(3.0))
+
+
+@pytest.mark.parametrize("loss", [F.binary_cross_entropy_with_logits, weighted])
+@pytest.mark.parametrize("output", [SCORES, SCORES[:, :1], SCORES[:, 0], PIXELS[:, :1]])
+def test_a_loss_says_that_labels_exclude_each_other_not(loss: Any, output: Tensor) -> None:
+    assert kind_of(loss, output, (output.flip(0) > 0).float()) == OutputKind(None, labels=True)
+
+
+def test_a_loss_may_take_nothing_but_probabilities() -> None:
+    chances = SCORES.sigmoid()
+    kind = kind_of(F.binary_cross_entropy, chances, (SCORES > 0).float())
+    assert kind == OutputKind(None, probabilities=True, labels=True)
+    found = kl_divergence(chances.flip(0), chances, 2.0, kind)
+    expected = kl_divergence(SCORES.flip(0), SCORES, 2.0, OutputKind(None, labels=True))
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)  # clamped
+    assert kind.same(chances, chances.round(), 0).all()
+
+
+def test_labels_are_compared_one_by_one() -> None:
+    kind, other = OutputKind(None, labels=True), SCORES.flip(0)
+    p, q = SCORES.double().sigmoid(), other.double().sigmoid()
+    expected = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    found = kl_divergence(other, SCORES, kind=kind)
+    assert found.item() == pytest.approx(expected.sum(1).mean().item(), rel=1e-3)
+    assert kl_divergence(SCORES, SCORES, 2.0, kind) == 0
+    assert kl_divergence(SCORES + 1, SCORES, kind=kind) > 0.01  # a softmax would not see it
+    assert kind.same(SCORES, SCORES * 0.01, 0).all()
 
 
 def test_quantities_are_compared_as_such() -> None:

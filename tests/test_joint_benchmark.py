@@ -49,8 +49,8 @@ def test_the_table_holds_legal_policies_once_a_seed(rows: list[table.Row]) -> No
 
 def test_the_table_is_as_large_as_promised(rows: list[table.Row]) -> None:
     groups = list(table.by_policy(rows))
-    assert len(groups) >= 40
-    assert sum(len(same) == record.SEEDS for same in groups) >= 4
+    assert len(groups) >= 120
+    assert sum(len(same) == record.SEEDS for same in groups) >= 10
     assert {row.source for row in rows} == set(record.SOURCES)
     assert {row.kind for row in rows} >= set(record.KINDS)
     assert table.TABLE.stat().st_size < 300_000

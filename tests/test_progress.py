@@ -113,7 +113,7 @@ def test_best_is_the_fastest_feasible_under_a_limit_of_the_drop() -> None:
     best = known.best()
     assert best is not None
     assert int(best.digest, 16) == 1
-    assert known.best_line() == "2.50 times faster, 0.40 points lost (full rung, within the limits)"
+    assert known.best_line() == "2.50 times faster, 0.40 points lost (predicted, within the limits)"
 
 
 def test_best_is_the_highest_metric_without_a_limit_of_the_drop() -> None:
@@ -133,7 +133,7 @@ def test_nearest_miss_where_nothing_is_feasible() -> None:
     assert best is not None
     assert int(best.digest, 16) == 1  # 4% too slow, not 1.5 points too bad
     assert known.misses(best) == ["1.92 times faster, the limit is 2"]
-    assert known.best_line().endswith("(full rung, over the limits)")
+    assert known.best_line().endswith("(predicted, over the limits)")
 
 
 def test_limits_hold_to_the_digit() -> None:
@@ -171,8 +171,9 @@ def test_a_measurement_replaces_the_prediction() -> None:
 
 
 def test_nothing_known_yet() -> None:
-    assert Summary().best_line() == "none yet"
-    assert summary(result(1, "short", 0.5, None)).best() is None
+    assert Summary().best_line() == "none yet: no trial has finished the full rung"
+    assert summary(result(1, "full", 0.5, None)).best() is None
+    assert summary(result(1, "short", 0.5, 92.8)).best() is None
 
 
 # Where the output is not a terminal.
@@ -199,9 +200,7 @@ def test_plain_lines() -> None:
     lines = out.getvalue().splitlines()
     assert len(lines) == 4  # at 5 s, at 10 s, the full rung, the note; none is wrapped
     assert lines[0].startswith("0:05  recalibrate 0, short 3, full 0; ")
-    assert lines[0].endswith(
-        "best 2.50 times faster, 0.20 points lost (short rung, within the limits); 3:55 left"
-    )
+    assert lines[0].endswith("best none yet: no trial has finished the full rung; 3:55 left")
     assert lines[1].startswith("0:10  ")
     assert lines[2] == "trial 3, full: 0000000000, 2.50 times faster, 0.20 points lost"
     assert lines[3] == "measuring 1 finalist"
@@ -263,7 +262,7 @@ def test_terminal_shows_the_figures() -> None:
     text = out.getvalue()
     assert "recalibrate 0, short 0, full 1" in text
     assert "1 running, 1 failed, 0 over the limit" in text
-    assert "2.50 times faster, 0.20 points lost (full rung, within the limits)" in text
+    assert "2.50 times faster, 0.20 points lost (predicted, within the limits)" in text
     assert "trial 1 failed: [red] [2Jno memory" in text
     assert "3:00 left" in text
     assert "\x1b[2J" not in text

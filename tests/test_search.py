@@ -446,8 +446,24 @@ def test_a_limit_out_of_reach_costs_nothing(starter: Path, tmp_path: Path) -> No
     assert done.returncode == 2, done.stderr
     assert "the fastest policy of this space takes" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not entries(tmp_path / "run", "begin")
-    assert not (tmp_path / "run" / "artifacts").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_while_finalists_are_measured_is_an_interruption(
+    starter: Path, tmp_path: Path
+) -> None:
+    path = small(starter, "late.yaml", search={"trials": 2, "concurrency": 1})
+    run = tmp_path / "run"
+    with started("search", path, "--out", run, cwd=starter) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("Measuring") for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert not (run / "result.json").exists()
+    done = flyweight("search", path, "--out", run, "--resume", cwd=starter)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "result.json").read_text())["front"]
 
 
 def test_nothing_within_the_limits_is_the_last_word(starter: Path, tmp_path: Path) -> None:

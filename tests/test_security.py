@@ -113,6 +113,17 @@ def listening(pids: set[int]) -> dict[int, tuple[bool, str]]:
     return found
 
 
+def tokens(pids: set[int]) -> set[str]:
+    """Ray's token as processes have it in their environment; the driver drew it itself."""
+    found = set()
+    for pid in pids:
+        with suppress(OSError):
+            for part in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if part.startswith(b"RAY_AUTH_TOKEN="):
+                    found.add(part.partition(b"=")[2].decode())
+    return found
+
+
 def answers(port: int, token: str | None) -> set[str]:
     """What comes of calls of Ray's services at ``port``: names of gRPC's codes."""
     codes = set()
@@ -152,13 +163,9 @@ def test_nothing_beyond_this_machine_takes_work_without_a_token(
     record = run / "record.jsonl"
     with running("search", starter / "search.yaml", "--out", run, cwd=tmp_path) as process:
         wait_for(lambda: record.exists() and '"result"' in record.read_text(), process, log)
-        environ = Path(f"/proc/{next(iter(children(process.pid)))}/environ").read_bytes()
-        token = next(
-            part.partition(b"=")[2].decode()
-            for part in environ.split(b"\0")
-            if part.startswith(b"RAY_AUTH_TOKEN=")
-        )
-        ports = listening(family(process.pid))
+        pids = family(process.pid)
+        (token,) = tokens(pids)
+        ports = listening(pids)
         beyond = {port: name for port, (out, name) in ports.items() if out}
         assert beyond  # Ray's own: were they on loopback alone, this test would be about nothing
         without = {port: answers(port, None) for port in beyond}

@@ -10,6 +10,8 @@ import pytest
 from pyarrow import fs
 
 from flyweight.search.opening import open_run
+from flyweight.search.preflight import check_cluster
+from flyweight.search.spec import Resources
 from flyweight.search.storage import RECORD, Mirror, Storage, kept_record
 from flyweight.search.store import fetch_artifact, read_artifact, write_artifact
 from flyweight.spaces import BadInput, Policy
@@ -108,3 +110,12 @@ def test_a_storage_that_is_away_fails_no_search(tmp_path: Path) -> None:
     mirror.close()
     assert mirror.failed is not None
     assert str(tmp_path / "storage") in mirror.failed
+
+
+def test_a_storage_that_cannot_be_written_is_refused_before_any_cost(tmp_path: Path) -> None:
+    (tmp_path / "storage").write_text("a file where the folder should be")
+    ready: Any = SimpleNamespace(
+        spec=SimpleNamespace(storage=str(tmp_path / "storage"), resources=Resources())
+    )
+    with pytest.raises(BadInput, match="cannot be written"):
+        check_cluster(ready, Storage(tmp_path / "storage"), True, 0.0, print)

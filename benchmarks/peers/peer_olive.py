@@ -94,7 +94,8 @@ def workflow(model: Path, folder: Path, searched: dict[str, Any]) -> dict[str, A
             ],
         }},
         "data_configs": [data("calibration", 1), data("validation", 1), data("validation", 100)],
-        "evaluators": {"both": {"metrics": [accuracy, latency]}},
+        # The type could be left out, were it not for an error of Olive's where it is null.
+        "evaluators": {"both": {"type": "OnnxEvaluator", "metrics": [accuracy, latency]}},
         "passes": {
             "quantization": {
                 "type": "OnnxQuantization", "data_config": "calibration_1", **searched,

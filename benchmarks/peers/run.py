@@ -29,14 +29,18 @@ PEERS = ("hand", "nncf", "fastnas", "olive")
 def environment(peer: str) -> Path:
     """The interpreter of the peer's environment; made anew when its requirements change."""
     needs, pins = HERE / f"requirements-{peer}.txt", ROOT / "constraints.txt"
-    digest = hashlib.sha256(needs.read_bytes() + pins.read_bytes()).hexdigest()[:12]
+    alone = HERE / f"requirements-{peer}-alone.txt"  # without what they say that they need
+    files = [path for path in (needs, pins, alone) if path.exists()]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
     folder = CACHE / f"{peer}-{digest}"
     python, ready = folder / "bin" / "python", folder / ".ready"
     if not ready.exists():
         print(f"== Installing {needs.name} into {folder}", flush=True)
         venv.create(folder, with_pip=True, clear=True)
-        install = [python, "-m", "pip", "install", "--quiet", "-c", pins, "-r", needs]
-        subprocess.run([str(part) for part in install], check=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", "-c", str(pins)]
+        subprocess.run([*install, "-r", str(needs)], check=True)
+        if alone.exists():
+            subprocess.run([*install, "--no-deps", "-r", str(alone)], check=True)
         ready.touch()
     return python
 

@@ -96,8 +96,10 @@ class Bench:
         self._timed: dict[tuple[float, str], float] = {}
 
     def teacher(self) -> nn.Module:
-        """A copy of it that can be pruned and trained."""
-        return copy.deepcopy(self.prepared.teacher).requires_grad_(True)
+        """A copy of it that can be pruned and trained, channels first."""
+        model = copy.deepcopy(self.prepared.teacher).requires_grad_(True)
+        lay_out(model, torch.contiguous_format)
+        return model
 
     @property
     def calibration(self) -> Items:

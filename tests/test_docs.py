@@ -1,0 +1,43 @@
+"""The pages for users: their commands run as they stand, their links lead somewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+NAMES = ("quickstart", "own-model")
+
+
+def blocks(text: str) -> list[tuple[str, str, str]]:
+    """(language, title, content) of each fenced block."""
+    found = re.findall(r"^```(\w*)(?: title=\"([^\"]*)\")?\n(.*?)^```", text, re.M | re.S)
+    return [(language, title, content) for language, title, content in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_commands_of_a_page_run(root: Path, tmp_path: Path, name: str) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for language, title, content in blocks((root / "docs" / f"{name}.md").read_text()):
+        if title:
+            (tmp_path / title).write_text(content)
+        elif language == "bash":
+            done = subprocess.run(
+                ["bash", "-euc", content], cwd=tmp_path, env=os.environ | {"PATH": path},
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, f"{content}\n{done.stdout}\n{done.stderr}"
+
+
+def test_every_page_is_in_the_index_and_every_link_leads_somewhere(root: Path) -> None:
+    pages = {path.name: path.read_text() for path in (root / "docs").glob("*.md")}
+    listed = re.findall(r"[\w-]+\.md", yaml.dump(yaml.safe_load((root / "mkdocs.yml").read_text())))
+    assert sorted(listed) == sorted(pages)
+    for name, text in pages.items():
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            if "://" not in link:
+                assert (root / "docs" / link).resolve().exists(), f"{name}: {link}"
