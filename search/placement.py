@@ -20,7 +20,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..kernels import DeviceProfile, MeasuringProcess, Timing
-from ..spaces import BadInput, FlyweightError
+from ..spaces import BadInput, FlyweightError, Impossible
 from .meter import Device, Feed, Meter, ThisMachine
 from .ready import Ready
 from .spec import Resources
@@ -267,15 +267,19 @@ def _told(device: Device) -> str:
 
 
 def _get(answer: Any) -> Any:
-    """What a Ray call returns. Raises what it raised if that is ours, OSError if it was lost."""
+    """What a Ray call returns. Raises Impossible and BadInput if it raised them, else OSError."""
     try:
         return ray.get(answer)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(cause := error.cause, FlyweightError):
+        if isinstance(cause := error.cause, Impossible | BadInput):
             raise cause from error
+        if isinstance(cause, FlyweightError):
+            raise OSError(str(cause)) from error
         raise OSError(f"measuring failed: {str(error).strip().splitlines()[-1]}") from error
     except ray.exceptions.RayError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        # Of an actor that could not begin, the last line is what it raised.
+        reason = lines[-1 if getattr(error, "actor_init_failed", False) else 0]
         raise OSError(f"what measured was lost: {reason}") from error
 
 
