@@ -137,20 +137,28 @@ def _rms_norm(w: Writer, node: fx.Node, result: Tensor) -> None:
 
 
 def _picked(w: Writer, node: fx.Node, result: Tensor) -> None:
-    """What takes places of one axis: run on the numbers of the places, it says which."""
+    """What takes places of axes: run on the numbers of the places of each, it says which."""
     rank, shape = len(w.shape(node)), w.shape(node)
     name = str(getattr(node.target, "__name__", node.target))
     second = {"roll": "dims", "flip": "dims"}.get(name, "dim")
     place = 2 if name in ("roll", "repeat_interleave") else 1
     dim = node.kwargs.get(second, node.args[place] if len(node.args) > place else None)
-    if isinstance(dim, tuple | list) and len(dim) == 1:
-        dim = dim[0]
-    (axis,) = axes(w, node, dim)
-    numbers = torch.arange(shape[axis]).reshape([-1 if a == axis else 1 for a in range(rank)])
-    rest, kwargs = fx.node.map_arg((node.args[1:], node.kwargs), w.env.__getitem__)
-    index = w.call(node, numbers, *rest, **kwargs).flatten().tolist()
-    places = w.numbers(index[0] if result.ndim < rank else index)
-    w.node("Gather", [passed(w, node), places], w.names[node], axis=axis)
+    if name == "flip" and isinstance(dim, int):
+        dim = node.args[1:]  # x.flip(2, 3)
+    if any(
+        source not in w.fixed
+        for source in node.all_input_nodes[1:]
+        if isinstance(w.env[source], Tensor)
+    ):
+        raise NotCovered  # places that a request says
+    rest, kwargs = fx.node.map_arg(w.known((node.args[1:], node.kwargs)), w.env.__getitem__)
+    x, out = passed(w, node), w.names[node]
+    moved = list(dict.fromkeys(axes(w, node, dim)))
+    for axis in moved:
+        numbers = torch.arange(shape[axis]).reshape([-1 if a == axis else 1 for a in range(rank)])
+        index = w.call(node, numbers, *rest, **kwargs).flatten().tolist()
+        places = w.numbers(index[0] if result.ndim < rank else index)
+        x = w.node("Gather", [x, places], out if axis == moved[-1] else f"{out}:{axis}", axis=axis)
 
 
 def _moved(w: Writer, node: fx.Node, result: Tensor) -> None:

@@ -33,8 +33,7 @@ def _recurrent(kind: str) -> Operation:
             own["linear_before_reset"] = 1
         if kind == "RNN":
             own["activations"] = [module.nonlinearity.capitalize()] * directions
-        begins = [] if given is None else list(given) if kind == "LSTM" else [given]
-        begins = [w.read(state) for state in begins]
+        begins = [] if given is None else _begins(w, given)
         states: dict[str, list[str]] = {"h": [], "c": []}
         for layer in range(module.num_layers):
             out = f"{name}:{layer}"
@@ -64,6 +63,13 @@ def _recurrent(kind: str) -> Operation:
         w.parts[node] = found
 
     return write_recurrent
+
+
+def _begins(w: Writer, given: Any) -> list[str]:
+    """The first states: h, or (h, c), also as another module leaves them."""
+    if not isinstance(given, fx.Node):
+        return [w.read(state) for state in given]
+    return w.parts[given] if given in w.parts else [w.read(given)]
 
 
 def _weights(w: Writer, node: fx.Node, module: Any, layer: int, kind: str) -> list[str]:

@@ -84,7 +84,8 @@ def _listed(w: Writer, index: Any) -> tuple[int, list[int]] | None:
         if last not in w.fixed or value.dtype != torch.int64 or value.ndim != 1:
             return None
         return axis, value.tolist()
-    return (axis, list(last)) if isinstance(last, list) else None
+    numbers = isinstance(last, list) and all(type(place) is int for place in last)
+    return (axis, list(last)) if numbers else None
 
 
 def _by_axis(index: Any, rank: int) -> list[slice]:

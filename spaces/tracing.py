@@ -76,7 +76,8 @@ class _Tracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """The parts that ``obj`` gives, where it says how many."""
         node = obj.node
-        name, given = getattr(node.target, "__name__", node.target), (*node.args, None)[1]
+        name = getattr(node.target, "__name__", node.target)
+        given = node.args[1] if len(node.args) > 1 else None
         sizes = node.kwargs.get("chunks", node.kwargs.get("split_size_or_sections", given))
         if name == "split" and isinstance(sizes, list | tuple):
             sizes = len(sizes)

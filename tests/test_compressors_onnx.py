@@ -341,6 +341,12 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         4,
         owned=(nn.LSTM(4, 5, 2, batch_first=True), nn.Linear(4, 5)),
     ),
+    "lstm, states of another": of(
+        lambda x, m: m.m1(x, m.m0(x)[1])[0],
+        7,
+        4,
+        owned=tuple(nn.LSTM(4, 5, 2, batch_first=True) for _ in range(2)),
+    ),
     "gru, given a state": of(
         lambda x, m: m.m0(x, torch.ones((1, x.shape[0], 5), device=x.device))[0],
         7,
@@ -394,6 +400,9 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "channel shuffle": module(lambda: nn.ChannelShuffle(2), 8, 3, 4),
     "places": of(
         lambda x, _: x.narrow(1, 1, 2) + x.flip(2)[:, :2] + torch.roll(x, 1, 2)[:, 1:], 3, 5
+    ),
+    "places of several axes": of(
+        lambda x, _: x.flip(2, 3) + x.flip([1, -1]) + torch.roll(x, (1, 2), (2, 3)), 3, 5, 4
     ),
     "places, one": of(lambda x, _: x.select(1, 0) + torch.select(x, -2, 1), 3, 5),
     "places, repeated": of(lambda x, _: x.repeat_interleave(2, dim=1), 3, 5),

@@ -237,6 +237,7 @@ def over_http(content: bytes, folder: Path, most_bytes: int = 10_000) -> Iterato
     thread.start()
     try:
         while not server.started:
+            assert thread.is_alive()  # else somebody took the port
             time.sleep(0.01)
         yield Server(f"http://127.0.0.1:{port}")
     finally:

@@ -467,6 +467,11 @@ class Clash(Small):
         return self.b(self.a(x) + torch.zeros(3))
 
 
+class Steps(Small):
+    def forward(self, x: Tensor) -> Any:
+        return self.b(sum(row for row in x))
+
+
 class Stars(Small):
     def forward(self, *x: Tensor) -> Tensor:
         return self.b(x[0])
@@ -492,6 +497,7 @@ class Weightless(nn.Module):
         (Dict(), "the model must return one tensor, but it returns dict"),
         (Many(), "the model must return one tensor, but it returns no tensor"),
         (Clash(), r"does not run on example_input\(\): 'add' fails: The size of tensor"),
+        (Steps(), "Proxy object cannot be iterated"),
         (Stars(), r"forward must name its arguments, but has \*x"),
         (Weightless(), "no convolution and no linear layer: nothing to compress"),
     ],
