@@ -12,7 +12,6 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
 
 from ..spaces import BadInput
-from .record import whole_lines
 from .spec import Spec
 from .tracking import redact
 
@@ -97,6 +96,11 @@ def storage_of(spec: Spec, run_dir: Path) -> Storage:
     if spec.storage is None:
         return Storage(run_dir)
     return Storage(spec.storage).under(f"runs/{run_dir.name}")
+
+
+def whole_lines(content: bytes) -> bytes:
+    """``content``, of a record, without a last line that was cut off."""
+    return content[: content.rfind(b"\n") + 1]
 
 
 def kept_record(spec: Spec, run_dir: Path) -> bytes | None:
