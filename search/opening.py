@@ -12,9 +12,9 @@ from ..spaces import BadInput
 from .cache import key_of
 from .meter import Device
 from .ready import Ready, facts_of, versions
-from .record import Entry, Record, whole_lines
+from .record import Entry, Record
 from .spec import Spec
-from .storage import RECORD, kept_record
+from .storage import RECORD, kept_record, whole_lines
 from .store import compressed_bytes, write_whole
 
 FREE_BYTES = 200_000_000  # what a run directory may come to need
