@@ -90,6 +90,11 @@ def write_whole(path: Path, content: bytes) -> None:
         raise
 
 
+def whole_lines(content: bytes) -> bytes:
+    """``content`` without a last line that was cut off."""
+    return content[: content.rfind(b"\n") + 1]
+
+
 def storage_of(spec: Spec, run_dir: Path) -> Storage:
     """Where the trials of a run keep what they make: under ``storage``, by the name of its run
     directory; without one in the run directory itself."""
