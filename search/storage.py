@@ -103,11 +103,6 @@ def storage_of(spec: Spec, run_dir: Path) -> Storage:
     return Storage(spec.storage).under(f"runs/{run_dir.name}")
 
 
-def whole_lines(content: bytes) -> bytes:
-    """``content``, of a record, without a last line that was cut off."""
-    return content[: content.rfind(b"\n") + 1]
-
-
 def kept_record(spec: Spec, run_dir: Path) -> bytes | None:
     """The record that the storage keeps of a run of this name; None if there is none. Raises
     BadInput if the storage cannot be read."""
