@@ -77,7 +77,7 @@ def resnet() -> ModuleType:
     return _load(ROOT / "examples" / "fashion_mnist" / "resnet.py")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: other tests need the event loop that it holds
 def browser() -> Iterator[Any]:
     """A headless Chromium, as playwright drives it: that of the system, which CI lacks."""
     path = shutil.which("chromium") or shutil.which("google-chrome")
