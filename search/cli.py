@@ -55,7 +55,7 @@ def answers(function: Callable[..., Any]) -> Callable[..., Any]:
             code = 1
         except KeyboardInterrupt:
             click.echo(
-                "interrupted; what was done is kept, and the same command can go on", err=True
+                "interrupted; what was done is kept (a search goes on with --resume)", err=True
             )
             code = 130
         sys.exit(code)

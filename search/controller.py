@@ -439,6 +439,8 @@ class Controller:
                 self._spent += last - began
                 began = last = entry["time"]
                 continue
+            if entry["kind"] == "measured":  # after the trials, perhaps days: not of their budget
+                continue
             last = entry["time"]
             if entry["kind"] == "begin":
                 policy = Policy.from_dict(entry["policy"])

@@ -89,8 +89,8 @@ def search(
     run_dir = open_run(spec, out, resume)
     with contextlib.ExitStack() as held:
         record = FileRecord(run_dir / "record.jsonl")
-        held.callback(record.close)
         held.push(_refused(run_dir, record, fresh))
+        held.callback(record.close)
         if spec.storage:
             hold = Hold(storage_of(spec, run_dir), f"the storage of {run_dir.name}")
             held.callback(hold.close)

@@ -12,10 +12,10 @@ from ..spaces import BadInput
 from .cache import key_of
 from .meter import Device
 from .ready import Ready, facts_of, versions
-from .record import Entry, Record, whole_lines
+from .record import Entry, Record
 from .spec import Spec
-from .storage import RECORD, kept_record
-from .store import compressed_bytes, write_whole
+from .storage import RECORD, kept_record, whole_lines
+from .store import REQUEST, compressed_bytes, write_whole
 
 FREE_BYTES = 200_000_000  # what a run directory may come to need
 
@@ -68,7 +68,7 @@ def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
 
 def unmake(run_dir: Path) -> None:
     """Removes what a search that was refused had put into a folder that was empty before."""
-    for name in ("record.jsonl", "spec.yaml", "teacher/model.onnx"):
+    for name in (RECORD, "spec.yaml", "teacher/model.onnx", REQUEST):
         (run_dir / name).unlink(missing_ok=True)
     for folder in (run_dir / "teacher", run_dir):
         with contextlib.suppress(OSError):  # not there, or not empty

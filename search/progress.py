@@ -292,12 +292,15 @@ def closing_table(result: Mapping[str, Any]) -> Table:
     teacher = result["teacher"]
     packed = (result.get("objective") or {}).get("compressed_bytes") is not None
     bytes_ = "compressed_bytes" if packed else "size_bytes"
-    table = Table(title="Teacher and front", title_justify="left", title_style="bold")
+    table = Table(
+        title="Teacher and front", title_justify="left", title_style="bold",
+        show_edge=False, pad_edge=False, collapse_padding=True,  # 80 columns hold all of it
+    )  # fmt: skip
     table.add_column("model", no_wrap=True)
     sizes = "compressed" if packed else "size"
     for name in ("speed-up", "lost", "on test", "ms", "predicted", sizes):
-        table.add_column(name, justify="right")
-    table.add_column("")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
     summary = Summary(teacher, result.get("objective") or {})
     table.add_row(
         "teacher", "1.00", "", "", milliseconds(teacher["latency_ms"]), "", size(teacher[bytes_])

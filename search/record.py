@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from ..spaces import BadInput
 from .hold import Hold, told
 from .hold import read as held_by
-from .storage import Storage
+from .storage import Storage, whole_lines
 
 Entry = dict[str, Any]
 # What is synced. The rest can be had again: a trial that began, a rejection; where its end is lost
@@ -134,8 +134,3 @@ def read(path: Path) -> Iterator[Entry]:
         if not isinstance(entry, dict) or "kind" not in entry:
             raise BadInput(f"{path}, line {number} is damaged: it is no entry of a record")
         yield entry
-
-
-def whole_lines(content: bytes) -> bytes:
-    """``content`` without a last line that was cut off."""
-    return content[: content.rfind(b"\n") + 1]

@@ -12,7 +12,6 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
 
 from ..spaces import BadInput
-from .record import whole_lines
 from .spec import Spec
 from .tracking import redact
 
@@ -89,6 +88,11 @@ def write_whole(path: Path, content: bytes) -> None:
         if isinstance(error, OSError) and error.errno and not error.filename:
             raise OSError(error.errno, error.strerror, str(path)) from error  # which disk is full
         raise
+
+
+def whole_lines(content: bytes) -> bytes:
+    """``content`` without a last line that was cut off."""
+    return content[: content.rfind(b"\n") + 1]
 
 
 def storage_of(spec: Spec, run_dir: Path) -> Storage:

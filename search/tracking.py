@@ -334,7 +334,9 @@ class MlflowTracker:
     def _back_off(self, error: Exception) -> None:
         with self._changed:
             if self._outage is None:
-                _log.warning("MLflow does not answer, the search goes on: %s", self._text(error))
+                _log.warning(
+                    "MLflow does not answer; the record keeps what it lacks: %s", self._text(error)
+                )
             self._outage = f"MLflow does not answer: {self._text(error)}"
             self._changed.notify_all()
             hurried = self._stops

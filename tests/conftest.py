@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,10 @@ ROOT = Path(__file__).parents[1]
 # No deadline: the first example of a property often pays for an import or a trace.
 settings.register_profile("flyweight", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("flyweight")
+
+# A shell that starts the tests in the background has SIGINT ignored by all that they start, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _load(path: Path) -> ModuleType:
@@ -72,7 +77,7 @@ def resnet() -> ModuleType:
     return _load(ROOT / "examples" / "fashion_mnist" / "resnet.py")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no longer: other tests need the event loop that it holds
 def browser() -> Iterator[Any]:
     """A headless Chromium, as playwright drives it: that of the system, which CI lacks."""
     path = shutil.which("chromium") or shutil.which("google-chrome")

@@ -375,6 +375,7 @@ def test_elapsed_adds_up_over_sessions_and_leaves_out_the_time_between() -> None
             entries.append(
                 {"kind": "rejected", "policy": Policy().to_dict(), "time": begin + spent}
             )
+            entries.append({"kind": "measured", "time": begin + 60})  # by `flyweight measure`, say
     clock = Clock(900.0)
     control = controller(MemoryRecord(entries), clock=clock, seconds=20.0)
     assert control.elapsed() == 12.0

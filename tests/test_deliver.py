@@ -82,7 +82,7 @@ def test_a_search_that_was_cut_off_is_killed(run: Path, pieces: ModuleType) -> N
 def test_what_cannot_be_delivered_is_told(run: Path) -> None:
     with (run / "record.jsonl").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert "being written by another search" in deliver(run).output
+        assert "being written by another process" in deliver(run).output
     secret = deliver(run, "--tracking-uri", "postgresql://ann:***@host/db")
     assert (secret.exit_code, "--tracking-uri" in secret.output) == (2, True)
     refused = deliver(run, "--tracking-uri", "no-such-scheme://host")

@@ -129,7 +129,7 @@ def test_what_the_nodes_lack_is_refused_before_any_cost(
     if "resources" in changes:
         assert "x (1 CPUs and " in done.stderr  # what there is
         assert "--wait 20m" in done.stderr
-    assert not (run / "record.jsonl").read_text()
+    assert not (run / "record.jsonl").exists()
 
 
 def test_a_run_directory_that_workers_cannot_write(

@@ -503,10 +503,14 @@ def test_serve_answers_as_the_runtime_does_and_ctrl_c_loses_no_request(tmp_path:
             requests.get(url, timeout=30)
 
 
-def test_what_cannot_be_served_is_said_before_ray_starts(tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_said_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from click.testing import CliRunner
 
     from flyweight.search.cli import main
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # which MLflow itself sets
 
     folder = str(artifact(tmp_path, tiny()))
     with socket.socket() as taken:

@@ -1,6 +1,7 @@
 """The arrow between the rooms, what they import, and what they offer."""
 
 import ast
+import graphlib
 import importlib
 import subprocess
 import sys
@@ -51,6 +52,19 @@ def test_imports_follow_the_arrow(path: Path) -> None:
             assert first in allowed, f"{room} must not import {first}"
             inner = name.split(".")[1:]
             assert not inner or (ROOT / first / f"{inner[0]}.py").is_file(), f"..{name}"
+
+
+def test_no_file_needs_one_that_needs_it() -> None:
+    """A circle of imports at the top of files fails whichever of them is imported first."""
+    needs = {
+        path: {
+            path.parent / f"{node.module.split('.')[0]}.py"
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
+        }
+        for path in FILES
+    }
+    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError, which names the circle
 
 
 def test_rooms_are_one_level_deep() -> None:
