@@ -1,6 +1,7 @@
 """What every test may ask for."""
 
 import importlib.util
+import secrets
 import shutil
 import signal
 import sys
@@ -14,6 +15,9 @@ import torch
 from hypothesis import settings
 
 from flyweight.spaces import Capabilities
+
+# It says that Ray is to ask for tokens, which Ray reads when it is imported: before any test does.
+importlib.import_module("flyweight.search")
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,6 +79,22 @@ def load() -> Callable[[str], ModuleType]:
 def resnet() -> ModuleType:
     """examples/fashion_mnist/resnet.py: the network of the reference task."""
     return _load(ROOT / "examples" / "fashion_mnist" / "resnet.py")
+
+
+@pytest.fixture(scope="module")
+def ray_token() -> Iterator[None]:
+    """A token for a Ray that is started in this process, which keeps the first that it reads: also
+    that of another module's."""
+    from ray._raylet import AuthenticationTokenLoader
+
+    import flyweight.search  # noqa: F401  # before Ray, which it asks for tokens
+
+    loader = AuthenticationTokenLoader.instance()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        loader.reset_cache()
+        yield
+    loader.reset_cache()
 
 
 @pytest.fixture(scope="module")  # no longer: other tests need the event loop that it holds

@@ -13,7 +13,7 @@ from flyweight.search.ready import Ready, ready
 from flyweight.search.spec import load_spec
 from flyweight.spaces import Policy
 
-pytestmark = pytest.mark.slow  # a local Ray
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_token")]  # a local Ray
 
 TASK = """
 import torch

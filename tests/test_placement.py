@@ -13,7 +13,8 @@ pytestmark = pytest.mark.slow  # starts a local Ray
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
+def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    request.getfixturevalue("ray_token")
     with started(1, None):
         yield
 
