@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow  # starts a local Ray
 
 
 @pytest.fixture(scope="module", autouse=True)
-def local_ray() -> Iterator[None]:
+def local_ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    request.getfixturevalue("ray_token")
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
