@@ -459,14 +459,6 @@ def rollback(name: str, alias: str, tracking_uri: str | None) -> None:
     click.echo(f"{name} version {found.version} is {alias}")
 
 
-ADDRESS = click.option(
-    "--address",
-    help="The cluster's dashboard, http://host:8265 [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, "
-    "that of the last job].",
-)
-JOB = click.argument("job", required=False)
-
-
 @main.command()
 @click.argument("model")
 @click.option("--name", default="model", show_default=True, help="What clients call the model.")
@@ -510,6 +502,14 @@ def serve(model: str, tracking_uri: str | None, address: str | None, **options: 
 
     say = partial(click.echo, err=True)
     run(model, Options(**options), tracking_uri=tracking_uri, address=address, say=say)
+
+
+ADDRESS = click.option(
+    "--address",
+    help="The cluster's dashboard, http://host:8265 [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, "
+    "that of the last job].",
+)
+JOB = click.argument("job", required=False)
 
 
 @main.command()

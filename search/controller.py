@@ -21,7 +21,7 @@ from ..compressors import RUNGS
 from ..spaces import Impossible, Policy
 from .limits import Limits
 from .pareto import Point, by_chance, climbs
-from .record import Entry, Record
+from .record import Entry, Record, at_work
 from .strategies import Source
 
 REDUCTION = 2.0  # one in so many climbs from rung to rung
@@ -433,15 +433,7 @@ class Controller:
             return None
 
     def _rebuild(self, entries: list[Entry], reprice: bool) -> None:
-        began = last = 0.0
         for entry in entries:
-            if entry["kind"] == "search":
-                self._spent += last - began
-                began = last = entry["time"]
-                continue
-            if entry["kind"] == "measured":  # after the trials, perhaps days: not of their budget
-                continue
-            last = entry["time"]
             if entry["kind"] == "begin":
                 policy = Policy.from_dict(entry["policy"])
                 price = self._price_again(policy, entry, reprice)
@@ -470,9 +462,9 @@ class Controller:
                 trial = self.trials[entry["trial"]]
                 if trial.ended != "failed":
                     trial.ended = entry["reason"]
-        self._spent += last - began
+        self._spent = next(reversed(at_work(entries)), 0.0)
         if entries and entries[-1]["kind"] == "search":  # what came before its trials counts
-            self._began = last
+            self._began = entries[-1]["time"]
         for trial in self.trials.values():  # for which there was no time, and now there may be
             if (
                 trial.ended == "deadline"

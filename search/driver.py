@@ -44,14 +44,13 @@ from .report import FILES as REPORT
 from .report import write_report
 from .results import final_front, finalists, measured_entry, result
 from .spec import Spec
-from .storage import Mirror, storage_of
+from .storage import Mirror, Storage, storage_of, write_whole
 from .store import (
     PROFILE,
     fetch_artifact,
     read_artifact,
     remove_checkpoints,
     write_json,
-    write_whole,
 )
 from .strategies import source
 from .tracking import TRACKED, MemoryTracker, Status, Tracker, tracked_at
@@ -91,8 +90,9 @@ def search(
         record = FileRecord(run_dir / "record.jsonl")
         held.push(_refused(run_dir, record, fresh))
         held.callback(record.close)
+        storage = storage_of(spec, run_dir)
         if spec.storage:
-            hold = Hold(storage_of(spec, run_dir), f"the storage of {run_dir.name}")
+            hold = Hold(storage, f"the storage of {run_dir.name}")
             held.callback(hold.close)
         say = console.print if console else print
         say(f"Checking {spec.given_task} and tracing its model")
@@ -102,10 +102,10 @@ def search(
         write_whole(run_dir / "spec.yaml", spec.to_yaml().encode())
         say("Starting Ray" if address is None else f"Joining the Ray cluster at {address}")
         with connected(spec, address):
-            check_cluster(prepared, storage_of(spec, run_dir), address is None, wait_s, say)
+            check_cluster(prepared, storage, address is None, wait_s, say)
             place = place_of(prepared, profile, address is None, say)
             say("Timing the teacher on the target")
-            run = _Search(spec, run_dir, record, prepared, place, console, began, profile)
+            run = _Search(spec, run_dir, storage, record, prepared, place, console, began, profile)
             held.callback(run.close)
             return run.run()
 
@@ -127,6 +127,7 @@ class _Search:
         self,
         spec: Spec,
         run_dir: Path,
+        storage: Storage,
         record: FileRecord,
         prepared: Ready,
         place: Place,
@@ -138,8 +139,8 @@ class _Search:
         self.console, self.began = console, began
         self.place = place
         self.notes: list[str] = []
-        self.storage = storage_of(spec, run_dir)
-        self.mirror = Mirror(record.path, self.storage) if spec.storage else None
+        self.storage = storage
+        self.mirror = Mirror(record.path, storage) if spec.storage else None
         self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
         self.profile = profile
         self.preparation = Preparation(prepared, place, run_dir, console, self.notes)

@@ -14,7 +14,7 @@ from .drawing import Colours, Draw, Size
 from .limits import limits
 from .mlflow_entries import RUNGS
 from .reading import Row, Run
-from .record import Entry
+from .record import Entry, at_work
 from .results import choose, finalists
 
 WIDE: Size = (6.4, 4.0)
@@ -138,21 +138,6 @@ def growth(run: Run) -> list[Moment]:
 
 def _seen(entry: Entry, teacher: Mapping[str, Any]) -> tuple[float, float]:
     return teacher["latency_ms"] / entry["latency_ms"], teacher["metric"] - entry["metric"]
-
-
-def at_work(entries: Sequence[Entry]) -> list[float]:
-    """For each entry the seconds that the search had worked when it was written: the time between
-    its sessions does not count."""
-    out: list[float] = []
-    before, began, latest = 0.0, 0.0, 0.0
-    for entry in entries:
-        at = float(entry.get("time") or latest)
-        if entry["kind"] == "search":
-            before += latest - began
-            began = latest = at
-        latest = max(latest, at)
-        out.append(before + max(0.0, at - began))
-    return out
 
 
 def growth_figure(moments: Sequence[Moment]) -> Draw:

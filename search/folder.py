@@ -9,7 +9,8 @@ import onnx
 from ..kernels.onnxruntime import CHAINS, CPU, NAMES
 from ..spaces import FlyweightError
 from .choose import Artifact
-from .store import write_json, write_whole
+from .storage import write_whole
+from .store import write_json
 
 ONNXRUNTIME = '''"""Runs model.onnx with bare onnxruntime: python example.py [BATCH]"""
 

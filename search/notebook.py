@@ -203,13 +203,11 @@ def search(
             )
         spec = load_spec(Path(task))
     else:
+        name = type(task).__name__
         if isinstance(task, nn.Module):
             if train is None or val is None:
                 raise BadInput("a model needs train and val: data sets of (input, target)")
-            name = type(task).__name__
             task = GivenTask(task, example_input, train, val, test, loss, metric)
-        else:
-            name = type(task).__name__
         spec = _spec(task, name, settings)
     outcome = run_search(spec, Path(out) if out else None, resume=resume, address=address)
     return Results(outcome.run_dir, read_run(outcome.run_dir), tuple(outcome.notes))

@@ -14,8 +14,8 @@ from .meter import Device
 from .ready import Ready, facts_of, versions
 from .record import Entry, Record
 from .spec import Spec
-from .storage import RECORD, kept_record, whole_lines
-from .store import REQUEST, compressed_bytes, write_whole
+from .storage import RECORD, kept_record, whole_lines, write_whole
+from .store import REQUEST, compressed_bytes
 
 FREE_BYTES = 200_000_000  # what a run directory may come to need
 

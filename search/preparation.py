@@ -22,7 +22,8 @@ from .profiling import NETWORKS as MOST
 from .profiling import check_profile, empty_profile, make_profile
 from .ready import Ready
 from .sensitivity import Sensitivity, measure
-from .store import PROFILE, write_json, write_whole
+from .storage import write_whole
+from .store import PROFILE, write_json
 from .warm import WarmStart
 
 WORTH = 15  # trials, from which on a search is worth preparing: fewer cost less themselves

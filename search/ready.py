@@ -18,7 +18,8 @@ from ..kernels import make_runtime
 from ..spaces import BadInput, Policy, Space
 from .limits import Limits, limits
 from .spec import Spec
-from .store import write_request, write_whole
+from .storage import write_whole
+from .store import write_request
 
 RECIPES = (0.5, 0.75, 1.0)  # shares of channels kept by the uniform recipes
 

@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -134,3 +134,19 @@ def read(path: Path) -> Iterator[Entry]:
         if not isinstance(entry, dict) or "kind" not in entry:
             raise BadInput(f"{path}, line {number} is damaged: it is no entry of a record")
         yield entry
+
+
+def at_work(entries: Sequence[Entry]) -> list[float]:
+    """For each entry the seconds that the search had worked when it was written. The time between
+    its sessions does not count, nor that in which artifacts were measured, perhaps days after."""
+    out: list[float] = []
+    before = began = latest = 0.0
+    for entry in entries:
+        measured = entry["kind"] == "measured"
+        at = latest if measured else float(entry.get("time") or latest)
+        if entry["kind"] == "search":
+            before += latest - began
+            began = latest = at
+        latest = max(latest, at)
+        out.append(before + max(0.0, at - began))
+    return out

@@ -15,7 +15,7 @@ from .exports import as_csv, front_rows, trial_rows
 from .fragile import groups_sheet, layers_sheet
 from .mlflow_entries import RUNGS
 from .reading import Run, read_run, traits
-from .store import write_whole
+from .storage import write_whole
 from .strip import strip
 
 FILES = ("report.html", "front.csv", "front.png", "trials.csv")

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from ..compressors import Candidate, save_candidate
 from ..spaces import BadInput, FlyweightError, Policy
-from .storage import Storage
-from .storage import write_whole as write_whole  # other files know it from here
+from .storage import Storage, write_whole
 
 PROFILE = "profile.jsonl"  # the device profile in a run directory
 REQUEST = "teacher/request.npz"  # beside the teacher's model

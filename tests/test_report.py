@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flyweight.search.figures import at_work
 from flyweight.search.fragile import groups_sheet, layers_sheet, read_harms
+from flyweight.search.record import at_work
 from flyweight.search.report import write_report
 from flyweight.spaces import BadInput
 
@@ -620,6 +620,11 @@ def test_how_the_front_grew(page: Page) -> None:
 def test_time_between_sessions_is_not_at_work() -> None:
     times = [("search", 100), ("result", 110), ("search", 500), ("result", 507)]
     assert at_work([{"kind": kind, "time": at} for kind, at in times]) == [0, 10, 10, 17]
+
+
+def test_time_in_which_artifacts_are_measured_is_not_at_work() -> None:
+    times = [("search", 100), ("result", 110), ("measured", 90_000), ("search", 95_000)]
+    assert at_work([{"kind": kind, "time": at} for kind, at in times]) == [0, 10, 10, 10]
 
 
 def test_predicted_against_measured(page: Page) -> None:
