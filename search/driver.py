@@ -59,6 +59,8 @@ from .tuning import run_trials
 from .warm import WarmStart
 from .workers import Job, trainable
 
+FINISH_S, AWAY_S = 30.0, 5.0  # for MLflow at the end: one that has answered, one that never did
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -188,7 +190,7 @@ class _Search:
         self.place.close()
         self._note_end(controller)
         found = self._measure(controller, header)
-        found |= {"mlflow_run_id": tracker.wait_run_id(30.0)}
+        found |= {"mlflow_run_id": tracker.wait_run_id(FINISH_S)}
         written = self._written(controller, found)
         self._finish(tracker, controller)
         failed = bool(controller.fatal) or controller.hopeless() or not written
@@ -446,7 +448,9 @@ class _Search:
             "KILLED" if controller.interrupted else "FAILED" if controller.fatal else "FINISHED"
         )
         files = [self.run_dir / name for name in ("result.json", "spec.yaml", *REPORT)]
-        missing = tracker.finish(status, [file for file in files if file.is_file()])
+        # One that never answered is given little time: nobody wants to wait for what is not there.
+        patience = FINISH_S if tracker.run_id else AWAY_S
+        missing = tracker.finish(status, [file for file in files if file.is_file()], patience)
         if missing.reason:
             self.notes.append(
                 f"MLflow lacks {missing.entries} entries ({missing.reason}); the record has them "

@@ -58,7 +58,8 @@ class Tracker(Protocol):
         """The id of the search's run, None as long as it is unknown."""
 
     def wait_run_id(self, timeout_s: float) -> str | None:
-        """``run_id``, after waiting for it for at most ``timeout_s``."""
+        """``run_id``, after waiting for it for at most ``timeout_s``; a tracker in a process of its
+        own no longer waits for a server that was seen to be away."""
 
     def record(self, entry: Entry) -> None:
         """Takes one entry of record.jsonl and returns at once. The entry must not change later."""

@@ -4,7 +4,8 @@ MLflow takes about as much of a core as everything else that happens between two
 driver's interpreter Ray Tune and Optuna would wait for it. And should it crash, the search goes on.
 
 What goes in and out are lines of JSON: first how to reach MLflow, then ``{"entry": ...}`` and
-``{"finish": ...}``; back come ``{"run_id": ...}``, ``{"warning": ...}``, ``{"undelivered": ...}``.
+``{"finish": ...}``; back come ``{"run_id": ...}`` (null: the server does not answer yet),
+``{"warning": ...}``, ``{"undelivered": ...}``.
 """
 
 import contextlib
@@ -50,6 +51,7 @@ class TrackerProcess:
         self._outbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards all that follows
         self._run_id: str | None = None
+        self._tried = False  # the server has answered, or failed to
         self._given = 0
         self._late = 0
         self._ending = False
@@ -73,7 +75,7 @@ class TrackerProcess:
 
     def wait_run_id(self, timeout_s: float) -> str | None:
         with self._changed:
-            self._changed.wait_for(lambda: self._run_id is not None or self._over, timeout_s)
+            self._changed.wait_for(lambda: self._tried or self._over, timeout_s)
         return self._run_id
 
     def record(self, entry: Entry) -> None:
@@ -133,7 +135,8 @@ class TrackerProcess:
             _log.warning("%s", redact(text, self._uri))
             return
         with self._changed:
-            self._run_id = message.get("run_id", self._run_id)
+            if "run_id" in message:
+                self._run_id, self._tried = message["run_id"], True
             if "undelivered" in message:
                 self._answer = Undelivered(*message["undelivered"])
             self._changed.notify_all()
@@ -194,8 +197,10 @@ def locked(folder: str | Path | None) -> Iterator[None]:
 
 
 def _tell_run_id(tracker: MlflowTracker) -> None:
-    if run_id := tracker.wait_run_id(float(threading.TIMEOUT_MAX)):
-        _say(run_id=run_id)
+    tracker.wait_opened(float(threading.TIMEOUT_MAX))
+    _say(run_id=tracker.run_id)
+    if tracker.run_id is None and (late := tracker.wait_run_id(float(threading.TIMEOUT_MAX))):
+        _say(run_id=late)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -534,6 +535,11 @@ class TestNoServer:
     ) -> None:
         left = self.finish(f"http://ann:{password}@127.0.0.1:{free_port()}", 3.0)
         assert "er2" not in str(left.reason) + caplog.text + "".join(capfd.readouterr())
+
+    def test_nobody_waits_for_one_that_was_seen_to_be_away(self) -> None:
+        tracker = TrackerProcess(f"http://127.0.0.1:{free_port()}", "e", None, "s")
+        assert tracker.wait_run_id(threading.TIMEOUT_MAX) is None
+        assert tracker.finish("FINISHED", timeout_s=0.1).reason is not None
 
     def test_the_import_of_the_tracker_is_light(self) -> None:
         code = "import sys, flyweight.search.tracking; sys.exit('mlflow' in sys.modules)"
