@@ -65,16 +65,20 @@ def drive(job: dict[str, Any]) -> dict[str, Any]:
         place = (job["uri"], job["experiment"], None, job["name"])
         tracker = TrackerProcess(*place, folder)
     waits: list[float] = []
+    held: list[int] = []  # bytes of memory, at each end of a trial
 
     def listen(entry: dict[str, Any]) -> None:
         if entry["kind"] in ("search", "result", "end"):
             began = time.perf_counter()
             tracker.record(entry)
             waits.append(time.perf_counter() - began)
+        if entry["kind"] == "end":
+            held.append(resident())
 
     for entry in record.entries():
         listen(entry)
     waits.clear()
+    held.clear()
     controller = make_controller(job["trials"], record, listen, job["sampler"])
     options = {"address": job["address"]} if job["address"] else {"num_cpus": job["concurrency"]}
     ray.init(log_to_driver=False, logging_level="ERROR", namespace=job["name"], **options)
@@ -87,11 +91,18 @@ def drive(job: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     missing = tracker.finish("FINISHED", timeout_s=job["finish_s"])
     record.close()
+    first = len(held) // 5  # until then it imports, and its caches fill
     return {
+        "grown_kb_a_trial": (held[-1] - held[first]) / 1e3 / max(len(held) - first, 1),
         "seconds": took, "finish_s": time.perf_counter() - began, "undelivered": missing.entries,
         "why": missing.reason, "longest_wait_ms": 1e3 * max(waits, default=0.0),
         "waits": len(waits), "asked": controller.proposals.running(),
     }  # fmt: skip
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _header(name: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ controller, TPE, the record and MLflow (a database file) are a search's own. Idl
 the slots' time in which no trial slept, from the first moment at which all of them have answered to
 the last beginning of a trial.
 
+With --trials 5000 --seconds 0.05 it says by how much the driver's memory grows.
+
     python benchmarks/slots.py [--trials 2000] [--slots 16] [--seconds 1.0] [--sampler tpe]
 """
 
@@ -69,6 +71,7 @@ def main() -> None:
     print(
         f"{figures['trials']} trials of {figures['trial_s']:.2f} s on {figures['slots']} slots: "
         f"idle {figures['idle']:.1%} of {figures['lasted_s']:.0f} s after start-up; "
+        f"{figures['grown_kb_a_trial']:.0f} KB a trial; "
         f"{'; '.join(figures['wrong']) or 'nothing lost'}"
     )
     print("Written:", write(f"slots-{options.trials}-{options.sampler}", figures))
