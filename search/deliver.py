@@ -6,6 +6,7 @@ from typing import Any
 
 from ..spaces import BadInput, FlyweightError
 from .record import Entry, FileRecord
+from .report import FILES
 from .spec import load_spec
 from .store import write_json
 from .tracking import TRACKED, MlflowTracker, Status, tracked_at
@@ -48,7 +49,7 @@ def _deliver(run_dir: Path, entries: list[Entry], place: tuple[Any, ...]) -> str
     tracker.wait_opened(OPENING_S)
     run_id = tracker.run_id
     done = run_dir / "result.json"
-    files = [run_dir / name for name in ("result.json", "report.html", "spec.yaml")]
+    files = [run_dir / name for name in ("result.json", "spec.yaml", *FILES)]
     if run_id and done.is_file():
         found = json.loads(done.read_text())
         if found["mlflow_run_id"] != run_id:
