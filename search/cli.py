@@ -6,65 +6,15 @@ import logging
 import random
 import sys
 import warnings
-from collections.abc import Callable
-from functools import partial, wraps
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import click
 
-from ..spaces.errors import BadInput, FlyweightError
-
-SPEC = click.argument("spec", type=click.Path(path_type=Path))
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-
-
-class Duration(click.ParamType[float]):
-    """ "20m" in seconds, as a spec has them."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
-        from .spec import seconds
-
-        try:
-            return float(seconds(value))  # type: ignore[arg-type]  # of a string it is a number
-        except ValueError:
-            self.fail(f"is a duration such as 90s, 20m or 1h, but got {value!r}", param, ctx)
-
-
-WAIT = click.option(
-    "--wait", type=Duration(), default="0s",
-    help="How long to wait for nodes that can run the trials, if a cluster has none (20m).",
-)  # fmt: skip
-
-
-def answers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turns what a command raises into one clear line and the exit code that goes with it."""
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            code = function(*args, **kwargs) or 0
-        except BadInput as error:
-            _complain(error)
-            code = 2
-        except (FlyweightError, OSError) as error:
-            _complain(error)
-            code = 1
-        except KeyboardInterrupt:
-            click.echo(
-                "interrupted; what was done is kept (a search goes on with --resume)", err=True
-            )
-            code = 130
-        sys.exit(code)
-
-    return run
-
-
-def _complain(error: Exception) -> None:
-    click.echo(f"flyweight: {error}", err=True)
+from ..spaces.errors import BadInput
+from .cli_cluster import logs, status, stop, submit
+from .cli_models import deploy, rollback, serve
+from .cli_shared import JSON, RUN_DIR, SPEC, SPEC_OPTION, WAIT, Commands
 
 
 def _quiet() -> None:
@@ -74,7 +24,9 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(version("flyweight"), prog_name="flyweight")
 def main() -> None:
     """Make a trained PyTorch model fast enough for the device where it will run.
@@ -98,7 +50,6 @@ def main() -> None:
 
 @main.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@answers
 def init(folder: Path) -> None:
     """Write a starter task.py and search.yaml into DIR; they run as they are."""
     templates = Path(__file__).parent / "templates"
@@ -119,7 +70,6 @@ def init(folder: Path) -> None:
 @main.command()
 @SPEC
 @JSON
-@answers
 def plan(spec: Path, as_json: bool) -> int:
     """Check SPEC and its task; show the space, the teacher, the reachable speed and the cost.
 
@@ -139,7 +89,6 @@ def plan(spec: Path, as_json: bool) -> int:
 @click.option("--address", help="A Ray cluster (ray://host:10001 or auto); local without it.")
 @WAIT
 @JSON
-@answers
 def search(
     spec: Path, out: Path | None, resume: bool, address: str | None, wait: float, as_json: bool
 ) -> int:
@@ -175,7 +124,7 @@ def search(
 
 
 @main.command()
-@click.option("--spec", required=True, type=click.Path(path_type=Path), help="The search.yaml.")
+@SPEC_OPTION
 @click.option("--runtime", help="Instead of the spec's target.runtime.")
 @click.option("--threads", type=click.IntRange(1), help="Instead of the spec's target.threads.")
 @click.option(
@@ -199,7 +148,6 @@ def search(
     help="Time to spend at most.",
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of policies.")
-@answers
 def profile(
     spec: Path, runtime: str | None, threads: int | None, out: Path, like: Path | None,
     networks: int | None, minutes: float, seed: int,
@@ -235,10 +183,9 @@ def profile(
                 type=click.Path(path_type=Path))  # fmt: skip
 @click.option("--profile", "profile_path", required=True, type=click.Path(path_type=Path),
               help="A device profile.")  # fmt: skip
-@click.option("--spec", required=True, type=click.Path(path_type=Path), help="The search.yaml.")
+@SPEC_OPTION
 @click.option("--allow-foreign", is_flag=True, help="Use a profile of another device.")
 @JSON
-@answers
 def predict(
     policies: tuple[Path, ...], profile_path: Path, spec: Path, allow_foreign: bool, as_json: bool
 ) -> None:
@@ -263,12 +210,11 @@ def predict(
 
 @main.command()
 @click.argument("policy", type=click.Path(path_type=Path))
-@click.option("--spec", required=True, type=click.Path(path_type=Path), help="The search.yaml.")
+@SPEC_OPTION
 @click.option("--profile", "profile_path", type=click.Path(path_type=Path),
               help="A device profile [default: the spec's target.profile].")  # fmt: skip
 @click.option("--allow-foreign", is_flag=True, help="Use a profile of another device.")
 @JSON
-@answers
 def explain(
     policy: Path, spec: Path, profile_path: Path | None, allow_foreign: bool, as_json: bool
 ) -> None:
@@ -296,11 +242,10 @@ def explain(
 
 
 @main.command()
-@click.option("--spec", required=True, type=click.Path(path_type=Path), help="The search.yaml.")
+@SPEC_OPTION
 @click.option("-n", "count", required=True, type=click.IntRange(1), help="How many policies.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("-o", "out", type=click.Path(path_type=Path), help="Folder for one file each.")
-@answers
 def sample(spec: Path, count: int, seed: int, out: Path | None) -> None:
     """Write N random legal policies, one JSON file each (without -o: one a line)."""
     from .plan import space_of
@@ -317,7 +262,7 @@ def sample(spec: Path, count: int, seed: int, out: Path | None) -> None:
 
 @main.command()
 @click.argument("policy", type=click.Path(path_type=Path))
-@click.option("--spec", required=True, type=click.Path(path_type=Path), help="The search.yaml.")
+@SPEC_OPTION
 @click.option(
     "--rung", default="full", show_default=True,
     type=click.Choice(["recalibrate", "short", "full"]),
@@ -326,7 +271,6 @@ def sample(spec: Path, count: int, seed: int, out: Path | None) -> None:
     "-o", "out", type=click.Path(path_type=Path), default=Path("replay"), show_default=True
 )
 @JSON
-@answers
 def replay(policy: Path, spec: Path, rung: str, out: Path, as_json: bool) -> None:
     """Rebuild one artifact from its POLICY file."""
     from .plan import replay as run
@@ -341,30 +285,32 @@ def replay(policy: Path, spec: Path, rung: str, out: Path, as_json: bool) -> Non
 
 
 @main.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@RUN_DIR
 @click.option(
     "--beside", multiple=True, type=click.Path(path_type=Path), metavar="OTHER_RUN",
     help="A run of the same task and target to compare with; up to four times.",
 )  # fmt: skip
-@answers
 def report(run_dir: Path, beside: tuple[Path, ...]) -> None:
     """Write the report of RUN_DIR anew, also while its search still runs.
 
     RUN_DIR/report.html is the page; front.csv, trials.csv and front.png lie beside it.
     """
-    from .report import write_report
+    from .reading import read_run
+    from .report import write_report_of
 
-    click.echo(write_report(run_dir, beside))
+    run = read_run(run_dir)
+    click.echo(write_report_of(run, beside))
+    if lacking := run.lacking:
+        click.echo(f"{lacking}: the report has no front", err=True)
 
 
 @main.command()
-@click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@RUN_DIR
 @click.option(
     "--tracking-uri",
     envvar="MLFLOW_TRACKING_URI",
     help="Another MLflow than the search's, or its address with the password.",
 )
-@answers
 def deliver(run_dir: Path, tracking_uri: str | None) -> None:
     """Tell MLflow what it lacks of the search in RUN_DIR: for when it was away at the end.
 
@@ -376,9 +322,8 @@ def deliver(run_dir: Path, tracking_uri: str | None) -> None:
 
 
 @main.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@RUN_DIR
 @JSON
-@answers
 def measure(run_dir: Path, as_json: bool) -> None:
     """Time the finalists of RUN_DIR on this device; make its front, best and report anew.
 
@@ -403,170 +348,8 @@ def measure(run_dir: Path, as_json: bool) -> None:
     console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
-@main.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--digest", help="An artifact of the front (its first digits suffice).")
-@click.option("--max-latency-ms", type=float, help="The most accurate within this latency.")
-@click.option("--alias", default="champion", show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path), help="Also write what a device needs.")
-@click.option("--name", help="The registered model [default: the task's name].")
-@click.option("--tracking-uri", help="Another MLflow than the search's.")
-@click.option("--spec", type=click.Path(path_type=Path),
-              help="The search.yaml beside its task, for a run that was fetched.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace a model that another task registered.")
-@JSON
-@answers
-def deploy(
-    run_dir: Path, digest: str | None, max_latency_ms: float | None, alias: str,
-    folder: Path | None, name: str | None, tracking_uri: str | None, spec: Path | None,
-    force: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """Verify an artifact of RUN_DIR in a clean process and register it under an alias."""
-    from .deploy import deploy as run
-
-    found = run(
-        run_dir, digest=digest, max_latency_ms=max_latency_ms, alias=alias, folder=folder,
-        name=name, tracking_uri=tracking_uri, force=force, spec_path=spec,
-    )  # fmt: skip
-    if as_json:
-        click.echo(json.dumps(vars(found), indent=2, default=str))
-        return
-    click.echo(f"{found.name} version {found.version} is {found.alias}: {found.digest[:12]}")
-    if found.misses:
-        click.echo(f"It misses limits of its search: {'; '.join(found.misses)}.")
-    if found.latency_ms is None:
-        click.echo(
-            "Its latency was not measured: it is not on the front, or the search could not measure "
-            f"(`flyweight measure {run_dir}` on the target does)."
-        )
-    elif not found.same_device:
-        click.echo(
-            "It was measured on another device: its latency here is not known until "
-            f"`flyweight measure {run_dir}` times it."
-        )
-
-
-@main.command()
-@click.argument("name")
-@click.option("--alias", default="champion", show_default=True)
-@click.option("--tracking-uri", help="The MLflow that holds the registry.")
-@answers
-def rollback(name: str, alias: str, tracking_uri: str | None) -> None:
-    """Give the alias of registered model NAME back to the version before."""
-    from .deploy import rollback as run
-
-    found = run(name, alias=alias, tracking_uri=tracking_uri)
-    click.echo(f"{name} version {found.version} is {alias}")
-
-
-@main.command()
-@click.argument("model")
-@click.option("--name", default="model", show_default=True, help="What clients call the model.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
-@click.option("--tracking-uri", help="The MLflow that holds the registry, for an alias.")
-@click.option("--batch", default=16, show_default=True, type=click.IntRange(1),
-              help="Rows that run together at most; 1: never.")  # fmt: skip
-@click.option("--batch-delay-ms", default=0.0, show_default=True, type=click.FloatRange(0, 1000),
-              help="How long a request waits for others.")  # fmt: skip
-@click.option("--max-body-mb", default=32.0, show_default=True, help="Longer requests get 413.",
-              type=click.FloatRange(0, 1000, min_open=True))  # fmt: skip
-@click.option("--queue", default=256, show_default=True, type=click.IntRange(1),
-              help="Requests that wait at most; further ones get 503.")  # fmt: skip
-@click.option("--replicas", default=1, show_default=True, type=click.IntRange(1),
-              help="Processes that answer.")  # fmt: skip
-@click.option("--max-replicas", default=1, type=click.IntRange(1), help="More under load, to this.")
-@click.option("--poll-s", default=5.0, show_default=True, type=click.FloatRange(0.1),
-              help="Seconds between looks at where the alias points.")  # fmt: skip
-@click.option("--address", help="A Ray cluster (auto, on one of its nodes); local without it.")
-@answers
-def serve(model: str, tracking_uri: str | None, address: str | None, **options: Any) -> None:
-    """Answer HTTP requests with MODEL (Open Inference Protocol v2) on Ray Serve, until Ctrl-C.
-
-    MODEL is an artifact's folder (RUN_DIR/artifacts/DIGEST, or of `deploy --folder`), a run
-    directory (its best), an .onnx file, or an alias in the registry (NAME@champion). It is verified
-    and warm before it answers. When an alias moves, the version that it names then is made ready
-    beside the old one and takes over; no request fails.
-
-    \b
-    For an artifact whose input is 1 x 4:
-      flyweight serve NAME@champion --tracking-uri sqlite:///mlflow.db
-      curl http://127.0.0.1:8000/v2/models/model           # its inputs and outputs
-      curl http://127.0.0.1:8000/v2/models/model/infer -d \\
-        '{"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [0, 1, 0, 1]}]}'
-
-    It listens on this machine alone; with another --host, whoever reaches it can ask the model.
-    """
-    from .serve import Options
-    from .serve import serve as run
-
-    say = partial(click.echo, err=True)
-    run(model, Options(**options), tracking_uri=tracking_uri, address=address, say=say)
-
-
-ADDRESS = click.option(
-    "--address",
-    help="The cluster's dashboard, http://host:8265 [default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, "
-    "that of the last job].",
-)
-JOB = click.argument("job", required=False)
-
-
-@main.command()
-@SPEC
-@ADDRESS
-@click.option("--out", help="Run directory on the cluster [default: ~/flyweight/JOB].")
-@WAIT
-@answers
-def submit(spec: Path, address: str | None, out: str | None, wait: float) -> None:
-    """Run the search of SPEC as a job on a Ray cluster; prints the job's id.
-
-    `status`, `logs` and `stop` without a JOB mean the job submitted last.
-    """
-    from .cluster import address_of
-    from .cluster import submit as run
-
-    click.echo(run(spec, address_of(address), out=out, wait_s=wait))
-
-
-@main.command()
-@JOB
-@ADDRESS
-@JSON
-@answers
-def status(job: str | None, address: str | None, as_json: bool) -> None:
-    """Say how the submitted JOB stands, and the last line that it wrote: trials and best so far."""
-    from .cluster import job_of, last_line
-    from .cluster import status as run
-
-    job, address = job_of(job, address)
-    found = {"job": job, "status": run(job, address), "last": last_line(job, address)}
-    click.echo(json.dumps(found) if as_json else f"{found['status']}\n{found['last']}".strip())
-
-
-@main.command()
-@JOB
-@ADDRESS
-@answers
-def logs(job: str | None, address: str | None) -> None:
-    """Follow the output of the submitted JOB."""
-    from .cluster import job_of
-    from .cluster import logs as run
-
-    for line in run(*job_of(job, address)):
-        click.echo(line, nl=False)
-
-
-@main.command()
-@JOB
-@ADDRESS
-@answers
-def stop(job: str | None, address: str | None) -> None:
-    """End the submitted JOB with the best so far."""
-    from .cluster import job_of
-    from .cluster import stop as run
-
-    run(*job_of(job, address))
+for command in (submit, status, logs, stop, deploy, rollback, serve):
+    main.add_command(command)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import shlex
@@ -12,12 +11,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
-
 from ..spaces import BadInput, FlyweightError
 from .package import pack
+from .remembered import recall, remember
 from .spec import Spec, load_spec
-from .store import write_json
 from .tracking import redact
 
 if TYPE_CHECKING:
@@ -32,6 +29,7 @@ ENVIRONMENT = {
     "RAY_JOB_STOP_WAIT_TIME_S": "900",
 }
 TIMEOUT_S = 20.0
+LAST_JOB = "last job"  # by which it is remembered
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +76,7 @@ def submit(
             runtime_env=runtime_env,
             metadata={"flyweight.spec": spec_path.name, "flyweight.out": place},
         )
-    _remember(job, address)
+    remember(LAST_JOB, {"job": job, "address": address})
     return job
 
 
@@ -106,7 +104,7 @@ def address_of(given: str | None) -> str:
     job. Raises BadInput if there is none."""
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         given = given or os.environ.get(name)
-    if found := given or _last().get("address"):
+    if found := given or recall(LAST_JOB).get("address"):
         return found
     raise BadInput("give --address, a cluster's dashboard (http://host:8265), or set RAY_ADDRESS")
 
@@ -115,35 +113,12 @@ def job_of(job: str | None, address: str | None) -> tuple[str, str]:
     """The job that is meant and where it runs: without ``job`` the one submitted last."""
     if job is not None:
         return job, address_of(address)
-    last = _last()
+    last = recall(LAST_JOB)
     if "job" not in last:
         raise BadInput(
             "no job was submitted from here: give the JOB that `flyweight submit` printed"
         )
     return last["job"], address or last.get("address") or address_of(None)
-
-
-def _last() -> dict[str, str]:
-    """What ``_remember`` kept; empty if that is nothing."""
-    try:
-        found = json.loads(_memory().read_text())
-    except (OSError, ValueError):
-        return {}
-    return {k: str(v) for k, v in found.items()} if isinstance(found, dict) else {}
-
-
-def _remember(job: str, address: str) -> None:
-    known = {"job": job}
-    if "@" not in address:  # a password is not for a file
-        known["address"] = address
-    try:
-        write_json(_memory(), known)
-    except OSError as error:
-        _log.warning("the job is not remembered: %s", error)
-
-
-def _memory() -> Path:
-    return platformdirs.user_state_path("flyweight") / "last-job.json"
 
 
 def last_line(job: str, address: str) -> str:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from ..compressors import RUNGS
+from .mlflow_entries import RUNGS
 from .pareto import CHANCE
 from .record import Entry
 

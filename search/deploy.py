@@ -7,9 +7,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +21,13 @@ from ..spaces import BadInput, FlyweightError
 from .choose import Artifact, choose, kebab, read_chosen, read_result, task_name
 from .folder import write_folder
 from .progress import Summary, front_figures
+from .registries import open_registry, remember_registry
 from .spec import Spec, load_spec
-from .tracking import ENVIRONMENT
+from .store import REQUEST
 
 TOLERANCE = 0.05  # points of the metric; the same file on the same data should give the same
+SLOWER = 1.5  # times what was measured, beside the teacher: a busy device is not as exact
 VERIFY_S = 3600.0
-
-if TYPE_CHECKING:
-    from .registry import Registered, Registry
 
 _log = logging.getLogger(__name__)
 
@@ -35,9 +35,10 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Deployed:
     """What stands in the registry. metric: on selection validation, as verified here. latency_ms:
-    as measured by the search, None for an artifact off the front. misses: the limits of the search
-    that it breaks, in words, as far as its figures are known. previous: the version that the alias
-    named before. reused: the version existed. same_device: whether latency_ms holds here."""
+    as measured by the search, None for an artifact off the front. verified_latency_ms: as timed
+    here now, None where there was nothing to time it beside. misses: the limits of the search that
+    it breaks, in words, as far as its figures are known. previous: the version that the alias named
+    before. reused: the version existed. same_device: whether latency_ms holds here."""
 
     name: str
     version: str
@@ -45,6 +46,7 @@ class Deployed:
     digest: str
     metric: float
     latency_ms: float | None
+    verified_latency_ms: float | None
     misses: list[str]
     previous: str | None
     reused: bool
@@ -84,11 +86,11 @@ def deploy(
     spec = load_spec(spec_path or run_dir / "spec.yaml")
     _check_task(spec, result["task"], spec_path is not None)
     artifact = read_chosen(run_dir, result, choose(run_dir, result, digest, max_latency_ms))
-    registry = _registry(registry_uri(spec, tracking_uri), name or kebab(artifact.task), alias)
+    registry = open_registry(name or kebab(artifact.task), alias, registry_uri(spec, tracking_uri))
     # Before the work of verifying: a name that is taken, a server that is down.
     registry.check(artifact.task, force)
-    metric, fingerprint = verify(artifact, spec)
-    if not (same := fingerprint == artifact.target.get("fingerprint")):
+    verified = verify(artifact, spec, Timing.of(run_dir, result, artifact))
+    if not (same := verified.same_device):
         _log.warning(
             "this is another device than the one that was measured: the metric holds, latency is "
             "measured here by `flyweight measure %s`", run_dir,
@@ -97,9 +99,11 @@ def deploy(
         write_folder(folder, artifact)
     experiment = spec.tracking.experiment if spec.tracking else "flyweight"
     registered = registry.register(artifact, result.get("mlflow_run_id"), experiment)
+    remember_registry(registry.name, registry.uri)  # for rollback and serve
     return Deployed(
         name=registry.name, version=registered.version, alias=alias, digest=artifact.digest,
-        metric=metric, latency_ms=artifact.latency_ms, misses=_misses(artifact, result),
+        metric=verified.metric, latency_ms=artifact.latency_ms,
+        verified_latency_ms=verified.latency_ms, misses=_misses(artifact, result),
         previous=registered.previous, reused=registered.reused, same_device=same, folder=folder,
     )  # fmt: skip
 
@@ -122,30 +126,6 @@ def _misses(artifact: Artifact, result: dict[str, Any]) -> list[str]:
     return Summary(teacher, objective).misses(front_figures(row, teacher)) if teacher else []
 
 
-def rollback(
-    name: str, *, alias: str = "champion", tracking_uri: str | None = None
-) -> "Registered":
-    """Gives ``alias`` back to the version that had it before. Raises BadInput if none had."""
-    return registry_at(tracking_uri, name, alias).roll_back()
-
-
-def registry_at(uri: str | None, name: str, alias: str) -> "Registry":
-    """The registered model at ``uri``, or where MLFLOW_TRACKING_URI says. Raises BadInput."""
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        raise BadInput("give --tracking-uri or set MLFLOW_TRACKING_URI: where is it registered?")
-    return _registry(uri, name, alias)
-
-
-def _registry(uri: str, name: str, alias: str) -> "Registry":
-    for variable, value in ENVIRONMENT.items():  # before MLflow, which takes seconds, is imported
-        os.environ.setdefault(variable, value)
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from .registry import Registry
-
-    return Registry(uri, name, alias)
-
-
 def registry_uri(spec: Spec, given: str | None) -> str:
     """Where to register: as given, else where the search was tracked."""
     uri = given or (spec.tracking.uri if spec.tracking else None)
@@ -159,17 +139,46 @@ def registry_uri(spec: Spec, given: str | None) -> str:
     return uri
 
 
-def verify(artifact: Artifact, spec: Spec) -> tuple[float, str]:
-    """The metric on selection validation as a clean process gives it, and the device's fingerprint.
+@dataclass(frozen=True)
+class Timing:
+    """What an artifact is timed beside, and how many times faster than that it should be."""
 
-    Raises FlyweightError if it is not what metrics.json says, to ``TOLERANCE``.
+    teacher: Path
+    request: Path
+    speedup: float
+
+    @classmethod
+    def of(cls, run_dir: Path, result: Mapping[str, Any], artifact: Artifact) -> "Timing | None":
+        """None where the latency was not measured, or what it was measured beside is not here."""
+        teacher, request = run_dir / "teacher" / "model.onnx", run_dir / REQUEST
+        known = (result.get("teacher") or {}).get("latency_ms")
+        if not (artifact.latency_ms and known and teacher.is_file() and request.is_file()):
+            return None
+        return cls(teacher.resolve(), request.resolve(), known / artifact.latency_ms)
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What a clean process found: the metric on selection validation, whether this is the device
+    that the artifact was measured on, and its latency in ms, None if it was not timed."""
+
+    metric: float
+    same_device: bool
+    latency_ms: float | None
+
+
+def verify(artifact: Artifact, spec: Spec, timing: Timing | None = None) -> Verified:
+    """Runs the artifact in a clean process.
+
+    Raises FlyweightError if its metric is not what metrics.json says, to ``TOLERANCE``, or if, on
+    the device that it was measured on, it is slower than it was, by more than ``SLOWER``.
     """
     task = spec.load_task()
     selection = split(task).selection
     with tempfile.TemporaryDirectory(prefix="flyweight-verify-") as temporary:
         place = Path(temporary)
         np.savez(place / "inputs.npz", **feed(selection.inputs))  # type: ignore[arg-type]
-        report = _run_clean(artifact, place)
+        report = _run_clean(artifact, place, timing)
         outputs = torch.from_numpy(np.load(place / "output.npy", allow_pickle=False))
     metric, said = float(task.metric(outputs, selection.targets)), artifact.metrics.get("metric")
     if not isinstance(said, int | float) or not abs(metric - said) <= TOLERANCE:  # NaN too
@@ -177,15 +186,27 @@ def verify(artifact: Artifact, spec: Spec) -> tuple[float, str]:
             f"artifact {artifact.digest[:12]} scores {metric:.3f} on selection validation, but "
             f"metrics.json says {said}; nothing was registered"
         )
-    return metric, str(report["fingerprint"])
+    same = report["fingerprint"] == artifact.target.get("fingerprint")
+    if timing is not None and same:
+        speedup = report["teacher_latency_ms"] / report["latency_ms"]
+        if speedup * SLOWER < timing.speedup:
+            raise FlyweightError(
+                f"artifact {artifact.digest[:12]} is {speedup:.2f} times faster than the teacher, "
+                f"timed here now, but {timing.speedup:.2f} times was measured; nothing was "
+                "registered. Try again while nothing else runs; if it stays so, `flyweight "
+                "measure` measures anew"
+            )
+    return Verified(metric, same, report.get("latency_ms"))
 
 
-def _run_clean(artifact: Artifact, place: Path) -> dict[str, Any]:
+def _run_clean(artifact: Artifact, place: Path, timing: Timing | None) -> dict[str, Any]:
     command = [
         sys.executable, "-m", "flyweight.search.verify", artifact.path.resolve(),
         artifact.metrics["sha256"], artifact.target["runtime"], str(artifact.target["threads"]),
         place / "inputs.npz", place / "output.npy",
     ]  # fmt: skip
+    if timing is not None:
+        command += [timing.teacher, timing.request, str(timing.speedup / SLOWER)]
     try:
         done = subprocess.run(
             command, cwd=place, capture_output=True, text=True, timeout=VERIFY_S, check=False

@@ -19,7 +19,9 @@ from ..compressors.parity import feed
 from ..compressors.task import NOTEBOOK, Dataset
 from ..kernels import Session, make_runtime
 from ..spaces import BadInput, nearest
+from . import figures
 from .choose import read_result
+from .drawing import png
 from .driver import search as run_search
 from .exports import front_rows, trial_rows
 from .live import LiveTask
@@ -159,11 +161,12 @@ class Results:
             return f"<p>{said}</p>"
         frame = self.front.set_index(self.front["digest"].str[:10])
         table = frame[_SHOWN].to_html(border=0, float_format="{:.4g}".format)
-        picture = base64.b64encode((self.folder / "front.png").read_bytes()).decode()
+        drawn = png(figures.front_figure(self.run, ())[0], figures.WIDE)
+        picture, page = base64.b64encode(drawn).decode(), self.folder / "report.html"
         return (
             f'<p><b>{said}</b></p><img alt="Metric against speed-up; the table says the same" '
             f'width="640" src="data:image/png;base64,{picture}">{table}'
-            f"<p>{html.escape(str(self.folder / 'report.html'))}</p>"
+            + (f"<p>{html.escape(str(page))}</p>" if page.is_file() else "")
         )
 
 
@@ -215,7 +218,6 @@ def search(
 
 def load_run(folder: str | Path) -> Results:
     """What the search in the run directory ``folder`` came to, or has so far. Raises BadInput."""
-    write_report(Path(folder))  # its picture, of a search that still runs as it is now
     return Results(Path(folder), read_run(Path(folder)))
 
 

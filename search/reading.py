@@ -11,6 +11,7 @@ import yaml
 
 from ..spaces import BadInput
 from . import progress, record
+from .choose import how_to_end
 from .correlation import Agreement, agreements
 from .explained import EXPLANATION, Explained, explained
 from .fragile import Harms, read_harms
@@ -66,6 +67,20 @@ class Run:
         """The best, else the nearest miss."""
         return next((row for row in self.front if row.mark), None)
 
+    @property
+    def lacking(self) -> str:
+        """What there would have to be for a front, in words; "" if there is one."""
+        if self.front:
+            return ""
+        if any(self.summary.results.values()):
+            return "No trial has finished the full rung"
+        return "No trial has finished its first rung"
+
+    @property
+    def of_notebook(self) -> bool:
+        """Whether its task was an object of a Python process ("<notebook>:Net"): no file has it."""
+        return str(self.search["task"]).startswith("<")
+
 
 def read_run(folder: Path) -> Run:
     """The run in ``folder``. Raises BadInput naming the file that is missing or damaged."""
@@ -73,7 +88,10 @@ def read_run(folder: Path) -> Run:
     with _blaming(path):
         entries = list(record.read(path))
         if not any(entry["kind"] == "search" for entry in entries):
-            raise BadInput(f"{path} does not say what was searched: it has no search entry")
+            raise BadInput(
+                f"{path} has no search entry: the search is preparing, or was cut off before its "
+                f"first trial, so there is nothing to report; {how_to_end(folder)}"
+            )
         summary = Summary()
         for entry in entries:
             summary.add(entry)

@@ -1,12 +1,13 @@
 """The MLflow model registry: a verified artifact becomes a version, and last of all gets a name.
 
-Importing this takes seconds: search/deploy.py does it when it is asked to register.
+Importing this takes seconds: search/registries.py does it.
 """
 
 import contextlib
 import hashlib
 import json
 import logging
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from ..spaces import BadInput, FlyweightError
 from .choose import Artifact
 from .mlflow_model import DIGEST, SHA256, TASK, log_model, tags
+from .registry_errors import reason
 from .tracking import redact
 
 
@@ -224,18 +226,19 @@ class Registry:
     def _telling(self) -> Iterator[None]:
         try:
             yield
-        except (MlflowException, SQLAlchemyError, OSError) as error:
-            reason = " ".join(redact(str(error), self.uri).split())[:500]
-            where = redact(self.uri)
-            raise FlyweightError(f"the MLflow registry at {where} failed: {reason}") from None
+        except (MlflowException, SQLAlchemyError, ImportError, OSError) as error:
+            where, why = redact(self.uri), redact(reason(error), self.uri)
+            raise FlyweightError(f"the MLflow registry at {where} failed: {why}") from None
 
 
 @contextlib.contextmanager
 def _at(uri: str) -> Iterator[None]:
     """MLflow's logging functions know only a global address: set, and put back."""
-    before = mlflow.get_tracking_uri()
+    before, told = mlflow.get_tracking_uri(), os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(before)
+        mlflow.set_tracking_uri(before)  # which also says so to who reads the variable
+        if told is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)

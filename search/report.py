@@ -28,12 +28,16 @@ def write_report(run_dir: Path, others: Sequence[Path] = ()) -> Path:
     it is there, result.json. others: runs to compare with. Returns the page's path. Raises BadInput
     for a record or result that is missing or damaged and for a run that cannot be compared, OSError
     where it cannot write."""
-    run = read_run(run_dir)
+    return write_report_of(read_run(run_dir), others)
+
+
+def write_report_of(run: Run, others: Sequence[Path] = ()) -> Path:
+    """The same for a run that was read."""
     compared = beside.read_beside(run, others)
-    page = run_dir / "report.html"
-    write_whole(run_dir / "front.csv", as_csv(front_rows(run)).encode())
-    write_whole(run_dir / "trials.csv", as_csv(trial_rows(run)).encode())
-    write_whole(run_dir / "front.png", png(figures.front_figure(run, compared)[0], figures.WIDE))
+    page = run.folder / "report.html"
+    write_whole(run.folder / "front.csv", as_csv(front_rows(run)).encode())
+    write_whole(run.folder / "trials.csv", as_csv(trial_rows(run)).encode())
+    write_whole(run.folder / "front.png", png(figures.front_figure(run, compared)[0], figures.WIDE))
     write_whole(page, render(run, compared).encode())
     return page
 

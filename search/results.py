@@ -4,10 +4,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..compressors import RUNGS
 from ..kernels import Timing
 from .limits import COSTS, Limits, limits
 from .meter import Device
+from .mlflow_entries import RUNGS
 from .pareto import front, spread_order
 from .record import Entry
 

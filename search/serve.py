@@ -25,6 +25,8 @@ from ray.serve.exceptions import RayServeException
 
 from ..kernels import Array, Inputs
 from ..spaces import BadInput, FlyweightError
+from .local_ray import started, terminable
+from .registries import registry_of
 from .serve_http import make_app
 from .serve_model import ServedModel
 from .serve_protocol import Protocol, tensors
@@ -109,9 +111,7 @@ def find(model: str, tracking_uri: str | None) -> tuple[Source, "Registry | None
     """What MODEL names, verified, and the registry to follow if it is an alias."""
     if (alias := alias_of(model)) is None:
         return read_path(Path(model)), None
-    from .deploy import registry_at
-
-    registry = registry_at(tracking_uri, *alias)
+    registry = registry_of(*alias, tracking_uri)
     return read_registered(registry, registry.current()), registry
 
 
@@ -173,8 +173,6 @@ def serve(
     Raises BadInput for what cannot be served, before Ray starts; FlyweightError if it is not what
     was scored or does not start.
     """
-    from .local_ray import started, terminable  # which imports torch: a replica does without
-
     _check(options, listens=address is None)
     source, registry = find(model, tracking_uri)
     tensors([*source.io["inputs"], *source.io["outputs"]])  # whether JSON can hold them

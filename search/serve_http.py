@@ -59,7 +59,6 @@ def make_app(protocol: Protocol, platform: str, infer: Infer, most_bytes: int) -
     def ready() -> dict[str, bool]:
         return {"ready": True}  # a replica gets requests once its model is warm
 
-    @app.get(f"/v2/models/{name}", summary="The model's inputs and outputs")
     def metadata() -> dict[str, Any]:
         return {
             "name": name,
@@ -69,21 +68,9 @@ def make_app(protocol: Protocol, platform: str, infer: Infer, most_bytes: int) -
             "outputs": [tensor.metadata() for tensor in protocol.outputs.values()],
         }
 
-    @app.get(f"/v2/models/{name}/ready", summary="Whether the model answers")
     def model_ready() -> dict[str, Any]:
         return {"name": name, "ready": True}
 
-    @app.post(
-        f"/v2/models/{name}/infer",
-        summary="The model's answer",
-        openapi_extra={"requestBody": _body(protocol)},
-        responses={
-            200: _response(protocol),
-            400: ERROR,
-            413: ERROR,
-            415: ERROR,
-        },
-    )
     async def answer(request: Request) -> Response:
         if (encoding := request.headers.get("content-encoding", "identity")) != "identity":
             raise HTTPException(415, f"content-encoding must be identity, but got {encoding!r}")
@@ -100,11 +87,24 @@ def make_app(protocol: Protocol, platform: str, infer: Infer, most_bytes: int) -
             return Response(content, media_type="application/json")
         return Response(content, headers={HEADER: head}, media_type="application/octet-stream")
 
+    for place in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{protocol.version}"):
+        app.get(place, summary="The model's inputs and outputs")(metadata)
+        app.get(f"{place}/ready", summary="Whether the model answers")(model_ready)
+        app.post(
+            f"{place}/infer",
+            summary="The model's answer",
+            openapi_extra={"requestBody": _body(protocol)},
+            responses={200: _response(protocol), 400: ERROR, 413: ERROR, 415: ERROR},
+        )(answer)
+
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:
         said = str(error.detail)
         if error.status_code == 404:
-            said = f"nothing at {request.url.path}; the model is at /v2/models/{name}"
+            said = (
+                f"nothing at {request.url.path}; the model is at /v2/models/{name}, and the "
+                f"version that answers is {protocol.version}"
+            )
         return JSONResponse({"error": said}, error.status_code, headers=error.headers)
 
     return app

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..kernels import make_runtime
 from ..spaces import BadInput, FlyweightError
+from .choose import choose, read_result
+from .folder import describe
 
 if TYPE_CHECKING:
     from .registry import Registry
@@ -50,21 +52,25 @@ def alias_of(model: str) -> tuple[str, str] | None:
     return None
 
 
-def read_path(path: Path) -> Source:
-    """The artifact in a folder (of a run, of ``deploy --folder``, or a run directory: its best), or
-    an ONNX file. Raises BadInput for what is neither, FlyweightError for a file that is not what
-    was scored."""
+def file_of(path: Path) -> Path:
+    """The ONNX file that ``path`` is or holds: a folder of an artifact, of ``deploy --folder``, or
+    of a run, whose best it is then. Raises BadInput."""
     if path.is_dir() and (path / "result.json").is_file():
-        from .choose import choose, read_result
-
         path = path / "artifacts" / choose(path, read_result(path), None, None)
     file = path / "model.onnx" if path.is_dir() else path
     if not file.is_file():
         what = f"the folder {path} holds no model.onnx" if path.is_dir() else f"no {str(path)!r}"
         raise BadInput(
             f"MODEL: {what}; give an artifact's folder, an .onnx file, or an alias of the registry "
-            "(NAME@champion, with --tracking-uri)"
+            "(NAME@champion)"
         )
+    return file
+
+
+def read_path(path: Path) -> Source:
+    """The artifact that ``path`` names, see ``file_of``. Raises BadInput for what is none,
+    FlyweightError for a file that is not what was scored."""
+    file = file_of(path)
     facts = _facts(file) if file.name == "model.onnx" else None
     content = file.read_bytes()
     if facts is None:
@@ -105,8 +111,6 @@ def _source(
     where: str,
     notes: tuple[str, ...] = (),
 ) -> Source:
-    from .folder import describe  # which imports torch: not every process that serves has to
-
     runtime, threads = facts.get("runtime"), facts.get("threads", 1)
     said = facts.get("sha256")
     if not isinstance(said, str) or not isinstance(runtime, str) or not isinstance(threads, int):

@@ -15,10 +15,6 @@ from pydantic import (
     model_validator,
 )
 
-from ..compressors.distill import LOSSES
-from ..compressors.observe import ACTIVATION_RANGES
-from ..compressors.prune import CRITERIA
-from ..compressors.task import load_task
 from ..kernels import RUNTIMES
 from ..spaces import BadInput, Settings, nearest
 from ..spaces.policy import MAX_SPARSITY
@@ -61,6 +57,7 @@ Duration = Annotated[float, BeforeValidator(seconds), Field(gt=0)]
 Range = Annotated[tuple[float, float], BeforeValidator(_bounds)]
 Sparsity = Annotated[float, Field(ge=0, le=MAX_SPARSITY)]
 Choices = Annotated[tuple[bool, ...], Field(min_length=1)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -103,26 +100,22 @@ class Objective(Section):
 class Prune(Section):
     min_keep: float = Field(0.125, gt=0, le=1)
     multiple_of: int | None = Field(None, ge=1)
-    criteria: Annotated[tuple[str, ...], Field(min_length=1), _names(CRITERIA)] = ("l1", "taylor")
+    criteria: Names = ("l1", "taylor")
     reconstruct: Choices = (True, False)
     sparsity: Annotated[tuple[Sparsity, ...], Field(min_length=1)] = (0.0,)
     depth: bool = False
 
 
 class Quantize(Section):
-    precisions: Annotated[
-        tuple[str, ...], Field(min_length=1), _names(("fp32", "int8"))
-    ] = ("fp32", "int8")  # fmt: skip
-    calibrations: Annotated[
-        tuple[str, ...], Field(min_length=1), _names(ACTIVATION_RANGES)
-    ] = ("minmax", "percentile", "mse")  # fmt: skip
+    precisions: Annotated[Names, _names(("fp32", "int8"))] = ("fp32", "int8")
+    calibrations: Names = ("minmax", "percentile", "mse")
     qat: Choices = (True, False)
 
 
 class Distill(Section):
     # "pruned", or one that the task's students() names
-    students: Annotated[tuple[str, ...], Field(min_length=1)] = ("pruned",)
-    losses: Annotated[tuple[str, ...], Field(min_length=1), _names(LOSSES)] = ("kl",)
+    students: Names = ("pruned",)
+    losses: Names = ("kl",)
     temperature: Range = (1.0, 8.0)
     alpha: Range = (0.1, 1.0)
     learning_rate: Range = (0.001, 0.1)
@@ -219,6 +212,8 @@ class Spec(Section):
         """The task. Raises BadInput."""
         if self._live is not None:
             return self._live.load()
+        from ..compressors.task import load_task  # with torch
+
         return load_task(self.task, self.folder, self.task_args)
 
     def to_yaml(self) -> str:
@@ -260,9 +255,27 @@ def make_spec(values: dict[str, Any], folder: Path, source: str) -> Spec:
         raise BadInput(f"{source}:\n" + "\n".join(_explain(e) for e in error.errors())) from None
     except TypeError as error:
         raise BadInput(f"{source}: {error}") from error
+    _check_techniques(spec.space, source)
     resolved = spec.model_copy(update=_absolute(spec, folder))
     resolved._given = spec.task
     return resolved
+
+
+def _check_techniques(space: SpaceSection, source: str) -> None:
+    """Raises BadInput for a name that ``compressors`` does not know. Last of all: they import
+    torch, which takes seconds, and what is wrong otherwise is told at once."""
+    from ..compressors.distill import LOSSES
+    from ..compressors.observe import ACTIVATION_RANGES
+    from ..compressors.prune import CRITERIA
+
+    for key, given, known in (
+        ("prune.criteria", space.prune.criteria, CRITERIA),
+        ("quantize.calibrations", space.quantize.calibrations, ACTIVATION_RANGES),
+        ("distill.losses", space.distill.losses, LOSSES),
+    ):
+        for name in given:
+            if name not in known:
+                raise BadInput(f"{source}:\n  space.{key}: has {name!r}; {nearest(name, known)}")
 
 
 def _absolute(spec: Spec, folder: Path) -> dict[str, Any]:

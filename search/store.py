@@ -7,14 +7,16 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..compressors import Candidate, save_candidate
 from ..spaces import BadInput, FlyweightError, Policy
 from .storage import Storage, write_whole
+
+if TYPE_CHECKING:
+    from ..compressors import Candidate
 
 PROFILE = "profile.jsonl"  # the device profile in a run directory
 REQUEST = "teacher/request.npz"  # beside the teacher's model
@@ -45,7 +47,7 @@ def run_of(policy_path: Path) -> Path | None:
     return folders[2] if len(folders) > 2 else None
 
 
-def write_artifact(storage: Storage, candidate: Candidate, facts: dict[str, Any]) -> str:
+def write_artifact(storage: Storage, candidate: "Candidate", facts: dict[str, Any]) -> str:
     """Stores the artifact of ``candidate`` with its policy and ``facts``; its relative path.
     Raises OSError."""
     digest = candidate.policy.digest
@@ -111,9 +113,11 @@ def read_request(run_dir: Path) -> dict[str, NDArray[Any]]:
         ) from error
 
 
-def write_checkpoint(storage: Storage, candidate: Candidate, inputs: str) -> None:
+def write_checkpoint(storage: Storage, candidate: "Candidate", inputs: str) -> None:
     """Stores ``candidate`` for as long as its trial runs. inputs: digest of what it depends on
     besides its policy and rung. Raises OSError or FlyweightError."""
+    from ..compressors import save_candidate  # with torch, which reading does without
+
     content = save_candidate(candidate)
     digest = hashlib.sha256(content).hexdigest()
     folder = storage.under(checkpoint_folder(candidate.policy.digest))

@@ -51,9 +51,11 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache that no other run of the tests knows, also for the processes that tests start."""
+    """A cache, and a memory of what commands were told last, that no other run of the tests knows,
+    also for the processes that tests start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLYWEIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
 
 

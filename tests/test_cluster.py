@@ -25,6 +25,7 @@ from ray.job_submission import JobSubmissionClient
 from flyweight.search import cluster
 from flyweight.search.cli import main
 from flyweight.search.package import ROOMS, pack
+from flyweight.search.remembered import remember
 from flyweight.spaces import BadInput
 
 ROOT = Path(__file__).parents[1]
@@ -186,7 +187,7 @@ def test_who_asks_for_no_job_means_the_last(monkeypatch: pytest.MonkeyPatch) -> 
         cluster.job_of(None, None)
     with pytest.raises(BadInput, match="give --address"):
         cluster.job_of("a job", None)
-    cluster._remember("last", "http://there:8265")
+    remember(cluster.LAST_JOB, {"job": "last", "address": "http://there:8265"})
     assert cluster.job_of(None, None) == ("last", "http://there:8265")
     assert cluster.job_of(None, "http://given") == ("last", "http://given")
     assert cluster.job_of("other", None) == ("other", "http://there:8265")
@@ -199,7 +200,7 @@ def test_who_asks_for_no_job_means_the_last(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_password_in_an_address_is_not_remembered(tmp_path: Path) -> None:
-    cluster._remember("last", "http://me:secret@there:8265")
+    remember(cluster.LAST_JOB, {"job": "last", "address": "http://me:secret@there:8265"})
     (kept,) = (tmp_path / "state").rglob("*.json")
     assert "secret" not in kept.read_text()
     assert cluster.job_of(None, "http://given") == ("last", "http://given")

@@ -1,11 +1,13 @@
 """Deploying from a hand-made run into a real MLflow database, verified by a real clean process."""
 
 import hashlib
+import http.server
 import json
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from onnx import TensorProto, helper, numpy_helper
 from flyweight.kernels import make_runtime
 from flyweight.search.choose import choose, kebab, read_result, task_name
 from flyweight.search.cli import main
-from flyweight.search.deploy import Deployed, deploy, rollback
+from flyweight.search.deploy import Deployed, deploy
 from flyweight.search.folder import describe
+from flyweight.search.registries import remember_registry, rollback
 from flyweight.spaces import BadInput, FlyweightError, Policy, Prune
 
 TASK = """
@@ -238,7 +241,14 @@ def test_a_version_says_what_it_is_and_loads_through_mlflow(run: Run) -> None:
         mlflow.set_tracking_uri(before)
     rows = np.eye(4, dtype=np.float32)[:3]
     assert model.predict({"input": rows})["output"].argmax(1).tolist() == [0, 1, 2]
-    assert model.metadata.signature.inputs.inputs[0].shape == (-1, 4)
+    signature = model.metadata.signature  # which MLflow's page of the version shows
+    assert [(t.name, t.type, t.shape) for t in signature.inputs] == [
+        ("input", np.dtype("float32"), (-1, 4))
+    ]
+    assert [(t.name, t.type, t.shape) for t in signature.outputs] == [
+        ("output", np.dtype("float32"), (-1, 3))
+    ]
+    assert model.input_example["input"].shape == (1, 4)
     artifact = run.path / "artifacts" / GOOD.digest
     assert Path(stored).read_bytes() == (artifact / "model.onnx").read_bytes()
     files = run.client().list_artifacts(run.version(got).run_id, f"deployed/{GOOD.digest[:12]}")
@@ -376,6 +386,117 @@ def test_a_server_that_is_down_is_named_without_its_password(run: Run) -> None:
         with pytest.raises(FlyweightError, match=r"registry at http://\*\*\*@127.0.0.1") as caught:
             run.deploy(name="down", tracking_uri=uri)
     assert "hunter2" not in str(caught.value)
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Says ``body`` with the status ``code``, whatever is asked."""
+
+    code, body = 200, b""
+
+    def do_GET(self) -> None:
+        self.send_response(self.code)
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("code", "body", "words"),
+    [
+        (401, b"not authenticated", "does not know who asks; set MLFLOW_TRACKING_USERNAME"),
+        (403, b"Permission denied", r"you may not do this there \(Permission denied\)"),
+        (403, b"Invalid Host header", "start it with --allowed-hosts"),
+        (404, b"<html>nothing</html>", "is no MLflow server; give http://HOST:PORT"),
+        (200, b"<html>hello</html>", "is no MLflow server"),
+        (503, b"away", "the server answers HTTP 503"),
+    ],
+)
+def test_what_another_server_answers_is_one_clear_line(code: int, body: bytes, words: str) -> None:
+    handler = type("Handler", (Answers,), {"code": code, "body": body})
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(FlyweightError, match=words) as caught:
+                rollback("net", tracking_uri=f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert len(str(caught.value)) < 250
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("http://127.0.0.1:1", r"nothing answers there \(connection refused\)"),
+        ("no-such-scheme://host", "no registry at such an address; give http"),
+        ("mlruns", "no registry at such an address; give http"),
+        ("mysql://me:hunter2@127.0.0.1:1/x", "needs the Python package MySQLdb"),
+        ("sqlite:////proc/none.db", "the database says: unable to open database file"),
+    ],
+)
+def test_an_address_at_which_there_is_no_registry(uri: str, words: str) -> None:
+    with pytest.raises(FlyweightError, match=words) as caught:
+        rollback("net", tracking_uri=uri)
+    assert len(str(caught.value)) < 250
+    assert "hunter2" not in str(caught.value)
+
+
+def test_where_it_was_deployed_is_remembered_for_who_goes_back(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(BadInput, match="where is 'kept' registered"):
+        rollback("kept")
+    run.deploy(name="kept")
+    run.deploy(name="kept", digest=FAST.digest)
+    assert rollback("kept").version == "1"
+    with pytest.raises(BadInput, match="where is 'other' registered"):
+        rollback("other")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/empty.db")  # it goes before
+    with pytest.raises(BadInput, match="no version of 'kept' has the alias"):
+        rollback("kept")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(tmp_path)
+    remember_registry("kept", "sqlite:///here.db")
+    monkeypatch.chdir("/")  # it is there that it is looked for
+    with pytest.raises(BadInput, match="no version of 'kept'"):
+        rollback("kept")
+    assert (tmp_path / "here.db").is_file()
+    remember_registry("kept", "http://me:hunter2@there:5000")
+    with pytest.raises(BadInput, match="an address with a password, which is not kept"):
+        rollback("kept")
+    assert not any("hunter2" in place.read_text() for place in (tmp_path / "state").rglob("*.json"))
+
+
+def with_teacher(run: Run, **latencies: float) -> None:
+    """What an artifact is timed beside: a teacher of 0.2 ms, unless told."""
+    place = run.path / "teacher"
+    place.mkdir()
+    (place / "model.onnx").write_bytes(tiny_model(3))
+    np.savez(place / "request.npz", input=np.ones((1, 4), np.float32))
+    teacher = {"metric": 95.0, "metric_test": None, "latency_ms": 0.2, "size_bytes": 400}
+    run.change("result.json", teacher=teacher | latencies, objective={})
+
+
+def test_its_latency_is_verified_beside_the_teacher(run: Run) -> None:
+    with_teacher(run, latency_ms=0.002)  # the artifact was slower than it is
+    got = run.deploy(name="timed")
+    assert got.verified_latency_ms is not None
+    assert 0 < got.verified_latency_ms < 100
+    assert run.deploy(name="timed", digest=SPARE.digest).verified_latency_ms is None  # never timed
+
+
+def test_an_artifact_that_is_slower_than_was_measured_is_refused(run: Run) -> None:
+    with_teacher(run, latency_ms=20.0)  # 100 times faster than a teacher that is just like it
+    refused(run, FlyweightError, "times faster than the teacher, timed here now, but 100.00 times")
+    result = read_result(run.path)  # elsewhere it says nothing of what was measured
+    run.change("result.json", target=result["target"] | {"fingerprint": "f" * 16})
+    assert not run.deploy(name="elsewhere").same_device
 
 
 def test_a_database_that_cannot_be_opened_is_named(run: Run, tmp_path: Path) -> None:

@@ -531,14 +531,14 @@ def test_what_cannot_be_served_is_said_before_ray_starts(
 def register(uri: str, folder: Path, content: bytes, digest: str, alias: str = "champion") -> str:
     """A version of "net" that has the alias, as ``flyweight deploy`` registers it; its number."""
     from flyweight.search.choose import Artifact
-    from flyweight.search.deploy import registry_at
+    from flyweight.search.registries import open_registry
 
     artifact(folder, content, digest=digest, metric=90.0)
     (folder / "policy.json").write_text("{}")
     metrics = json.loads((folder / "metrics.json").read_text())
     path, policy = folder / "model.onnx", folder / "policy.json"
     chosen = Artifact(digest, content, path, policy, metrics, 0.1, "t.py:T", TARGET)
-    return registry_at(uri, "net", alias).register(chosen, None, "e").version
+    return open_registry("net", alias, uri).register(chosen, None, "e").version
 
 
 @dataclass

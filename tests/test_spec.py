@@ -2,6 +2,8 @@
 
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,11 @@ def test_a_spec_written_by_a_search_is_read_back_the_same(tmp_path: Path) -> Non
         ({"space": {"distill": {"alpha": [0, 2]}}}, ["alpha: high <= 1", "2"]),
         ({"space": {"distill": {"temperature": 0}}}, ["temperature", "low >= 0.001"]),
         ({"space": {"quantize": {"precisions": ["int4"]}}}, ["'int4'", "'int8'"]),
+        (
+            {"space": {"quantize": {"calibrations": ["mxe"]}}},
+            ["quantize.calibrations: has 'mxe'"],
+        ),
+        ({"space": {"distill": {"losses": ["kl", "lk"]}}}, ["space.distill.losses: has 'lk'"]),
         ({"space": {"prune": {"criteria": []}}}, ["space.prune.criteria: must have at least one"]),
         ({"search": {"strategy": "greedy"}}, ["'joint'", "'solver'", "greedy"]),
         ({"search": {"time_budget": "4 fortnights"}}, ["search.time_budget", "90s, 4m or 1h"]),
@@ -106,6 +113,25 @@ def test_a_refusal_names_the_key_the_rule_and_the_value(
         load_spec(path)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_what_is_wrong_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    """Which takes seconds: that a spec is not there, is not YAML, has a wrong key or value."""
+    code = """
+import sys
+from flyweight.search.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    print(end.code, sorted({"torch", "ray", "mlflow", "sklearn", "matplotlib"} & set(sys.modules)))
+"""
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(LEAST | {"search": {"trials": 0}}))
+    for words in (["search", "bad.yaml"], ["plan", "none.yaml"], ["sample", "-n1", "--spec", "."]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True,
+            check=True,
+        )  # fmt: skip
+        assert done.stdout == "2 []\n", done.stderr
 
 
 @pytest.mark.parametrize("content", ["", "- a", "a: [", "\t", b"\xff\xfe\x00"])

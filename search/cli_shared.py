@@ -1,0 +1,69 @@
+"""What the commands share: the group that answers for them, arguments and options."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..spaces.errors import BadInput, FlyweightError
+
+
+class Commands(click.Group):
+    """Turns what a command raises into one clear line and the exit code that goes with it, also
+    while its arguments are read and what it needs is imported, which takes seconds."""
+
+    def invoke(self, ctx: click.Context) -> None:
+        try:
+            code = super().invoke(ctx) or 0
+        except BadInput as error:
+            click.echo(f"flyweight: {error}", err=True)
+            code = 2
+        except (FlyweightError, OSError) as error:
+            click.echo(f"flyweight: {error}", err=True)
+            code = 1
+        except KeyboardInterrupt:
+            click.echo(
+                "interrupted; what was done is kept (a search goes on with --resume)", err=True
+            )
+            code = 130
+        ctx.exit(code)
+
+
+def _checked(
+    _context: click.Context, _parameter: click.Parameter, path: Path | None
+) -> Path | None:
+    """Refuses what is no spec before a command imports what takes seconds."""
+    if path is not None:
+        from .spec import load_spec
+
+        load_spec(path)
+    return path
+
+
+SPEC = click.argument("spec", type=click.Path(path_type=Path), callback=_checked)
+SPEC_OPTION = click.option(
+    "--spec", required=True, type=click.Path(path_type=Path), callback=_checked,
+    help="The search.yaml.",
+)  # fmt: skip
+RUN_DIR = click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+class Duration(click.ParamType[float]):
+    """ "20m" in seconds, as a spec has them."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        from .spec import seconds
+
+        try:
+            return float(seconds(value))  # type: ignore[arg-type]  # of a string it is a number
+        except ValueError:
+            self.fail(f"is a duration such as 90s, 20m or 1h, but got {value!r}", param, ctx)
+
+
+WAIT = click.option(
+    "--wait", type=Duration(), default="0s",
+    help="How long to wait for nodes that can run the trials, if a cluster has none (20m).",
+)  # fmt: skip
