@@ -29,11 +29,9 @@ class Commands(click.Group):
         ctx.exit(code)
 
 
-def _checked(
-    _context: click.Context, _parameter: click.Parameter, path: Path | None
-) -> Path | None:
+def _checked(context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
     """Refuses what is no spec before a command imports what takes seconds."""
-    if path is not None:
+    if path is not None and not context.resilient_parsing:
         from .spec import load_spec
 
         load_spec(path)

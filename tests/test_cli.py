@@ -2,8 +2,11 @@
 
 import json
 import random
+import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -92,6 +95,46 @@ def test_sample_writes_numbered_legal_policies(tmp_path: Path) -> None:
     assert found == [space.sample(rng) for _ in range(11)]
     lines = run("sample", "--spec", spec, "-n", 11, "--seed", 3).output.splitlines()
     assert [Policy.from_dict(json.loads(line)) for line in lines] == found
+
+
+def test_ctrl_c_while_arguments_are_read_is_told_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a spec imports torch, which takes seconds: long enough to press it."""
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flyweight.search.spec.load_spec", interrupted)
+    found = run("search", tmp_path / "search.yaml")
+    assert found.exit_code == 130
+    assert "a search goes on with --resume" in found.output
+    assert "Aborted" not in found.output
+
+
+def commands(page: str) -> list[str]:
+    """The calls of flyweight in its shell blocks, fenced or indented."""
+    blocks = "".join(re.findall(r"^```bash.*?\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    blocks += "\n".join(re.findall(r"^    (?:\.venv/bin/)(.*)$", page, re.MULTILINE))
+    return re.findall(r"^flyweight (.*?)(?: +#.*)?$", blocks, re.MULTILINE)
+
+
+def test_every_command_of_the_pages_is_one_that_the_command_line_takes(root: Path) -> None:
+    """Those of two pages are run as they stand (tests/test_docs.py); the rest must at least parse:
+    no command, option or argument is named that is not there."""
+    seen = set()
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        for line in commands(page.read_text()):
+            name, *words = shlex.split(line)
+            assert name in main.commands, f"{page.name}: {line}"
+            seen.add(name)
+            command = main.commands[name]
+            try:
+                _, left, _ = command.make_parser(click.Context(command)).parse_args(words)
+            except click.UsageError as error:
+                raise AssertionError(f"{page.name}: {line}: {error.message}") from error
+            assert not left, f"{page.name}: {line}: too many words, {left}"
+    assert len(seen) >= 14
 
 
 @pytest.mark.parametrize("wait", ["20", "1.2.3m", "."])

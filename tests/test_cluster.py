@@ -235,7 +235,7 @@ def test_the_rayjob_of_the_docs_is_whole() -> None:
     program, *words = shlex.split(job["spec"]["entrypoint"])
     assert program == "flyweight"
     assert words[0] == "search"
-    search = main.commands["search"].make_context("search", words[1:])
+    search = main.commands["search"].make_context("search", words[1:], resilient_parsing=True)
     assert search.params["out"].is_relative_to(mount["mountPath"])  # it outlives the pod
     assert search.params["address"] == "auto"
     assert search.params["wait"] > 0

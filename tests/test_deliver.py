@@ -32,6 +32,7 @@ def run(tmp_path: Path, pieces: ModuleType) -> Path:
     folder.mkdir()
     (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
     (folder / "result.json").write_text(json.dumps({"front": [], "mlflow_run_id": None}))
+    (folder / "front.csv").write_text("digest\n")
     begin = {"kind": "begin", "trial": 0, "digest": "0", "time": 1.0}
     header = pieces.search_entry(search_id="late-1")
     entries = [header, begin, *(e for e in pieces.RECORD[1:] if e.get("trial") != 3)]
@@ -69,6 +70,8 @@ def test_everything_arrives_once(run: Path) -> None:
     assert parent.info.status == "FINISHED"
     assert found["late-1/0"].data.metrics["measured_latency_ms"] == 0.8
     assert found["late-1/2"].info.status == "FAILED"
+    stored = {place.name for place in Path(parent.info.artifact_uri[5:]).iterdir()}
+    assert stored == {"result.json", "spec.yaml", "front.csv"}
     assert json.loads((run / "result.json").read_text())["mlflow_run_id"] == parent.info.run_id
     assert parent.info.run_id in done.output
 

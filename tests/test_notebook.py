@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -44,7 +46,10 @@ def main():
     assert run.front.loc[0, "digest"].startswith(run.model(run.front.digest[0][:8]).digest)
     assert "<table" in run._repr_html_() and "data:image/png" in run._repr_html_()
     assert set(run.trials.ended) == {"finished"}
+    for file in ("report.html", "front.csv", "front.png", "trials.csv"):
+        (run.folder / file).unlink()
     again = load_run("run")
+    assert "data:image/png" in again._repr_html_() and not (run.folder / "report.html").exists()
     assert again.best.digest == run.best.digest and repr(again) == repr(run)
 
 if __name__ == "__main__":
@@ -95,6 +100,19 @@ def test_what_is_refused_before_any_cost(
     with pytest.raises(BadInput, match=words):
         search(*arguments, **settings)
     assert not list(tmp_path.iterdir())
+
+
+def test_reading_a_run_writes_nothing(tmp_path: Path, load: Callable[[str], ModuleType]) -> None:
+    """It may be another's, in a folder that one may only read."""
+    report = load("tests/test_report.py")
+    report.run_directory(tmp_path, report.entries(), report.result())
+    before = sorted(tmp_path.iterdir())
+    run = load_run(tmp_path)
+    assert list(run.front.digest) == [report.digest(trial) for trial in (2, 1, 3)]
+    assert "data:image/png" in run._repr_html_()
+    assert "report.html" not in run._repr_html_()
+    assert sorted(tmp_path.iterdir()) == before
+    assert str(run.report) in run._repr_html_()
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:

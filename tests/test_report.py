@@ -8,7 +8,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
+from flyweight.search.cli import main
 from flyweight.search.fragile import groups_sheet, layers_sheet, read_harms
 from flyweight.search.record import at_work
 from flyweight.search.report import write_report
@@ -359,6 +361,41 @@ def test_nothing_feasible(tmp_path: Path) -> None:
         in page.text
     )
     assert page.row(FRONT, digest(1)[:10])[0].endswith("nearest miss")
+
+
+def test_a_search_that_was_cut_off_early_says_what_is_lacking(tmp_path: Path) -> None:
+    def report() -> Result:
+        return CliRunner().invoke(main, ["report", str(tmp_path)])
+
+    assert (report().exit_code, "the directory of a run?" in report().output) == (2, True)
+    (tmp_path / "record.jsonl").write_text("")  # while it prepared
+    done = report()
+    assert done.exit_code == 2
+    assert "was cut off before its first trial, so there is nothing to report" in done.output
+    assert f"flyweight search {tmp_path}/spec.yaml --out {tmp_path} --resume" in done.output
+    run_directory(tmp_path, [search_entry()])
+    done = report()
+    assert done.exit_code == 0
+    assert "No trial has finished its first rung: the report has no front" in done.output
+    page = Page(tmp_path / "report.html")
+    assert "No trial has finished its first rung." in page.text
+    assert "Where it was cut off, flyweight search spec.yaml --out . --resume" in page.text
+    run_directory(tmp_path, [search_entry(), result_entry(0, "short", 0.4, 88.0, 700_000)])
+    assert "No trial has finished the full rung" in report().output
+    run_directory(tmp_path, entries(), result())
+    assert "no front" not in report().output
+
+
+def test_a_task_of_a_notebook_is_not_said_to_have_commands(tmp_path: Path) -> None:
+    """They are other processes, which cannot load it."""
+    run_directory(tmp_path, entries(task="<notebook>:Net"), result(task="<notebook>:Net"))
+    page = Page(write_report(tmp_path))
+    assert "flyweight replay artifacts/" not in page.text
+    assert "flyweight profile" not in page.text
+    assert "flyweight.search.load_run(FOLDER).model(DIGEST)" in page.text
+    assert "with seed=0" in page.text
+    running = Page(write_report(run_directory(tmp_path / "b", entries(task="<notebook>:Net"))))
+    assert "the same call of search with resume=True and this folder as out goes on" in running.text
 
 
 @pytest.mark.parametrize("ended", [None, result(front=[], best=None)])

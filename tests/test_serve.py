@@ -276,6 +276,23 @@ def test_what_a_server_says_of_itself(tiny_server: Server) -> None:
     }
 
 
+def test_the_version_that_answers_has_paths_of_its_own_and_no_other_has(
+    tiny_server: Server,
+) -> None:
+    version = f"{tiny_server.model}/versions/1"
+    plain = requests.get(tiny_server.model, timeout=30).json()
+    assert requests.get(version, timeout=30).json() == plain
+    assert requests.get(f"{version}/ready", timeout=30).json() == {"name": "model", "ready": True}
+    asked = {"inputs": [tensor()]}
+    got = requests.post(f"{version}/infer", json=asked, timeout=30)
+    assert got.json() == tiny_server.infer(asked).json()
+    for path in ("", "/ready", "/infer"):
+        call = requests.post if path == "/infer" else requests.get
+        other = call(f"{tiny_server.model}/versions/2{path}", timeout=30)
+        assert (other.status_code, set(other.json())) == (404, {"error"})
+        assert "the version that answers is 1" in other.json()["error"]
+
+
 @pytest.mark.parametrize("data", [[0.5, -1, 2, 3, 4, 5, 6, 7], [[0.5, -1, 2, 3], [4, 5, 6, 7]]])
 def test_an_answer_to_flat_and_nested_data(tiny_server: Server, data: Any) -> None:
     got = tiny_server.infer({"id": "a1", "inputs": [tensor(shape=[2, 4], data=data)]})
@@ -523,6 +540,8 @@ def test_what_cannot_be_served_is_said_before_ray_starts(
     done = CliRunner().invoke(main, ["serve", "net@champion"])
     assert done.exit_code == 2
     assert "--tracking-uri" in done.output
+    done = CliRunner().invoke(main, ["serve", str(tmp_path / "none")])
+    assert (done.exit_code, "no '" in done.output) == (2, True)
     done = CliRunner().invoke(main, ["serve", folder, "--name", "a/b"])
     assert done.exit_code == 2
     assert "--name" in done.output
