@@ -1,7 +1,7 @@
 """What a task's output is, as its loss says: it decides how two networks' answers are compared."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 LEAST = 1e-7  # probability whose logarithm is taken
 SAME = 1e-3  # relative difference of what is the same but for rounding
+ROUNDED = 1e-6  # deviation, as a share of the answers' size, of what is constant but for rounding
 DRAWS = 3  # of noise: one may leave a loss where it was by chance
 
 
@@ -18,13 +19,14 @@ class OutputKind:
     or quantities.
 
     probabilities: whether scores or logits are given as the probabilities that they stand for.
-    labels: whether it is labels. variance: of quantities.
+    labels: whether it is labels. variance: of quantities, as it broadcasts over an output: each
+    channel's own, so that a price counts no more than a share.
     """
 
     axis: int | None = -1
     probabilities: bool = False
     labels: bool = False
-    variance: float = 1.0
+    variance: Tensor = field(default=torch.ones(()), compare=False)
 
     def scores(self, output: Tensor) -> Tensor:
         """``output`` with its classes last, their softmax the probabilities: [..., classes]; or
@@ -81,7 +83,28 @@ def kind_of(loss: Callable[[Tensor, Any], Tensor], output: Tensor, target: Any) 
     except Exception:  # the user's: it takes no output that the model does not give
         if output.min() >= 0 and output.max() <= 1:  # F.binary_cross_entropy
             return OutputKind(None, probabilities=True, labels=True)
-    return OutputKind(None, variance=max(output.double().var(correction=0).item(), LEAST))
+    return OutputKind(None, variance=_variance(output))
+
+
+def _variance(output: Tensor) -> Tensor:
+    """The variance of each channel of ``output`` [N, ...], as it broadcasts over it; of one that
+    is constant, which has no scale of its own, the mean of all.
+
+    Channels lie along axis 1, as in [N, D] and [N, C, H, W]. With three axes it may be [N, C, T] or
+    [N, T, D]: they lie where variances differ more.
+    """
+    if output.ndim < 2:
+        return _variance(output[:, None]).squeeze()
+    exact = output.double()
+    least = ROUNDED**2 * exact.square().mean()
+
+    def along(axis: int) -> Tensor:
+        others = [a for a in range(output.ndim) if a != axis]
+        found = exact.var(others, correction=0, keepdim=True)
+        return torch.where(found > least, found, found.mean().clamp_min(LEAST))
+
+    axes = (1, 2) if output.ndim == 3 else (1,)
+    return max(map(along, axes), key=lambda v: (v.max() / v.min()).item()).float()
 
 
 def _is_logistic(loss: Callable[[Tensor, Any], Tensor], output: Tensor, target: Any) -> bool:

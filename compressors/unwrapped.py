@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -21,8 +21,8 @@ WRAPPERS: dict[type[nn.Module], str] = {  # by type the attribute that holds the
 
 def unwrapped(model: nn.Module, whose: str) -> nn.Module:
     """A copy of ``model`` in eval mode in which modules that share a parameter have equal ones of
-    their own, weights are what their norm or parametrization makes of them, and nothing is
-    compiled or spread over devices. It computes the same.
+    their own, weights are what their norm, mask or parametrization makes of them, and nothing
+    is compiled or spread over devices. It computes the same.
 
     Raises BadInput for a module whose source is gone, and for weights that are not float32.
     """
@@ -80,7 +80,8 @@ def untied(model: nn.Module) -> nn.Module:
 
 
 def _make_weights_plain_(model: nn.Module) -> None:
-    """Weight and spectral norm, and other parametrizations: students train the weight itself."""
+    """Weight and spectral norm, masks of pruning and other parametrizations: students train the
+    weight itself, also where a mask made it 0."""
     for module in [*model.modules()]:
         if parametrize.is_parametrized(module):
             held: Any = module.parametrizations
@@ -96,3 +97,5 @@ def _make_weights_plain_(model: nn.Module) -> None:
                 nn.utils.remove_weight_norm(module, old)
             elif isinstance(hook, SpectralNorm):
                 nn.utils.remove_spectral_norm(module, old)
+            elif isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]  # torch's

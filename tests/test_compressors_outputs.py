@@ -78,6 +78,21 @@ def test_labels_are_compared_one_by_one() -> None:
     assert kind.same(SCORES, SCORES * 0.01, 0).all()
 
 
+def test_labels_that_both_networks_rule_out_weigh_nothing_at_any_temperature() -> None:
+    kind = OutputKind(None, labels=True)
+
+    def slope(labels: int, temperature: float) -> float:
+        """Of one label on which they disagree, beside others as a network of hundreds has them."""
+        student, teacher = torch.full((N, labels), -10.0), torch.full((N, labels), -9.0)
+        student[:, 0], teacher[:, 0] = -1, 1
+        student.requires_grad_()
+        found = kl_divergence(student, teacher, temperature, kind)
+        return torch.autograd.grad(found, student)[0].norm().item()
+
+    for temperature in (1.0, 4.0, 8.0):
+        assert slope(360, temperature) == pytest.approx(slope(1, 1.0), rel=0.01)
+
+
 def test_quantities_are_compared_as_such() -> None:
     kind = kind_of(F.mse_loss, PIXELS, PIXELS)
     near, far = PIXELS + 0.01, PIXELS + 1
@@ -89,6 +104,37 @@ def test_quantities_are_compared_as_such() -> None:
     # A mean instead of all answers: half a nat.
     mean = PIXELS.mean().expand_as(PIXELS)
     assert kl_divergence(mean, PIXELS, kind=kind).item() == pytest.approx(0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("output", "axis"),
+    [
+        (PIXELS[:, :, 0, 0], 1),
+        (PIXELS, 1),
+        (PIXELS[:, :, 0], 1),  # [N, channels, steps]
+        (PIXELS[:, :, 0].transpose(1, 2), 2),  # [N, steps, features]
+    ],
+)
+def test_every_channel_has_units_of_its_own(output: Tensor, axis: int) -> None:
+    channels = torch.tensor([1e3, 1.0, 1e-1]).reshape(
+        [-1 if a == axis else 1 for a in range(output.ndim)]
+    )
+    output = output * channels + 7
+    kind = kind_of(F.mse_loss, output, output + 1)
+    for number in range(3):  # its mean instead of its values: half a nat, of three channels
+        student = output.clone()
+        part = student.select(axis, number)
+        part.copy_(part.mean().expand_as(part))
+        assert kl_divergence(student, output, kind=kind).item() == pytest.approx(1 / 6, rel=1e-3)
+
+
+def test_a_constant_output_has_the_scale_of_the_others() -> None:
+    output = torch.cat([SCORES, torch.zeros(N, 1), torch.full((N, 1), 3.0)], 1)
+    kind = kind_of(F.mse_loss, output, output + 1)
+    off = output + torch.tensor([0, 0, 0, 0, 5.0, 5.0])  # by about their deviation
+    assert 0.05 < kl_divergence(off, output, kind=kind) < 1
+    same = torch.full((N, 2), 3.0)  # of a teacher that learned nothing
+    assert torch.isfinite(kl_divergence(same + 0.1, same, kind=kind_of(F.mse_loss, same, same + 1)))
 
 
 def test_classes_lie_where_the_kind_says() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from flyweight.compressors import ClassificationTask, Schedule, load_task, prepare
 from flyweight.compressors.data import Items, split, stack
@@ -181,6 +182,12 @@ def normed(norm: Any) -> nn.Module:
     return made  # type: ignore[no-any-return]
 
 
+def masked_twice(layer: nn.Linear) -> None:
+    prune.l1_unstructured(layer, "weight", 0.5)  # type: ignore[no-untyped-call]
+    prune.ln_structured(layer, "weight", 2, n=2, dim=0)  # type: ignore[no-untyped-call]
+    prune.random_unstructured(layer, "bias", 3)  # type: ignore[no-untyped-call]
+
+
 @pytest.mark.parametrize(
     "made",
     [
@@ -192,8 +199,19 @@ def normed(norm: Any) -> nn.Module:
         lambda: normed(nn.utils.parametrizations.orthogonal),
         lambda: normed(nn.utils.weight_norm),
         lambda: normed(nn.utils.spectral_norm),
+        lambda: normed(masked_twice),
     ],
-    ids=["parallel", "compiled", "inside", "weight", "spectral", "orthogonal", "old", "older"],
+    ids=[
+        "parallel",
+        "compiled",
+        "inside",
+        "weight",
+        "spectral",
+        "orthogonal",
+        "old",
+        "older",
+        "masked",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_what_wraps_a_model_or_its_weights_is_taken_off(made: Any) -> None:
