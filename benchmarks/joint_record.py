@@ -148,7 +148,7 @@ class Bench:
         priced = latencies(rows, [plan(row.policy) for row in rows])
         batch = BatchPredictor(self.prepared, space(), priced)
         limits = Limits(float(teacher()["metric_selection"]), 1.0)
-        start, rng = WarmStart(space(), table, batch, limits, 1.0), random.Random("solved")
+        start, rng = WarmStart(space(), table, batch, limits), random.Random("solved")
         policies = start.sweep(SWEPT)
         drawn = [start.draw(rng) for _ in range(DRAWN)]
         policies += [space().policy({**start.settings, **v}) for v in drawn if v is not None]

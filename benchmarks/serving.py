@@ -271,6 +271,7 @@ def main() -> None:
     parser.add_argument("--fuzz", type=int, default=10_000)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     given = parser.parse_args()
+    given.run_dir = given.run_dir.resolve()  # Ray's driver works in another folder
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         options = Options(port=probe.getsockname()[1])
@@ -279,7 +280,7 @@ def main() -> None:
         body = folder / "body.json"
         body.write_bytes(payload())
         bench = Bench(options, body, given.rounds, given.seconds)
-        sources = {"small": read_path(given.run_dir.resolve()), "large": large(folder)}
+        sources = {"small": read_path(given.run_dir), "large": large(folder)}
         figures: dict[str, Any] = {"payload_bytes": len(payload())}
         for part in given.parts:
             if part == "update":

@@ -23,7 +23,7 @@ from .parity import Parity
 from .prepared import Prepared
 from .prune import lay_out, shaped
 
-VERSION = 1  # of what the file holds
+VERSION = 2  # of what the file holds
 ARTIFACT = "artifact"  # [bytes] uint8
 STUDENT = "student."  # before the name of each of its tensors
 
@@ -45,6 +45,7 @@ def save_candidate(candidate: Candidate) -> bytes:
         "samples": candidate.samples,
         "seconds": candidate.seconds,
         "parity": None if candidate.parity is None else asdict(candidate.parity),
+        "settled": candidate.settled,
     }
     try:
         return safetensors.torch.save(tensors, {"candidate": json.dumps(figures)})
@@ -69,7 +70,7 @@ def load_candidate(prepared: Prepared, content: bytes) -> Candidate:
         _fill_(student, tensors)
         return Candidate(
             policy, figures["rung"], plan, student, model, figures["loss"], figures["metric"],
-            figures["samples"], figures["seconds"], parity,
+            figures["samples"], figures["seconds"], parity, figures["settled"],
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise FlyweightError(f"this is no checkpoint: {type(error).__name__}: {error}") from error

@@ -120,7 +120,7 @@ class Proposals:
         """A result of ``policy`` at ``rung``; feasible if ``constraint`` <= 0."""
         self._seen.add(policy.digest)
         if self._warm:
-            self._warm.tell(policy, rung, loss)
+            self._warm.tell(policy, rung, loss, constraint <= 0)
         asked = self._asked.get(policy.digest)
         if asked and asked[0] == rung:
             del self._asked[policy.digest]

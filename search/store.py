@@ -63,6 +63,7 @@ def write_artifact(storage: Storage, candidate: "Candidate", facts: dict[str, An
         "size_bytes": len(candidate.model),
         "compressed_bytes": compressed_bytes(candidate.model),
         "samples": candidate.samples,
+        "settled": candidate.settled,
         "parity": None if candidate.parity is None else vars(candidate.parity),
         **facts,
     }

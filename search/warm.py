@@ -18,8 +18,11 @@ from .sensitivity import Sensitivity
 from .solver import Point, Solver
 
 KEEPS = (1.0, 0.5, 0.25)  # shares of channels kept by the recipes that the solver starts from
-# Of the way, in octaves, from the limit to the fastest policy: what lies beyond has lost too much.
+# Of the way, in octaves, from the limit to the fastest policy: what lies beyond may have lost too
+# much. So it is until trials finished.
 DEPTH = 0.75
+# Octaves that are looked at beyond the fastest finished policy that keeps the limits.
+BEYOND = 0.25
 
 
 class WarmStart:
@@ -59,12 +62,12 @@ class WarmStart:
         be, given the table and the results: Thompson sampling (Thompson 1933)."""
         return rng.choice([*self._students.values()]).draw(rng)
 
-    def tell(self, policy: Policy, rung: str, loss: float) -> None:
+    def tell(self, policy: Policy, rung: str, loss: float, kept: bool) -> None:
         """A result, from which the next draws learn if the policy was trained: what choices harm
-        untrained the table knows."""
+        untrained the table knows. kept: whether it keeps the limits."""
         student = self._students.get(policy.student)
         if student and rung != RUNGS[0] and self._space.contains(policy):
-            student.tell(policy, rung, loss)
+            student.tell(policy, rung, loss, kept)
 
 
 class _Student:
@@ -93,6 +96,7 @@ class _Student:
         self._slowest = slowest_ms or float(min(self._latency(np.array(self._whole))))
         self._fastest = float(min(*self._latency(smallest), self._slowest))
         self._solved: list[tuple[float, Point]] = []
+        self._finished: list[tuple[float, bool]] = []  # latency, and whether the limits are kept
         self._learned = LearnedHarms(self._harms, table.students[name])
 
     def sweep(self, count: int, seconds: float) -> list[dict[str, Any]]:
@@ -100,7 +104,7 @@ class _Student:
         for step in range(count if self._places else 0):  # without axes there is nothing to solve
             if time.monotonic() > ends:
                 break
-            limit = self._limit(step / max(1, count - 1))
+            limit = self._limit(DEPTH * step / max(1, count - 1))
             found = self._solver(self._harms).solve(limit, starts)
             if found is not None:
                 self._solved.append((limit, found))
@@ -111,18 +115,33 @@ class _Student:
     def draw(self, rng: random.Random) -> dict[str, Any] | None:
         if not self._places:
             return None
-        limit = self._limit(rng.random())
+        limit = self._limit(self._reach() * rng.random())
         near = sorted(self._solved, key=lambda known: abs(math.log(known[0] / limit)))
         starts = [point for _, point in near[:1]] or self._recipes
         found = self._solver(self._learned.draw(rng)).solve(limit, starts)
         return None if found is None else self._values(found)
 
-    def tell(self, policy: Policy, rung: str, loss: float) -> None:
-        self._learned.tell(rung, self._point(policy), settings_of(self._space, policy), loss)
+    def tell(self, policy: Policy, rung: str, loss: float, kept: bool) -> None:
+        point = self._point(policy)
+        self._learned.tell(rung, point, settings_of(self._space, policy), loss)
+        if rung == RUNGS[-1]:
+            self._finished.append((float(self._latency(point[None])[0]), kept))
+
+    def _reach(self) -> float:
+        """How far of the way from the slowest to the fastest is worth a look: a little farther
+        than what was seen to keep the limits; not as far as what broke them, where nothing else
+        is known."""
+        octaves = math.log2(self._slowest / self._fastest)
+        if not octaves or not self._finished:
+            return DEPTH
+        way = {kept: [math.log2(self._slowest / ms) for ms, k in self._finished if k == kept]
+               for kept in (True, False)}  # fmt: skip
+        far = max(way[True]) + BEYOND if way[True] else min(way[False])
+        return min(max(far / octaves, 0.0), 1.0)
 
     def _limit(self, way: float) -> float:
         """The latency so far of the way from the slowest that is wanted, in octaves."""
-        return float(self._slowest * (self._fastest / self._slowest) ** (DEPTH * way))
+        return float(self._slowest * (self._fastest / self._slowest) ** way)
 
     def _solver(self, harms: list[NDArray[np.float64]]) -> Solver:
         return Solver(harms, self._latency, self._ordered)

@@ -1,6 +1,7 @@
 """``compress``: from a task and a policy to a candidate and its artifact."""
 
 import copy
+import dataclasses
 from types import ModuleType
 from typing import Any
 
@@ -102,6 +103,41 @@ def test_the_rungs_climb_and_leave_everything_behind_as_it_was(prepared: Prepare
     assert direct.model == climbed[2].model
     assert (direct.metric, direct.loss) == (climbed[2].metric, climbed[2].loss)
     assert compress(prepared, how, "short", climbed[0], seed=4).model != climbed[1].model
+
+
+def test_training_that_leads_away_from_the_teacher_is_given_up(prepared: Prepared) -> None:
+    # int8 alone: next to nothing to repair
+    how = policy(prepared, prune=Prune(), distill=Distill(learning_rate=0.2))
+    untrained = compress(prepared, how, "recalibrate")
+    short = compress(prepared, how, "short", untrained)
+    full = compress(prepared, how, "full", short)
+    assert (untrained.settled, short.settled, full.settled) == (False, True, True)
+    assert short.loss == full.loss == untrained.loss
+    assert short.model == full.model == untrained.model
+    assert (short.samples, full.samples) == (128, 128)  # what was tried is paid, and no more
+    assert short.metric == untrained.metric
+    assert full.parity is not None
+
+
+def test_what_is_lost_by_little_at_the_short_rung_may_come_back(prepared: Prepared) -> None:
+    how = policy(prepared)
+    untrained, trained = (compress(prepared, how, rung) for rung in ("recalibrate", "short"))
+    nearer = dataclasses.replace(untrained, loss=trained.loss / 1.5)
+    assert compress(prepared, how, "short", nearer).model == trained.model
+    near = dataclasses.replace(untrained, loss=trained.loss / 2.5)
+    assert compress(prepared, how, "short", near).settled
+
+
+def test_the_full_rung_keeps_what_it_came_from_where_it_ends_farther_away(
+    prepared: Prepared,
+) -> None:
+    how = policy(prepared)
+    short = compress(prepared, how, "short")
+    full = compress(prepared, how, "full", dataclasses.replace(short, loss=1e-6))
+    assert full.settled
+    assert (full.model, full.loss) == (short.model, short.loss)
+    assert full.samples > short.samples
+    assert not compress(prepared, how, "full", short).settled
 
 
 def test_the_numbers_are_those_of_the_artifact(prepared: Prepared) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flyweight.search.limits import Limits
 from flyweight.search.sensitivity import Sensitivity, measure
-from flyweight.search.warm import WarmStart, coarse_first
+from flyweight.search.warm import BEYOND, WarmStart, coarse_first
 from flyweight.spaces import Capabilities, Network, Policy, Settings, Space
 
 BOTH = ("fp32", "int8")
@@ -138,9 +138,29 @@ def test_draws_learn_what_training_makes_of_a_choice(space: Space, table: Sensit
             removed = (
                 1 - policy.prune.width.get(dear, space.widths[dear][-1]) / space.widths[dear][-1]
             )
-            warm.tell(policy, "short", 0.02 * harm(space, policy) + 2.0 * removed**2)
+            warm.tell(policy, "short", 0.02 * harm(space, policy) + 2.0 * removed**2, True)
     assert kept() > 1.15 * before
     assert all(1.1 * Device(space).ms(space.policy(warm.draw(rng) or {})) <= 0.4 for _ in range(10))
+
+
+def test_draws_go_as_far_as_the_limits_are_kept(space: Space, table: Sensitivity) -> None:
+    """Before anything is finished three quarters of the way to the fastest; then a little beyond
+    what kept the limits, or as far as what broke them."""
+    device, slowest = Device(space), 0.8
+
+    def fastest(finished: dict[float, bool]) -> float:
+        warm, rng = WarmStart(space, table, device, Limits(95.0, slowest)), random.Random(0)
+        for keep, kept in finished.items():
+            warm.tell(space.uniform(keep, "fp32"), "full", 0.1, kept)
+        drawn = [space.policy(warm.draw(rng) or {}) for _ in range(60)]
+        return 1.1 * min(device.ms(p) for p in drawn if p.student == "pruned")
+
+    at = {keep: 1.1 * device.ms(space.uniform(keep, "fp32")) for keep in (0.7, 0.6, 0.5)}
+    little = 2**-BEYOND
+    assert fastest({}) < 0.4 * slowest
+    assert 0.95 * little * at[0.6] <= fastest({0.6: True}) < at[0.6]
+    assert 0.95 * at[0.6] <= fastest({0.6: False}) < slowest
+    assert 0.95 * little * at[0.6] <= fastest({0.7: False, 0.6: True, 0.5: False}) < at[0.6]
 
 
 def test_coarse_first() -> None:
