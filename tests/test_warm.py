@@ -152,7 +152,7 @@ def test_draws_go_as_far_as_the_limits_are_kept(space: Space, table: Sensitivity
         warm, rng = WarmStart(space, table, device, Limits(95.0, slowest)), random.Random(0)
         for keep, kept in finished.items():
             warm.tell(space.uniform(keep, "fp32"), "full", 0.1, kept)
-        drawn = [space.policy(warm.draw(rng) or {}) for _ in range(60)]
+        drawn = [space.policy(warm.draw(rng) or {}) for _ in range(25)]
         return 1.1 * min(device.ms(p) for p in drawn if p.student == "pruned")
 
     at = {keep: 1.1 * device.ms(space.uniform(keep, "fp32")) for keep in (0.7, 0.6, 0.5)}
