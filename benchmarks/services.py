@@ -301,3 +301,12 @@ def alive(pids: list[int]) -> list[int]:
             if state != "Z":
                 found.append(pid)
     return found
+
+
+def command_of(pid: int) -> str:
+    """How the process was called; empty if it ended."""
+    with contextlib.suppress(OSError):
+        return (
+            Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        )
+    return ""
