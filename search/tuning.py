@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ray import cloudpickle, tune
-from ray.air.execution._internal import RayActorManager
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
-from ray.tune.execution import tune_controller
+from ray.exceptions import ActorUnavailableError, RayActorError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from .actors import keep_actors
 from .controller import Controller
 
 
@@ -81,17 +80,6 @@ class ControlledScheduler(_Unpickled, FIFOScheduler):
             controller.failed(number, reason)
 
 
-class OutlivingActors(RayActorManager):
-    """Ray's memory monitor ends a worker with an error that Tune 2.60 does not expect of one, and
-    ends the whole search for it. Here it is the death of a worker as any other."""
-
-    def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
-        super()._actor_task_failed(tracked_actor_task, _as_death(exception))
-
-    def _actor_start_failed(self, tracked_actor: Any, exception: Exception) -> None:
-        super()._actor_start_failed(tracked_actor, _as_death(exception))
-
-
 def _lost(error: RayActorError) -> str:
     """What was lost with a worker, as ``Controller.died`` is told it."""
     if error.preempted:
@@ -100,12 +88,6 @@ def _lost(error: RayActorError) -> str:
     # the moment, over a network that fails, nobody knows more.
     gone = isinstance(error, ActorUnavailableError) or "node has died" in str(error)
     return "node" if gone else "worker"
-
-
-def _as_death(error: Exception) -> Exception:
-    if isinstance(error, RayActorError | RayTaskError):
-        return error
-    return RayActorError(error_msg=str(error).partition("\n")[0] or type(error).__name__)
 
 
 def _error(trial: Any) -> Any:
@@ -133,7 +115,7 @@ def run_trials(
     # A trial whose worker dies is proposed again by the controller. Tune's own way, max_failures,
     # would begin it anew, and by its source (2.60) waits for ever for a worker that died between
     # two trials: the trial stays among those whose actor is being reset.
-    tune_controller.RayActorManager = OutlivingActors  # type: ignore[attr-defined]  # an import
+    keep_actors()
     scratch = tempfile.mkdtemp(prefix="flyweight-tune-")
     try:
         tune.Tuner(
@@ -151,6 +133,9 @@ def run_trials(
                 storage_path=scratch,
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),
+                # Trials write what goes on from rung to rung themselves: to ask them again when
+                # they end is one more message each.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         ).fit()
     finally:
