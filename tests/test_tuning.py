@@ -82,7 +82,8 @@ def test_a_search_outlives_its_workers(
 ) -> None:
     from ray.exceptions import OutOfMemoryError, RayActorError
 
-    from flyweight.search.tuning import OutlivingActors, run_trials
+    from flyweight.search.actors import OutlivingActors
+    from flyweight.search.tuning import run_trials
 
     take = OutlivingActors._actor_task_failed
 
@@ -115,3 +116,39 @@ def test_a_search_outlives_its_workers(
         assert begun.count("recalibrate") == 1
         assert begun.count("short") == 2
     assert control.proposals.running() == 0
+
+
+def slow_to_start(folder: Path) -> Any:
+    """Trials that answer soon, in workers of which all but the first are slow to get ready."""
+    from ray import tune
+
+    class SlowToStart(tune.Trainable):
+        def setup(self, config: dict[str, Any]) -> None:
+            (folder / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+            time.sleep(3.0 if len(list(folder.iterdir())) > 1 else 0.0)
+            self.reset_config(config)
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self.rung = RUNGS.index(new_config["rung"])
+            return True
+
+        def step(self) -> dict[str, Any]:
+            time.sleep(0.1)
+            self.rung += 1
+            return {"outcome": json.dumps(figures(RUNGS[self.rung - 1], 1.0))}
+
+    return SlowToStart
+
+
+@pytest.mark.parametrize("concurrency", [2, 4])  # of four, two wait for resources
+def test_a_worker_is_started_once_for_each_place(
+    concurrency: int, tmp_path: Path, load: Callable[[str], ModuleType]
+) -> None:
+    from flyweight.search.tuning import run_trials
+
+    record = MemoryRecord()
+    control: Controller = load("tests/test_controller.py").controller(record, trials=30)
+    run_trials(control, slow_to_start(tmp_path), concurrency=concurrency, resources={"cpu": 1})
+    assert {trial.ended for trial in control.trials.values()} <= {"finished", "stopped"}
+    assert len(control.trials) == 30
+    assert len(list(tmp_path.iterdir())) == 2
