@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -36,6 +36,9 @@ LOSSES = {"worker": 1.0, "node": 0.25, "preempted": 0.0, "unstored": 0.0}
 UNSTORED = 8  # results, one after another, that workers could not store: the search ends
 RECENT = 100  # newest results of a rung that say how long it takes
 SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
+# For a policy that is still looked for when the search ends, so that finalists are measured while
+# nothing else runs; not for ever, for the target may be away.
+CLOSE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,9 @@ class Controller:
     cannot be written, or a meter that is gone, ends the search with ``fatal`` set.
 
     look_ahead: a thread finds and prices the next policy while trials run, so that nobody waits
-    for it. What comes in meanwhile the proposals learn before they are asked again: what they know
-    when they are asked does not hang on how long that takes. reprice: what the record knows
-    is priced anew, for a target or a profile that has changed.
+    for it. When they are asked the proposals know what had come in when the trial before was asked
+    for: that does not hang on how long finding it took. reprice: what the record knows is priced
+    anew, for a target or a profile that has changed.
     """
 
     def __init__(
@@ -102,17 +105,18 @@ class Controller:
         self.fatal: OSError | None = None
         self.exhausted = False
         self.interrupted = False
+        self._closed = False
         self._clock, self._listen = clock, listen
         self._lock = threading.RLock()  # guards everything but prices and proposals
         self._untold: list[Callable[[], None]] = []  # what the proposals do not know yet
-        self._finder = ThreadPoolExecutor(1, "flyweight-finder") if look_ahead else None
+        self._due: list[Callable[[], None]] | None = None  # and are told before they are asked
+        self._look_ahead = look_ahead
         self._ahead: Future[tuple[Policy, Price] | None] | None = None
         self._again: list[Trial] = []  # whose worker died, or that an earlier session left
         self._unstored = 0  # results since the last artifact that was stored
         self._spent = 0.0
         self._began = clock()
         self._rebuild(record.entries(), reprice)
-        self._catch_up()
         self._points: dict[str, list[Point]] = {  # going through all results for each is slow
             rung: [_point(t.results[rung]) for t in reached.values() if _competes(t, rung)]
             for rung, reached in self._reached.items()
@@ -120,9 +124,10 @@ class Controller:
 
     # What to try next.
 
-    def propose(self) -> Trial | None:
+    def propose(self, wait_s: float | None = None) -> Trial | None:
         """The next trial, at its ``next_rung``, or None when the search has none: for good, once
-        nothing is ``running``."""
+        nothing is ``running`` and none is ``looking``. wait_s: how long to wait for a policy that
+        is looked for; without it as long as it takes, which is long where the target is away."""
         while self._again and not self.over():
             trial = self._again.pop(0)
             over = self._cost(trial.price) > 0  # a limit that was changed since
@@ -134,8 +139,14 @@ class Controller:
             self._catch_up()
         if self.over():
             return None
+        if self._due is None:  # this trial is asked for the first time
+            self._due = self._take_untold()
+        if self._ahead is None:
+            self._ahead = self._look()
+        if not wait([self._ahead], wait_s).done:
+            return None
         try:
-            found = self._ahead.result() if self._ahead else self._affordable()
+            found = self._ahead.result()
         except OSError as error:  # nothing can be priced any more
             self.fatal = self.fatal or error
             return None
@@ -149,22 +160,48 @@ class Controller:
             begin = {"kind": "begin", **self._name(trial), "policy": trial.policy.to_dict()}
             if not self._append(begin | asdict(trial.price)):
                 return None
-        if self._finder and not self.over():
-            self._catch_up()
-            self._ahead = self._finder.submit(self._affordable)
+        if self._look_ahead and not self.over():
+            self._ahead = self._look()
         return trial
 
+    def looking(self) -> bool:
+        """Whether a policy is looked for that may yet become a trial."""
+        return self._ahead is not None and not self.over()
+
+    def _look(self) -> "Future[tuple[Policy, Price] | None]":
+        """Tells the proposals what is due, then asks them; who looks ahead does not wait for it."""
+        due, self._due = self._due or [], None
+        found: Future[tuple[Policy, Price] | None] = Future()
+
+        def look() -> None:
+            try:
+                for tell in due:
+                    tell()
+                found.set_result(self._affordable())
+            except BaseException as error:
+                found.set_exception(error)
+
+        if self._look_ahead:  # a daemon: a target that is away must not keep a search from ending
+            threading.Thread(target=look, name="flyweight-finder", daemon=True).start()
+        else:
+            look()
+        return found
+
     def _catch_up(self) -> None:
-        """Tells the proposals what came in, while nobody asks them."""
+        """Tells the proposals all that came in, while nobody asks them."""
+        due, self._due = [*(self._due or ()), *self._take_untold()], None
+        for tell in due:
+            tell()
+
+    def _take_untold(self) -> list[Callable[[], None]]:
         with self._lock:
             untold, self._untold = self._untold, []
-        for tell in untold:
-            tell()
+        return untold
 
     def _affordable(self) -> tuple[Policy, Price] | None:
         """A policy within the limits and its price; None when there seems to be none left."""
         for _ in range(ASKS):
-            policy = self.proposals.ask()
+            policy = None if self._closed else self.proposals.ask()
             if policy is None:
                 return None
             try:
@@ -318,16 +355,17 @@ class Controller:
 
     def close(self) -> None:
         """Ends every trial that still runs, so that nothing stays open."""
-        if self._finder:
-            self._finder.shutdown()
+        self._closed = True
+        ahead, self._ahead = self._ahead, None
+        asked = bool(ahead and not wait([ahead], CLOSE_S).done)
         with self._lock:
-            if self._ahead and not self._ahead.exception() and (found := self._ahead.result()):
+            if ahead and not asked and not ahead.exception() and (found := ahead.result()):
                 self.proposals.fail(found[0])
-            self._ahead = None
             for trial in self.trials.values():
                 if not trial.ended:
                     self._end(trial, "interrupted")
-            self._catch_up()
+            if not asked:  # else nobody asks them again
+                self._catch_up()
 
     # What is known.
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from .controller import Controller
+
+# For a policy that is being looked for: while trials run, whose results must not wait for it, and
+# while none does. Tune itself waits a second before it asks again then.
+BUSY_S, IDLE_S = 0.05, 5.0
 
 
 class _Unpickled:
@@ -31,17 +36,26 @@ class ControlledSearcher(_Unpickled, Searcher):
         super().__init__()
         self.controller = controller
         self.numbers: dict[str, int] = {}  # Tune's trial id -> trial
+        self._handler: Any = None
 
     def suggest(self, trial_id: str) -> Any:
-        trial = self.controller.propose()
+        control = self.controller
+        trial = control.propose(BUSY_S if control.running() else IDLE_S)
         if trial is None:
             # What runs may come back: Tune asks again as long as it is not told that this is all.
             # It is where nothing can be recorded any more, though no trial could be ended then.
-            waits = self.controller.running() and not self.controller.fatal
-            return None if waits else Searcher.FINISHED
+            waits = control.running() or (control.looking() and not self._interrupted())
+            return None if waits and not control.fatal else Searcher.FINISHED
         self.numbers[trial_id] = trial.number
         policy = trial.policy.canonical()
         return {"number": trial.number, "policy": policy, "rung": trial.next_rung}
+
+    def _interrupted(self) -> bool:
+        """Whether Ctrl-C came while no trial ran. Tune (2.60) looks for that between two asks, but
+        not while it waits for a first trial; its handler is gone once it was called."""
+        handler = signal.getsignal(signal.SIGINT)
+        self._handler = self._handler or handler
+        return handler is not self._handler
 
     def on_trial_complete(self, *_: Any, **__: Any) -> None:
         return None

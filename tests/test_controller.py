@@ -1,6 +1,7 @@
 """The search without Ray: a record in memory, a clock and a price that a test sets."""
 
 import itertools
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -665,6 +666,108 @@ def test_what_is_proposed_does_not_hang_on_how_long_proposing_takes() -> None:
         return found
 
     assert proposed(True) == proposed(False)
+
+
+def test_results_do_not_wait_for_a_policy_that_is_looked_for() -> None:
+    proposals, record = Gated(), MemoryRecord()
+    control = Controller(
+        proposals, price, NONE, record, Budget(3), clock=Clock(), look_ahead=True
+    )  # fmt: skip
+    assert control.propose(0.0) is None  # it may take long: its target is away, say
+    assert control.looking()
+    proposals.gate.set()
+    first = control.propose()
+    assert first is not None
+    proposals.asked.wait(60)
+    proposals.gate.clear()
+    second = control.propose()
+    assert second is not None
+    assert control.propose(0.01) is None
+    assert control.looking()
+    climb(control, first)
+    assert first.ended
+    climb(control, second)
+    proposals.gate.set()
+    third = control.propose()
+    assert third is not None
+    assert third.number == 2
+    assert not control.looking()  # there are to be no more
+    control.close()
+    assert proposals.running() == 0
+
+
+def test_what_is_proposed_does_not_hang_on_what_comes_in_while_it_is_looked_for() -> None:
+    class OneByOne(Proposals):
+        passes = threading.Semaphore(0)
+
+        def ask(self) -> Policy | None:
+            assert self.passes.acquire(timeout=60)
+            return super().ask()
+
+    def proposed(before: bool) -> list[str]:
+        """before: the results of the trial before come in while the next is looked for."""
+        proposals = OneByOne(space())
+        control = Controller(
+            proposals, price, NONE, MemoryRecord(), Budget(40), clock=Clock(), look_ahead=True
+        )
+        out: list[Trial] = []
+        while len(out) < 40:
+            if before and out:
+                assert control.propose(0.0) is None
+                climb(control, out[-1])
+            proposals.passes.release()
+            trial = control.propose()
+            assert trial is not None
+            if not before and out:
+                climb(control, out[-1])
+            out.append(trial)
+        control.close()
+        return [trial.policy.digest for trial in out]
+
+    assert proposed(True) == proposed(False)
+
+
+def test_a_search_ends_though_a_policy_is_still_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flyweight.search.controller.CLOSE_S", 0.01)
+    gate, priced = threading.Event(), threading.Event()
+
+    def costs(policy: Policy) -> Price:
+        if threading.current_thread() is not threading.main_thread():
+            assert gate.wait(60)
+            priced.set()
+        return price(policy)
+
+    control = controller(costs=costs, look_ahead=True)
+    assert control.propose(0.0) is None
+    control.close()
+    gate.set()
+    assert priced.wait(60)  # what was asked for is found, and nobody wants it
+    assert not control.trials
+    assert not kinds(control.record, "begin")  # type: ignore[arg-type]  # it is a MemoryRecord
+
+
+def test_tune_asks_again_while_a_policy_is_looked_for_until_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flyweight.search import tuning
+
+    monkeypatch.setattr(tuning, "IDLE_S", 0.01)
+    proposals = Gated()
+    control = Controller(
+        proposals, price, NONE, MemoryRecord(), Budget(3), clock=Clock(), look_ahead=True
+    )
+    searcher = tuning.ControlledSearcher(control)
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # as Tune does
+    try:
+        assert searcher.suggest("a") is None
+        assert searcher.suggest("a") is None
+        signal.signal(signal.SIGINT, before)  # as its handler does
+        assert searcher.suggest("a") == tuning.ControlledSearcher.FINISHED
+        assert control.cut_off()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        proposals.gate.set()
+        control.close()
 
 
 def test_with_more_time_what_the_deadline_ended_goes_on() -> None:
