@@ -464,17 +464,23 @@ class Controller:
     def _price_again(self, policy: Policy, entry: Entry, reprice: bool) -> Price | None:
         """The price in ``entry``, or today's; None if it is impossible today."""
         if not reprice:
-            return _price_of(entry)
+            return None if entry["latency_ms"] is None else _price_of(entry)
         try:
             return self._price(policy)
         except Impossible:
             return None
 
     def _rebuild(self, entries: list[Entry], reprice: bool) -> None:
+        told: dict[int, Entry] = {}  # what artifacts are priced at, by the record
+        for entry in entries:
+            if entry["kind"] == "priced" or (
+                entry["kind"] == "result" and entry["rung"] == RUNGS[-1]
+            ):
+                told[entry["trial"]] = {"latency_ms": entry["latency_ms"]}
         for entry in entries:
             if entry["kind"] == "begin":
                 policy = Policy.from_dict(entry["policy"])
-                price = self._price_again(policy, entry, reprice)
+                price = self._price_again(policy, entry | told.get(entry["trial"], {}), reprice)
                 trial = Trial(entry["trial"], policy, price or _price_of(entry))
                 trial.ended = None if price else "failed"
                 self.trials[trial.number] = trial
@@ -511,6 +517,11 @@ class Controller:
             ):
                 trial.ended = None
         self._again = [t for t in self.trials.values() if not t.ended]
+        for number, known in told.items():  # so that who reads the record compares like with like
+            trial = self.trials[number]
+            now = list(trial.price.latency_ms) if RUNGS[-1] in trial.results else None
+            if now != known["latency_ms"]:
+                self._append({"kind": "priced", **self._name(trial), "latency_ms": now})
 
 
 def _price_of(entry: Entry) -> Price:

@@ -77,9 +77,17 @@ class Summary:
             self.ended[int(entry["trial"])] = str(entry["reason"])
         elif kind == "rejected":
             self.rejected += int(entry.get("count", 1))
-        elif kind == "measured" and entry["digest"] in self.results[RUNGS[-1]]:
-            self.results[RUNGS[-1]][entry["digest"]] = replace(
-                self.results[RUNGS[-1]][entry["digest"]],
+        elif kind == "priced" and (known := self.results[RUNGS[-1]].get(entry["digest"])):
+            ms = entry["latency_ms"]
+            self.results[RUNGS[-1]][known.digest] = replace(
+                known,
+                latency_ms=float(ms[1]) if ms else math.nan,
+                teacher_latency_ms=float(self.teacher.get("latency_ms", math.nan)),
+                measured=False,
+            )
+        elif kind == "measured" and (known := self.results[RUNGS[-1]].get(entry["digest"])):
+            self.results[RUNGS[-1]][known.digest] = replace(
+                known,
                 latency_ms=float(entry["latency_ms"]),
                 teacher_latency_ms=float(entry["teacher_latency_ms"]),
                 measured=True,

@@ -18,7 +18,7 @@ from .fragile import Harms, read_harms
 from .limits import limits
 from .mlflow_entries import RUNGS
 from .progress import Figures, Summary
-from .results import choose, finalists
+from .results import at_full, choose, finalists
 
 Policy = Mapping[str, Any]
 
@@ -96,7 +96,7 @@ def read_run(folder: Path) -> Run:
         for entry in entries:
             summary.add(entry)
         search = next(entry for entry in reversed(entries) if entry["kind"] == "search")
-        full = _at_full(entries)
+        full = [entry for entry in at_full(entries) if entry.get("metric") is not None]
         rows = {entry["digest"]: _row(entry, summary) for entry in full}
         failures, agreeing = _failures(entries), agreements(entries)
     found, why = _explanation(folder / EXPLANATION)
@@ -152,12 +152,6 @@ def _blaming(path: Path) -> Iterator[None]:
         raise BadInput(f"no file {path}: is {path.parent} the directory of a run?") from error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise BadInput(f"{path} is damaged: {type(error).__name__}: {error}") from error
-
-
-def _at_full(entries: Sequence[record.Entry]) -> list[record.Entry]:
-    results = [e for e in entries if e["kind"] == "result" and e["rung"] == RUNGS[-1]]
-    newest = {entry["digest"]: entry for entry in results}
-    return [e for e in newest.values() if e.get("metric") is not None and e.get("latency_ms")]
 
 
 def _row(entry: record.Entry, summary: Summary) -> Row:

@@ -21,7 +21,8 @@ SYNCED = ("search", "result", "measured")
 
 class Record(Protocol):
     """Where results are appended as they come. Entries are JSON objects with a ``kind``:
-    search, begin, result, died, end, rejected, measured."""
+    search, begin, result, died, end, rejected, priced, measured. priced: what an artifact of an
+    earlier session is predicted to take on this one's target; null where that cannot run it."""
 
     def append(self, entry: Entry) -> None:
         """Adds one entry; a process that dies after this has lost nothing. Raises OSError, also

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from . import beside, figures, progress
 from .drawing import png, svg
-from .explained import EXPLANATION, Sheet, bars_svg
+from .explained import AT_MOST, EXPLANATION, Sheet, bars_svg
 from .exports import as_csv, front_rows, trial_rows
 from .fragile import groups_sheet, layers_sheet
 from .mlflow_entries import RUNGS
@@ -82,6 +82,7 @@ def render(run: Run, compared: Sequence[Run] = ()) -> str:
         strip=strip(run),
         fragile=_fragile(run),
         explanation=EXPLANATION,
+        at_most=AT_MOST,
         **_growth(run),
         **_costs(run),
         **_exactness(run),

@@ -74,10 +74,7 @@ def read_path(path: Path) -> Source:
     facts = _facts(file) if file.name == "model.onnx" else None
     content = file.read_bytes()
     if facts is None:
-        note = (
-            f"{file} comes without metrics.json: nothing says what its SHA-256 should be, and the "
-            "rows of its first axis are taken not to know of each other (requests run together)"
-        )
+        note = f"{file} comes without metrics.json: nothing says what its SHA-256 should be"
         facts = {"sha256": hashlib.sha256(content).hexdigest(), "runtime": "onnxruntime"}
         return _source(content, facts, None, str(file), (note,))
     return _source(content, facts, None, str(file))

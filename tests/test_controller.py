@@ -25,6 +25,7 @@ from flyweight.search.controller import (
 from flyweight.search.limits import Limits
 from flyweight.search.proposals import Proposals
 from flyweight.search.record import Entry, MemoryRecord
+from flyweight.search.results import at_full
 from flyweight.spaces import (
     Capabilities,
     Group,
@@ -473,6 +474,17 @@ def test_a_changed_target_prices_what_is_known_anew() -> None:
         policy = Policy.from_dict(entry["policy"])
         assert entry["latency_ms"] == list(slower(policy).latency_ms)
     assert any(e["constraint"] > 0 for e in after.results("full"))
+    # Who reads the record knows the same of each artifact.
+    now = {e["digest"]: e["latency_ms"] for e in at_full(record.entries())}
+    assert now == {e["digest"]: e["latency_ms"] for e in after.results("full")}
+    told = len(kinds(record, "priced"))
+    assert told == len(now)
+    for how in (True, False):  # the same target again, also where nothing predicts any more
+        later = Controller(
+            Proposals(space()), slower, limits, record, Budget(12), clock=Clock(), reprice=how
+        )
+        assert later.results("full") == after.results("full")
+    assert len(kinds(record, "priced")) == told
 
 
 def test_a_trial_whose_worker_died_goes_on_from_its_last_rung() -> None:
@@ -806,4 +818,5 @@ def test_what_a_changed_target_cannot_run_is_left_out() -> None:
     )
     assert after.trials[0].ended == "failed"
     assert known[0].digest not in {e["digest"] for e in after.results("full")}
+    assert known[0].digest not in {e["digest"] for e in at_full(record.entries())}
     assert not after.proposals.claim(known[0])
