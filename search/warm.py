@@ -4,6 +4,7 @@ follow, solved for with what the results have taught."""
 import math
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,14 @@ class WarmStart:
 
     def draw(self, rng: random.Random) -> dict[str, Any] | None:
         """The values of the axes of one more, for a limit at random and with harms as they might
-        be, given the table and the results: Thompson sampling (Thompson 1933)."""
-        return rng.choice([*self._students.values()]).draw(rng)
+        be, given the table and the results: Thompson sampling (Thompson 1933). Of several students
+        the one that so loses least within the limit, at the highest rung that any has reached."""
+        students = [*self._students.values()]
+        limit = rng.choice(students).limit(rng.random())
+        rungs = {rung for student in students for rung in student.learned.rungs()}
+        rung = max(rungs, key=RUNGS.index, default=None)
+        found = [drawn for student in students if (drawn := student.draw(limit, rung, rng))]
+        return min(found, key=lambda drawn: drawn[0])[1] if found else None
 
     def tell(self, policy: Policy, rung: str, loss: float) -> None:
         """A result, from which the next draws learn if the policy was trained: what choices harm
@@ -93,14 +100,14 @@ class _Student:
         self._slowest = slowest_ms or float(min(self._latency(np.array(self._whole))))
         self._fastest = float(min(*self._latency(smallest), self._slowest))
         self._solved: list[tuple[float, Point]] = []
-        self._learned = LearnedHarms(self._harms, table.students[name])
+        self.learned = LearnedHarms(self._harms, table.students[name])
 
     def sweep(self, count: int, seconds: float) -> list[dict[str, Any]]:
         ends, starts = time.monotonic() + seconds, self._recipes
         for step in range(count if self._places else 0):  # without axes there is nothing to solve
             if time.monotonic() > ends:
                 break
-            limit = self._limit(step / max(1, count - 1))
+            limit = self.limit(step / max(1, count - 1))
             found = self._solver(self._harms).solve(limit, starts)
             if found is not None:
                 self._solved.append((limit, found))
@@ -108,23 +115,27 @@ class _Student:
         solved = [self._values(point) for _, point in self._solved]
         return [solved[i] for i in coarse_first(len(solved))]
 
-    def draw(self, rng: random.Random) -> dict[str, Any] | None:
+    def draw(
+        self, limit: float, rung: str | None, rng: random.Random
+    ) -> tuple[float, dict[str, Any]] | None:
+        """What a point that is solved for would lose, as a logarithm, and its values."""
         if not self._places:
             return None
-        limit = self._limit(rng.random())
+        drawn = self.learned.draw(rng, rung)
         near = sorted(self._solved, key=lambda known: abs(math.log(known[0] / limit)))
         starts = [point for _, point in near[:1]] or self._recipes
-        found = self._solver(self._learned.draw(rng)).solve(limit, starts)
-        return None if found is None else self._values(found)
+        solver = self._solver(drawn.harms)
+        found = solver.solve(limit, starts)
+        return None if found is None else (drawn.log_loss(solver.harm(found)), self._values(found))
 
     def tell(self, policy: Policy, rung: str, loss: float) -> None:
-        self._learned.tell(rung, self._point(policy), settings_of(self._space, policy), loss)
+        self.learned.tell(rung, self._point(policy), settings_of(self._space, policy), loss)
 
-    def _limit(self, way: float) -> float:
+    def limit(self, way: float) -> float:
         """The latency so far of the way from the slowest that is wanted, in octaves."""
         return float(self._slowest * (self._fastest / self._slowest) ** (DEPTH * way))
 
-    def _solver(self, harms: list[NDArray[np.float64]]) -> Solver:
+    def _solver(self, harms: Sequence[NDArray[np.float64]]) -> Solver:
         return Solver(harms, self._latency, self._ordered)
 
     def _latency(self, points: NDArray[np.int64]) -> NDArray[np.float64]:
