@@ -516,6 +516,7 @@ def serving(model: Path | str, *options: str) -> Iterator[Command]:
         command.end()
 
 
+@pytest.mark.slow
 def test_serve_answers_as_the_runtime_does_and_ctrl_c_loses_no_request(tmp_path: Path) -> None:
     folder = artifact(tmp_path, slow())
     session = make_runtime("onnxruntime", 1).load(slow())
