@@ -12,21 +12,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 
 from ..compressors import RUNGS
 from ..spaces import Impossible, Policy
+from .finder import Finder, Price
 from .limits import Limits
 from .pareto import Point, by_chance, climbs
 from .record import Entry, Record, at_work
 from .strategies import Source
 
 REDUCTION = 2.0  # one in so many climbs from rung to rung
-SHRINKS = 16  # steps in which a policy that is over a limit can be made smaller
-ASKS = 32  # proposals over a limit, one after another, until the search gives up
 HOPELESS = 8  # trials that failed, none of them having reached a result: the search ends
 DEATHS = 2  # of its worker, and a policy is not tried again: it may be what kills them
 # How much of a death it is, by what was lost. That a node goes says little of the policy, but one
@@ -36,18 +34,6 @@ LOSSES = {"worker": 1.0, "node": 0.25, "preempted": 0.0, "unstored": 0.0}
 UNSTORED = 8  # results, one after another, that workers could not store: the search ends
 RECENT = 100  # newest results of a rung that say how long it takes
 SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
-# For a policy that is still looked for when the search ends, so that finalists are measured while
-# nothing else runs; not for ever, for the target may be away.
-CLOSE_S = 60.0
-
-
-@dataclass(frozen=True)
-class Price:
-    """What a policy costs on the target before it is trained. latency_ms: lower, middle, upper."""
-
-    latency_ms: tuple[float, float, float]
-    size_bytes: int
-    compressed_bytes: int
 
 
 @dataclass
@@ -79,10 +65,8 @@ class Controller:
     """Proposes policies, takes results, decides. Never raises into its caller: a record that
     cannot be written, or a meter that is gone, ends the search with ``fatal`` set.
 
-    look_ahead: a thread finds and prices the next policy while trials run, so that nobody waits
-    for it. When they are asked the proposals know what had come in when the trial before was asked
-    for: that does not hang on how long finding it took. reprice: what the record knows is priced
-    anew, for a target or a profile that has changed.
+    look_ahead: see ``Finder``. reprice: what the record knows is priced anew, for a target or a
+    profile that has changed.
     """
 
     def __init__(
@@ -105,13 +89,9 @@ class Controller:
         self.fatal: OSError | None = None
         self.exhausted = False
         self.interrupted = False
-        self._closed = False
         self._clock, self._listen = clock, listen
         self._lock = threading.RLock()  # guards everything but prices and proposals
-        self._untold: list[Callable[[], None]] = []  # what the proposals do not know yet
-        self._due: list[Callable[[], None]] | None = None  # and are told before they are asked
-        self._look_ahead = look_ahead
-        self._ahead: Future[tuple[Policy, Price] | None] | None = None
+        self._finder = Finder(proposals, price, limits, self._reject, look_ahead=look_ahead)
         self._again: list[Trial] = []  # whose worker died, or that an earlier session left
         self._unstored = 0  # results since the last artifact that was stored
         self._spent = 0.0
@@ -130,27 +110,22 @@ class Controller:
         is looked for; without it as long as it takes, which is long where the target is away."""
         while self._again and not self.over():
             trial = self._again.pop(0)
-            over = self._cost(trial.price) > 0  # a limit that was changed since
+            over = trial.price.cost(self.limits) > 0  # a limit that was changed since
             if not over and (not trial.results or self._in_time(trial.next_rung)):
                 return trial
             with self._lock:
                 self._end(trial, "over_limit" if over else "deadline")
-        if self._ahead is None:
-            self._catch_up()
+        self._finder.catch_up()
         if self.over():
             return None
-        if self._due is None:  # this trial is asked for the first time
-            self._due = self._take_untold()
-        if self._ahead is None:
-            self._ahead = self._look()
-        if not wait([self._ahead], wait_s).done:
+        ahead = self._finder.find(wait_s)
+        if ahead is None:
             return None
         try:
-            found = self._ahead.result()
+            found = ahead.result()
         except OSError as error:  # nothing can be priced any more
             self.fatal = self.fatal or error
             return None
-        self._ahead = None
         if found is None:
             self.exhausted = True
             return None
@@ -160,91 +135,17 @@ class Controller:
             begin = {"kind": "begin", **self._name(trial), "policy": trial.policy.to_dict()}
             if not self._append(begin | asdict(trial.price)):
                 return None
-        if self._look_ahead and not self.over():
-            self._ahead = self._look()
+        if not self.over():
+            self._finder.look_ahead()
         return trial
 
     def looking(self) -> bool:
         """Whether a policy is looked for that may yet become a trial."""
-        return self._ahead is not None and not self.over()
+        return self._finder.looking and not self.over()
 
-    def _look(self) -> "Future[tuple[Policy, Price] | None]":
-        """Tells the proposals what is due, then asks them; who looks ahead does not wait for it."""
-        due, self._due = self._due or [], None
-        found: Future[tuple[Policy, Price] | None] = Future()
-
-        def look() -> None:
-            try:
-                for tell in due:
-                    tell()
-                found.set_result(self._affordable())
-            except BaseException as error:
-                found.set_exception(error)
-
-        if self._look_ahead:  # a daemon: a target that is away must not keep a search from ending
-            threading.Thread(target=look, name="flyweight-finder", daemon=True).start()
-        else:
-            look()
-        return found
-
-    def _catch_up(self) -> None:
-        """Tells the proposals all that came in, while nobody asks them."""
-        due, self._due = [*(self._due or ()), *self._take_untold()], None
-        for tell in due:
-            tell()
-
-    def _take_untold(self) -> list[Callable[[], None]]:
-        with self._lock:
-            untold, self._untold = self._untold, []
-        return untold
-
-    def _affordable(self) -> tuple[Policy, Price] | None:
-        """A policy within the limits and its price; None when there seems to be none left."""
-        for _ in range(ASKS):
-            policy = None if self._closed else self.proposals.ask()
-            if policy is None:
-                return None
-            try:
-                price = self._price(policy)
-            except Impossible as error:
-                self._reject(policy, str(error))
-                continue
-            if self._cost(price) <= 0:
-                return policy, price
-            self._reject(policy, "over a limit", price)
-            smaller = self._smaller(policy)
-            if smaller is not None:
-                return smaller
-        return None
-
-    def _smaller(self, policy: Policy) -> tuple[Policy, Price] | None:
-        """The largest shrunk form of ``policy`` that is within the limits and new."""
-        best = None
-        low, high = 0, SHRINKS  # within the limits at low / SHRINKS of the width, perhaps
-        while high - low > 1:
-            middle = (low + high) // 2
-            tried = self.proposals.space.shrunk(policy, middle / SHRINKS)
-            try:
-                price = self._price(tried)
-            except Impossible:
-                break
-            if self._cost(price) <= 0:
-                low, best = middle, (tried, price)
-            else:
-                high = middle
-        return best if best and self.proposals.claim(best[0]) else None
-
-    def _cost(self, price: Price) -> float:
-        # By the upper end: what is measured alone in the end must still be within the limit.
-        return self.limits.cost(price.latency_ms[2], price.size_bytes, price.compressed_bytes)
-
-    def _reject(self, policy: Policy, reason: str, price: Price | None = None) -> None:
+    def _reject(self, policy: Policy, reason: str, price: Price | None) -> None:
         entry = {"kind": "rejected", "digest": policy.digest, "reason": reason}
         known = {} if price is None else asdict(price)
-        if price is None:
-            self.proposals.fail(policy)
-        else:
-            self.proposals.reject(policy, price.latency_ms[1], self._cost(price))
         with self._lock:
             self._append({**entry, "policy": policy.to_dict(), **known, "time": self._clock()})
 
@@ -355,17 +256,12 @@ class Controller:
 
     def close(self) -> None:
         """Ends every trial that still runs, so that nothing stays open."""
-        self._closed = True
-        ahead, self._ahead = self._ahead, None
-        asked = bool(ahead and not wait([ahead], CLOSE_S).done)
+        self._finder.close()
         with self._lock:
-            if ahead and not asked and not ahead.exception() and (found := ahead.result()):
-                self.proposals.fail(found[0])
             for trial in self.trials.values():
                 if not trial.ended:
                     self._end(trial, "interrupted")
-            if not asked:  # else nobody asks them again
-                self._catch_up()
+        self._finder.catch_up()
 
     # What is known.
 
@@ -411,11 +307,11 @@ class Controller:
         self._reached[entry["rung"]].pop(trial.number, None)  # of a trial that began anew
         self._reached[entry["rung"]][trial.number] = trial
         figures = entry["loss"], entry["latency_ms"][1], entry["constraint"]
-        self._untold.append(partial(self.proposals.tell, trial.policy, entry["rung"], *figures))
+        self._finder.tell(partial(self.proposals.tell, trial.policy, entry["rung"], *figures))
 
     def _end(self, trial: Trial, reason: str, error: str | None = None) -> None:
         trial.ended = reason
-        self._untold.append(partial(self.proposals.fail, trial.policy))
+        self._finder.tell(partial(self.proposals.fail, trial.policy))
         self._append({"kind": "end", **self._name(trial), "reason": reason, "error": error})
 
     def _append(self, entry: Entry) -> bool:
@@ -490,7 +386,7 @@ class Controller:
                 price = None
                 if "latency_ms" in entry:  # over a limit that may have been changed since
                     price = self._price_again(policy, entry, reprice)
-                if price is None or self._cost(price) > 0:
+                if price is None or price.cost(self.limits) > 0:
                     self.proposals.claim(policy)
             elif entry["kind"] == "result":
                 trial = self.trials[entry["trial"]]

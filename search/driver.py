@@ -19,7 +19,6 @@ from ..spaces import BadInput, FlyweightError
 from .cache import key_of
 from .controller import Budget, Controller, failures
 from .explain import explanation
-from .explained import EXPLANATION
 from .limits import Limits
 from .local_ray import connected, terminable
 from .opening import Kept, asks_anew, changed_target, is_done, kept, opening_entry
@@ -41,10 +40,10 @@ from .ready import (
 from .report import FILES as REPORT
 from .report import write_report
 from .results import final_front, finalists, measured_entry, result
+from .run_files import EXPLANATION, PROFILE, RESULT, SPEC
 from .spec import Spec
 from .storage import write_whole
 from .store import (
-    PROFILE,
     fetch_artifact,
     read_artifact,
     remove_checkpoints,
@@ -90,7 +89,7 @@ def search(
         prepared = ready(spec, run.run_dir)
         if profile is not None:
             check_profile(profile, empty_profile(spec, prepared.prepared), device=False)
-        write_whole(run.run_dir / "spec.yaml", spec.to_yaml().encode())
+        write_whole(run.run_dir / SPEC, spec.to_yaml().encode())
         say("Starting Ray" if address is None else f"Joining the Ray cluster at {address}")
         with connected(spec, address):
             check_cluster(prepared, run.storage, address is None, wait_s, say)
@@ -197,7 +196,7 @@ class _Search:
             target = self.spec.target.model_copy(update={"profile": path})
             self.spec = self.spec.model_copy(update={"target": target})
             with contextlib.suppress(OSError):  # only `flyweight explain` would have to be told
-                write_whole(self.run_dir / "spec.yaml", self.spec.to_yaml().encode())
+                write_whole(self.run_dir / SPEC, self.spec.to_yaml().encode())
 
     def _warm_start(self, limits: Limits) -> WarmStart | None:
         """Where the first policies come from, where it is worth it."""
@@ -379,7 +378,7 @@ class _Search:
     def _written(self, controller: Controller, found: dict[str, Any]) -> bool:
         """Whether result.json and the report could be written; each is whole or not there."""
         try:
-            write_json(self.run_dir / "result.json", found)
+            write_json(self.run_dir / RESULT, found)
             self._explain(controller, found)
             write_report(self.run_dir)
         except OSError as error:
@@ -420,7 +419,7 @@ class _Search:
         status: Status = (
             "KILLED" if controller.interrupted else "FAILED" if controller.fatal else "FINISHED"
         )
-        files = [self.run_dir / name for name in ("result.json", "spec.yaml", *REPORT)]
+        files = [self.run_dir / name for name in (RESULT, SPEC, *REPORT)]
         # One that never answered is given little time: nobody wants to wait for what is not there.
         patience = FINISH_S if tracker.run_id else AWAY_S
         missing = tracker.finish(status, [file for file in files if file.is_file()], patience)

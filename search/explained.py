@@ -12,9 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .drawing import Colours, svg
-from .progress import speed
+from .words import speed
 
-EXPLANATION = "explain.json"  # in a run directory
 SURE = 2.0  # standard deviations from 0 at which a change is taken to be one
 BARS = 20  # kernels that are drawn: those that take most
 AT_MOST = "< stands before the most that a kernel may take, where no more is known of it alone"

@@ -16,9 +16,9 @@ from .hold import Hold
 from .meter import Device
 from .ready import Ready, facts_of, versions
 from .record import Entry, FileRecord, Record
+from .run_files import RECORD, REQUEST, SPEC, TEACHER
 from .spec import Spec
 from .storage import (
-    RECORD,
     Mirror,
     Storage,
     kept_record,
@@ -26,7 +26,7 @@ from .storage import (
     whole_lines,
     write_whole,
 )
-from .store import REQUEST, compressed_bytes
+from .store import compressed_bytes
 
 FREE_BYTES = 200_000_000  # what a run directory may come to need
 
@@ -119,7 +119,7 @@ def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
 
 def unmake(run_dir: Path) -> None:
     """Removes what a search that was refused had put into a folder that was empty before."""
-    for name in (RECORD, "spec.yaml", "teacher/model.onnx", REQUEST):
+    for name in (RECORD, SPEC, TEACHER, REQUEST):
         (run_dir / name).unlink(missing_ok=True)
     for folder in (run_dir / "teacher", run_dir):
         with contextlib.suppress(OSError):  # not there, or not empty

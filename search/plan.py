@@ -13,12 +13,12 @@ from ..spaces import Policy, Space
 from .limits import COSTS
 from .meter import Meter
 from .predict import given_profile, predictor_of
-from .progress import milliseconds, size
 from .ready import facts_of, make_space, prepare_task, ready, score
 from .spec import load_spec
 from .storage import Storage
 from .store import compressed_bytes, read_policy, write_artifact
 from .whole import left_whole
+from .words import milliseconds, size
 
 LISTED = 4  # names of what stays whole for one reason
 

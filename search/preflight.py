@@ -145,6 +145,12 @@ def _problems(answer: Any, own: dict[str, str], seen: bool) -> list[str]:
         found: dict[str, str] = ray.get(answer)
     except ray.exceptions.RayError as error:
         return [f"it failed: {str(error).strip().splitlines()[-1]}"]
+    return lacking(found, own, seen)
+
+
+def lacking(found: Mapping[str, str], own: Mapping[str, str], seen: bool) -> list[str]:
+    """What a node has not, by what it (``found``) and the driver (``own``) say of themselves, see
+    ``facts``. seen: whether what it wrote is there."""
     out = [
         f"{name} is {found[name]}, but {own[name]} on the driver"
         for name in own

@@ -14,11 +14,11 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
 
 from ..spaces import BadInput
+from .run_files import RECORD
 from .spec import Spec
 from .tracking import redact
 
 WHOLE = ("s3", "gcs", "abfs")  # where a file is seen once all of it is there, or never
-RECORD = "record.jsonl"
 MIRROR_S = 10.0  # at least, between two copies of the record
 MIRROR_SHARE = 0.05  # at most, of the time is spent copying
 

@@ -740,7 +740,7 @@ def test_what_is_proposed_does_not_hang_on_what_comes_in_while_it_is_looked_for(
 
 
 def test_a_search_ends_though_a_policy_is_still_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flyweight.search.controller.CLOSE_S", 0.01)
+    monkeypatch.setattr("flyweight.search.finder.CLOSE_S", 0.01)
     gate, priced = threading.Event(), threading.Event()
 
     def costs(policy: Policy) -> Price:

@@ -6,15 +6,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from flyweight.search.progress import (
-    Progress,
-    Summary,
-    clock_time,
-    closing_sentence,
-    closing_table,
-    lost,
-    size,
-)
+from flyweight.search.progress import Progress, closing_sentence, closing_table
+from flyweight.search.summary import Summary
+from flyweight.search.words import clock_time, lost, size
 
 TEACHER = {
     "metric": 93.0,
