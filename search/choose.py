@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..spaces import BadInput
+from .run_files import RECORD, RESULT
 from .store import artifact_path, read_artifact
 
 
@@ -27,11 +28,11 @@ class Artifact:
 
 def read_result(run_dir: Path) -> dict[str, Any]:
     """The result.json of a run. Raises BadInput."""
-    place = run_dir / "result.json"
+    place = run_dir / RESULT
     try:
         found = json.loads(place.read_text())
     except OSError as error:
-        fix = f"; {how_to_end(run_dir)}" if (run_dir / "record.jsonl").is_file() else ""
+        fix = f"; {how_to_end(run_dir)}" if (run_dir / RECORD).is_file() else ""
         raise BadInput(
             f"{run_dir} is not the directory of a search that ended: {error}{fix}"
         ) from error

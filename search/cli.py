@@ -6,6 +6,7 @@ import logging
 import random
 import sys
 import warnings
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def plan(spec: Path, as_json: bool) -> int:
     """
     from .plan import make_plan, print_plan
 
-    found = make_plan(spec)
+    found = make_plan(spec, partial(click.echo, err=True))
     click.echo(json.dumps(found, indent=2)) if as_json else print_plan(found)
     return 0 if found["reachable"] else 1
 

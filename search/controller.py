@@ -12,21 +12,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 
 from ..compressors import RUNGS
 from ..spaces import Impossible, Policy
+from .finder import Finder, Price
 from .limits import Limits
 from .pareto import Point, by_chance, climbs
 from .record import Entry, Record, at_work
 from .strategies import Source
 
 REDUCTION = 2.0  # one in so many climbs from rung to rung
-SHRINKS = 16  # steps in which a policy that is over a limit can be made smaller
-ASKS = 32  # proposals over a limit, one after another, until the search gives up
 HOPELESS = 8  # trials that failed, none of them having reached a result: the search ends
 DEATHS = 2  # of its worker, and a policy is not tried again: it may be what kills them
 # How much of a death it is, by what was lost. That a node goes says little of the policy, but one
@@ -36,15 +34,6 @@ LOSSES = {"worker": 1.0, "node": 0.25, "preempted": 0.0, "unstored": 0.0}
 UNSTORED = 8  # results, one after another, that workers could not store: the search ends
 RECENT = 100  # newest results of a rung that say how long it takes
 SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
-
-
-@dataclass(frozen=True)
-class Price:
-    """What a policy costs on the target before it is trained. latency_ms: lower, middle, upper."""
-
-    latency_ms: tuple[float, float, float]
-    size_bytes: int
-    compressed_bytes: int
 
 
 @dataclass
@@ -76,10 +65,8 @@ class Controller:
     """Proposes policies, takes results, decides. Never raises into its caller: a record that
     cannot be written, or a meter that is gone, ends the search with ``fatal`` set.
 
-    look_ahead: a thread finds and prices the next policy while trials run, so that nobody waits
-    for it. What comes in meanwhile the proposals learn before they are asked again: what they know
-    when they are asked does not hang on how long that takes. reprice: what the record knows
-    is priced anew, for a target or a profile that has changed.
+    look_ahead: see ``Finder``. reprice: what the record knows is priced anew, for a target or a
+    profile that has changed.
     """
 
     def __init__(
@@ -104,15 +91,12 @@ class Controller:
         self.interrupted = False
         self._clock, self._listen = clock, listen
         self._lock = threading.RLock()  # guards everything but prices and proposals
-        self._untold: list[Callable[[], None]] = []  # what the proposals do not know yet
-        self._finder = ThreadPoolExecutor(1, "flyweight-finder") if look_ahead else None
-        self._ahead: Future[tuple[Policy, Price] | None] | None = None
+        self._finder = Finder(proposals, price, limits, self._reject, look_ahead=look_ahead)
         self._again: list[Trial] = []  # whose worker died, or that an earlier session left
         self._unstored = 0  # results since the last artifact that was stored
         self._spent = 0.0
         self._began = clock()
         self._rebuild(record.entries(), reprice)
-        self._catch_up()
         self._points: dict[str, list[Point]] = {  # going through all results for each is slow
             rung: [_point(t.results[rung]) for t in reached.values() if _competes(t, rung)]
             for rung, reached in self._reached.items()
@@ -120,26 +104,28 @@ class Controller:
 
     # What to try next.
 
-    def propose(self) -> Trial | None:
+    def propose(self, wait_s: float | None = None) -> Trial | None:
         """The next trial, at its ``next_rung``, or None when the search has none: for good, once
-        nothing is ``running``."""
+        nothing is ``running`` and none is ``looking``. wait_s: how long to wait for a policy that
+        is looked for; without it as long as it takes, which is long where the target is away."""
         while self._again and not self.over():
             trial = self._again.pop(0)
-            over = self._cost(trial.price) > 0  # a limit that was changed since
+            over = trial.price.cost(self.limits) > 0  # a limit that was changed since
             if not over and (not trial.results or self._in_time(trial.next_rung)):
                 return trial
             with self._lock:
                 self._end(trial, "over_limit" if over else "deadline")
-        if self._ahead is None:
-            self._catch_up()
+        self._finder.catch_up()
         if self.over():
             return None
+        ahead = self._finder.find(wait_s)
+        if ahead is None:
+            return None
         try:
-            found = self._ahead.result() if self._ahead else self._affordable()
+            found = ahead.result()
         except OSError as error:  # nothing can be priced any more
             self.fatal = self.fatal or error
             return None
-        self._ahead = None
         if found is None:
             self.exhausted = True
             return None
@@ -149,65 +135,17 @@ class Controller:
             begin = {"kind": "begin", **self._name(trial), "policy": trial.policy.to_dict()}
             if not self._append(begin | asdict(trial.price)):
                 return None
-        if self._finder and not self.over():
-            self._catch_up()
-            self._ahead = self._finder.submit(self._affordable)
+        if not self.over():
+            self._finder.look_ahead()
         return trial
 
-    def _catch_up(self) -> None:
-        """Tells the proposals what came in, while nobody asks them."""
-        with self._lock:
-            untold, self._untold = self._untold, []
-        for tell in untold:
-            tell()
+    def looking(self) -> bool:
+        """Whether a policy is looked for that may yet become a trial."""
+        return self._finder.looking and not self.over()
 
-    def _affordable(self) -> tuple[Policy, Price] | None:
-        """A policy within the limits and its price; None when there seems to be none left."""
-        for _ in range(ASKS):
-            policy = self.proposals.ask()
-            if policy is None:
-                return None
-            try:
-                price = self._price(policy)
-            except Impossible as error:
-                self._reject(policy, str(error))
-                continue
-            if self._cost(price) <= 0:
-                return policy, price
-            self._reject(policy, "over a limit", price)
-            smaller = self._smaller(policy)
-            if smaller is not None:
-                return smaller
-        return None
-
-    def _smaller(self, policy: Policy) -> tuple[Policy, Price] | None:
-        """The largest shrunk form of ``policy`` that is within the limits and new."""
-        best = None
-        low, high = 0, SHRINKS  # within the limits at low / SHRINKS of the width, perhaps
-        while high - low > 1:
-            middle = (low + high) // 2
-            tried = self.proposals.space.shrunk(policy, middle / SHRINKS)
-            try:
-                price = self._price(tried)
-            except Impossible:
-                break
-            if self._cost(price) <= 0:
-                low, best = middle, (tried, price)
-            else:
-                high = middle
-        return best if best and self.proposals.claim(best[0]) else None
-
-    def _cost(self, price: Price) -> float:
-        # By the upper end: what is measured alone in the end must still be within the limit.
-        return self.limits.cost(price.latency_ms[2], price.size_bytes, price.compressed_bytes)
-
-    def _reject(self, policy: Policy, reason: str, price: Price | None = None) -> None:
+    def _reject(self, policy: Policy, reason: str, price: Price | None) -> None:
         entry = {"kind": "rejected", "digest": policy.digest, "reason": reason}
         known = {} if price is None else asdict(price)
-        if price is None:
-            self.proposals.fail(policy)
-        else:
-            self.proposals.reject(policy, price.latency_ms[1], self._cost(price))
         with self._lock:
             self._append({**entry, "policy": policy.to_dict(), **known, "time": self._clock()})
 
@@ -318,16 +256,12 @@ class Controller:
 
     def close(self) -> None:
         """Ends every trial that still runs, so that nothing stays open."""
-        if self._finder:
-            self._finder.shutdown()
+        self._finder.close()
         with self._lock:
-            if self._ahead and not self._ahead.exception() and (found := self._ahead.result()):
-                self.proposals.fail(found[0])
-            self._ahead = None
             for trial in self.trials.values():
                 if not trial.ended:
                     self._end(trial, "interrupted")
-            self._catch_up()
+        self._finder.catch_up()
 
     # What is known.
 
@@ -373,11 +307,11 @@ class Controller:
         self._reached[entry["rung"]].pop(trial.number, None)  # of a trial that began anew
         self._reached[entry["rung"]][trial.number] = trial
         figures = entry["loss"], entry["latency_ms"][1], entry["constraint"]
-        self._untold.append(partial(self.proposals.tell, trial.policy, entry["rung"], *figures))
+        self._finder.tell(partial(self.proposals.tell, trial.policy, entry["rung"], *figures))
 
     def _end(self, trial: Trial, reason: str, error: str | None = None) -> None:
         trial.ended = reason
-        self._untold.append(partial(self.proposals.fail, trial.policy))
+        self._finder.tell(partial(self.proposals.fail, trial.policy))
         self._append({"kind": "end", **self._name(trial), "reason": reason, "error": error})
 
     def _append(self, entry: Entry) -> bool:
@@ -426,17 +360,23 @@ class Controller:
     def _price_again(self, policy: Policy, entry: Entry, reprice: bool) -> Price | None:
         """The price in ``entry``, or today's; None if it is impossible today."""
         if not reprice:
-            return _price_of(entry)
+            return None if entry["latency_ms"] is None else _price_of(entry)
         try:
             return self._price(policy)
         except Impossible:
             return None
 
     def _rebuild(self, entries: list[Entry], reprice: bool) -> None:
+        told: dict[int, Entry] = {}  # what artifacts are priced at, by the record
+        for entry in entries:
+            if entry["kind"] == "priced" or (
+                entry["kind"] == "result" and entry["rung"] == RUNGS[-1]
+            ):
+                told[entry["trial"]] = {"latency_ms": entry["latency_ms"]}
         for entry in entries:
             if entry["kind"] == "begin":
                 policy = Policy.from_dict(entry["policy"])
-                price = self._price_again(policy, entry, reprice)
+                price = self._price_again(policy, entry | told.get(entry["trial"], {}), reprice)
                 trial = Trial(entry["trial"], policy, price or _price_of(entry))
                 trial.ended = None if price else "failed"
                 self.trials[trial.number] = trial
@@ -446,7 +386,7 @@ class Controller:
                 price = None
                 if "latency_ms" in entry:  # over a limit that may have been changed since
                     price = self._price_again(policy, entry, reprice)
-                if price is None or self._cost(price) > 0:
+                if price is None or price.cost(self.limits) > 0:
                     self.proposals.claim(policy)
             elif entry["kind"] == "result":
                 trial = self.trials[entry["trial"]]
@@ -473,6 +413,11 @@ class Controller:
             ):
                 trial.ended = None
         self._again = [t for t in self.trials.values() if not t.ended]
+        for number, known in told.items():  # so that who reads the record compares like with like
+            trial = self.trials[number]
+            now = list(trial.price.latency_ms) if RUNGS[-1] in trial.results else None
+            if now != known["latency_ms"]:
+                self._append({"kind": "priced", **self._name(trial), "latency_ms": now})
 
 
 def _price_of(entry: Entry) -> Price:

@@ -7,6 +7,7 @@ from typing import Any
 from ..spaces import BadInput, FlyweightError
 from .record import Entry, FileRecord
 from .report import FILES as REPORT
+from .run_files import RECORD, RESULT, SPEC
 from .spec import load_spec
 from .store import write_json
 from .tracking import TRACKED, MlflowTracker, Status, tracked_at
@@ -19,7 +20,7 @@ def deliver(run_dir: Path, uri: str | None = None) -> str:
     """Completes a search's runs in MLflow; the id of its run. uri: where RUN_DIR/spec.yaml does
     not say it, or MLflow is elsewhere now. May be repeated: what is there is found, never made
     twice. Raises BadInput, and FlyweightError if MLflow does not take everything."""
-    spec = load_spec(run_dir / "spec.yaml")
+    spec = load_spec(run_dir / SPEC)
     if spec.tracking is None:
         raise BadInput(f"{run_dir}: its spec has `tracking: null`, so there is nobody to tell")
     tracking = spec.tracking.model_copy(update={"uri": uri} if uri else {})
@@ -28,7 +29,7 @@ def deliver(run_dir: Path, uri: str | None = None) -> str:
             f"{run_dir}/spec.yaml leaves the password out of {tracking.uri}: say all of it with "
             "--tracking-uri or MLFLOW_TRACKING_URI"
         )
-    path = run_dir / "record.jsonl"
+    path = run_dir / RECORD
     if not path.is_file():
         raise BadInput(f"nothing to deliver in {run_dir}: it has no record.jsonl")
     record = FileRecord(path)  # held: a search that still runs tells MLflow itself
@@ -48,8 +49,8 @@ def _deliver(run_dir: Path, entries: list[Entry], place: tuple[Any, ...]) -> str
         tracker.record(entry)
     tracker.wait_opened(OPENING_S)
     run_id = tracker.run_id
-    done = run_dir / "result.json"
-    files = [run_dir / name for name in ("result.json", "spec.yaml", *REPORT)]
+    done = run_dir / RESULT
+    files = [run_dir / name for name in (RESULT, SPEC, *REPORT)]
     if run_id and done.is_file():
         found = json.loads(done.read_text())
         if found["mlflow_run_id"] != run_id:

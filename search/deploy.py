@@ -20,10 +20,10 @@ from ..compressors.parity import feed
 from ..spaces import BadInput, FlyweightError
 from .choose import Artifact, choose, kebab, read_chosen, read_result, task_name
 from .folder import write_folder
-from .progress import Summary, front_figures
 from .registries import open_registry, remember_registry
+from .run_files import REQUEST, SPEC, TEACHER
 from .spec import Spec, load_spec
-from .store import REQUEST
+from .summary import Summary, front_figures
 
 TOLERANCE = 0.05  # points of the metric; the same file on the same data should give the same
 SLOWER = 1.5  # times what was measured, beside the teacher: a busy device is not as exact
@@ -83,7 +83,7 @@ def deploy(
     what it says and for a registry that does not answer; nothing is registered then.
     """
     result = read_result(run_dir)
-    spec = load_spec(spec_path or run_dir / "spec.yaml")
+    spec = load_spec(spec_path or run_dir / SPEC)
     _check_task(spec, result["task"], spec_path is not None)
     artifact = read_chosen(run_dir, result, choose(run_dir, result, digest, max_latency_ms))
     registry = open_registry(name or kebab(artifact.task), alias, registry_uri(spec, tracking_uri))
@@ -150,7 +150,7 @@ class Timing:
     @classmethod
     def of(cls, run_dir: Path, result: Mapping[str, Any], artifact: Artifact) -> "Timing | None":
         """None where the latency was not measured, or what it was measured beside is not here."""
-        teacher, request = run_dir / "teacher" / "model.onnx", run_dir / REQUEST
+        teacher, request = run_dir / TEACHER, run_dir / REQUEST
         known = (result.get("teacher") or {}).get("latency_ms")
         if not (artifact.latency_ms and known and teacher.is_file() and request.is_file()):
             return None

@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,9 @@ from ..spaces import BadInput, FlyweightError
 from .cache import key_of
 from .controller import Budget, Controller, failures
 from .explain import explanation
-from .explained import EXPLANATION
-from .hold import Hold
 from .limits import Limits
 from .local_ray import connected, terminable
-from .opening import asks_anew, changed_target, is_done, open_run, opening_entry, unmake
+from .opening import Kept, asks_anew, changed_target, is_done, kept, opening_entry
 from .placement import Place, place_of, trial_request
 from .predict import given_profile, predictor_of
 from .preflight import check_cluster
@@ -39,14 +37,13 @@ from .ready import (
     score,
     teacher_answers,
 )
-from .record import FileRecord
 from .report import FILES as REPORT
 from .report import write_report
 from .results import final_front, finalists, measured_entry, result
+from .run_files import EXPLANATION, PROFILE, RESULT, SPEC
 from .spec import Spec
-from .storage import Mirror, Storage, storage_of, write_whole
+from .storage import write_whole
 from .store import (
-    PROFILE,
     fetch_artifact,
     read_artifact,
     remove_checkpoints,
@@ -86,40 +83,21 @@ def search(
     wait_s: for a node that can run its trials to come, where the cluster has none."""
     began = time.time()
     profile = given_profile(spec)
-    fresh = out is None or not out.is_dir() or not any(out.iterdir())
-    run_dir = open_run(spec, out, resume)
-    with contextlib.ExitStack() as held:
-        record = FileRecord(run_dir / "record.jsonl")
-        held.push(_refused(run_dir, record, fresh))
-        held.callback(record.close)
-        storage = storage_of(spec, run_dir)
-        if spec.storage:
-            hold = Hold(storage, f"the storage of {run_dir.name}")
-            held.callback(hold.close)
+    with kept(spec, out, resume) as run:
         say = console.print if console else print
         say(f"Checking {spec.given_task} and tracing its model")
-        prepared = ready(spec, run_dir)
+        prepared = ready(spec, run.run_dir)
         if profile is not None:
             check_profile(profile, empty_profile(spec, prepared.prepared), device=False)
-        write_whole(run_dir / "spec.yaml", spec.to_yaml().encode())
+        write_whole(run.run_dir / SPEC, spec.to_yaml().encode())
         say("Starting Ray" if address is None else f"Joining the Ray cluster at {address}")
         with connected(spec, address):
-            check_cluster(prepared, storage, address is None, wait_s, say)
+            check_cluster(prepared, run.storage, address is None, wait_s, say)
             place = place_of(prepared, profile, address is None, say)
             say("Timing the teacher on the target")
-            run = _Search(spec, run_dir, storage, record, prepared, place, console, began, profile)
-            held.callback(run.close)
-            return run.run()
-
-
-def _refused(run_dir: Path, record: FileRecord, fresh: bool) -> Callable[..., None]:
-    """What leaves nothing behind where bad input ends a search that had nothing yet."""
-
-    def exits(kind: type[BaseException] | None, *_: object) -> None:
-        if fresh and kind and issubclass(kind, BadInput) and not record.entries():
-            unmake(run_dir)
-
-    return exits
+            whole = _Search(run, prepared, place, profile, began, console)
+            with contextlib.closing(whole):
+                return whole.run()
 
 
 class _Search:
@@ -127,27 +105,23 @@ class _Search:
 
     def __init__(
         self,
-        spec: Spec,
-        run_dir: Path,
-        storage: Storage,
-        record: FileRecord,
+        run: Kept,
         prepared: Ready,
         place: Place,
-        console: Any,
-        began: float,
         profile: DeviceProfile | None,
+        began: float,
+        console: Any,
     ) -> None:
-        self.spec, self.run_dir, self.record, self.ready = spec, run_dir, record, prepared
+        self.spec, self.ready, self.place = prepared.spec, prepared, place
+        self.run_dir, self.record = run.run_dir, run.record
+        self.storage, self.mirror = run.storage, run.mirror
         self.console, self.began = console, began
-        self.place = place
         self.notes: list[str] = []
-        self.storage = storage
-        self.mirror = Mirror(record.path, storage) if spec.storage else None
         self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
         self.profile = profile
-        self.preparation = Preparation(prepared, place, run_dir, console, self.notes)
+        self.preparation = Preparation(prepared, place, run.run_dir, console, self.notes)
         self.predictor: LatencyPredictor | None = None
-        self.nothing_left = is_done(record, spec.search.trials)
+        self.nothing_left = is_done(run.record, self.spec.search.trials)
 
     def run(self) -> Outcome:
         header = opening_entry(self.ready, self.record, self.place.device, self.place.alone())
@@ -197,10 +171,8 @@ class _Search:
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
 
     def close(self) -> None:
-        """Ends its threads, also of a run that was cut short: what it has is copied."""
+        """Ends its thread, also where the search was cut short."""
         self.janitor.shutdown(cancel_futures=True)
-        if self.mirror:
-            self.mirror.close()
 
     def _predictor(self, teacher_ms: float) -> LatencyPredictor | None:
         """The predictor for the device that is measured on, from the given device profile or one
@@ -224,7 +196,7 @@ class _Search:
             target = self.spec.target.model_copy(update={"profile": path})
             self.spec = self.spec.model_copy(update={"target": target})
             with contextlib.suppress(OSError):  # only `flyweight explain` would have to be told
-                write_whole(self.run_dir / "spec.yaml", self.spec.to_yaml().encode())
+                write_whole(self.run_dir / SPEC, self.spec.to_yaml().encode())
 
     def _warm_start(self, limits: Limits) -> WarmStart | None:
         """Where the first policies come from, where it is worth it."""
@@ -406,7 +378,7 @@ class _Search:
     def _written(self, controller: Controller, found: dict[str, Any]) -> bool:
         """Whether result.json and the report could be written; each is whole or not there."""
         try:
-            write_json(self.run_dir / "result.json", found)
+            write_json(self.run_dir / RESULT, found)
             self._explain(controller, found)
             write_report(self.run_dir)
         except OSError as error:
@@ -447,7 +419,7 @@ class _Search:
         status: Status = (
             "KILLED" if controller.interrupted else "FAILED" if controller.fatal else "FINISHED"
         )
-        files = [self.run_dir / name for name in ("result.json", "spec.yaml", *REPORT)]
+        files = [self.run_dir / name for name in (RESULT, SPEC, *REPORT)]
         # One that never answered is given little time: nobody wants to wait for what is not there.
         patience = FINISH_S if tracker.run_id else AWAY_S
         missing = tracker.finish(status, [file for file in files if file.is_file()], patience)

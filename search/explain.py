@@ -13,8 +13,9 @@ from ..kernels import Array, DeviceProfile, KernelTime, LatencyPredictor, Signat
 from ..spaces import BadInput, Blueprint, Impossible, Policy, Space
 from .predict import given_profile, predictor_of
 from .ready import make_space, prepare_task
+from .run_files import PROFILE
 from .spec import load_spec
-from .store import PROFILE, read_policy, run_of
+from .store import read_policy, run_of
 
 WIDTHS = 16  # of a layer, at most, at which its precisions are compared
 

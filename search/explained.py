@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from .drawing import Colours, svg
-from .progress import speed
+from .words import speed
 
-EXPLANATION = "explain.json"  # in a run directory
 SURE = 2.0  # standard deviations from 0 at which a change is taken to be one
 BARS = 20  # kernels that are drawn: those that take most
+AT_MOST = "< stands before the most that a kernel may take, where no more is known of it alone"
 ROW = 0.4  # inches, of a kernel in the figure
 
 Found = Mapping[str, Any]  # what ``explain.explanation`` gives
@@ -66,12 +66,13 @@ def print_explanation(found: Found, console: Console | None = None) -> None:
     """The explanation on a terminal."""
     console, why = console or Console(), explained(found)
     print_sheet(why.kernels, console)
+    print_sheet(why.kinds, console)
     console.print(f"{why.headline}.", highlight=False, soft_wrap=True)
     if why.groups.rows:
         print_sheet(why.groups, console)
     for line in why.int8:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"± is {SURE:g} standard deviations.", highlight=False)
+    console.print(f"± is {SURE:g} standard deviations; {AT_MOST}.", highlight=False, soft_wrap=True)
 
 
 def print_sheet(sheet: Sheet, console: Console) -> None:
@@ -104,12 +105,26 @@ def _kinds(found: Found, middle: float, places: int) -> Sheet:
 
 def _times(row: Mapping[str, Any], middle: float, places: int) -> list[str]:
     """The teacher's time, the policy's, and its share of the whole; "" where there is none."""
-    ms, was = row["ms"], row["teacher_ms"]
+    ms, deviation = row["ms"], row["deviation_ms"]
     return [
-        "" if not was else _sure(f"{was:.{places}f}", row["teacher_deviation_ms"], places),
-        "" if not ms else _sure(f"{ms:.{places}f}", row["deviation_ms"], places),
-        "" if not ms else f"{ms / middle:.1%}",
+        time_of(row["teacher_ms"], row["teacher_deviation_ms"], places),
+        time_of(ms, deviation, places),
+        f"{ms / middle:.1%}" if ms and is_sure(ms, deviation) else "",
     ]
+
+
+def time_of(ms: float | None, deviation_ms: float | None, places: int) -> str:
+    """A time with how sure it is, or what it is at most; "" where there is none."""
+    if not ms or deviation_ms is None:
+        return ""
+    if not is_sure(ms, deviation_ms):
+        return f"<{max(0.0, ms + SURE * deviation_ms):.{places}f}"
+    return _sure(f"{ms:.{places}f}", deviation_ms, places)
+
+
+def is_sure(ms: float, deviation_ms: float) -> bool:
+    """Whether a time is known to be one: it is above 0 by more than it is doubted."""
+    return ms > SURE * deviation_ms
 
 
 def _sure(text: str, deviation_ms: float, places: int) -> str:

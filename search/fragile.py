@@ -9,9 +9,9 @@ from rich.console import Console
 
 from ..spaces import BadInput
 from .explained import Sheet, print_sheet
+from .run_files import SENSITIVITY
 from .store import read_policy, run_of
 
-SENSITIVITY = "sensitivity.json"  # in a run directory
 HALF = 0.5
 
 Harms = Mapping[str, Mapping[str, float]]  # by axis, by choice as text

@@ -5,14 +5,13 @@ a file in the run directory, and one in the storage, says who holds the run, and
 and again as a sign of life. One that was not for long is of a process that is gone.
 """
 
+import contextlib
 import json
 import os
 import socket
 import threading
 import time
 from typing import Any
-
-from pyarrow import ArrowException
 
 from ..spaces import BadInput
 from .storage import Storage
@@ -25,14 +24,16 @@ STALE_S = 120.0  # the clocks of machines differ
 
 class Hold:
     """Held from now on until ``close``. Raises BadInput if another process holds it, OSError if the
-    storage is away. locked: no other process of this machine can hold it."""
+    storage is away. locked: no other process of this machine can hold it.
+
+    A process that gave no sign for long, its machine being suspended say, loses it to the next who
+    asks: ``check`` tells it so before it does harm.
+    """
 
     def __init__(self, storage: Storage, name: str, *, locked: bool = False) -> None:
-        self._storage = storage
-        try:
-            holder = read(storage)
-        except ArrowException as error:
-            raise OSError(f"{name} cannot be read: {error}") from error
+        self._storage, self._name = storage, name
+        self._lost = ""
+        holder = read(storage)
         if holder and not (locked and holder["host"] == socket.gethostname()) and _lives(holder):
             age = time.time() - holder["time"]
             raise BadInput(
@@ -45,22 +46,47 @@ class Hold:
         self._thread = threading.Thread(target=self._live, name="flyweight-hold", daemon=True)
         self._thread.start()
 
+    def check(self) -> None:
+        """Raises OSError if another process took it meanwhile."""
+        if not self._lost and self._slept():
+            with contextlib.suppress(OSError):  # away: nobody else comes to it either
+                self._look()
+        if self._lost:
+            raise OSError(f"{self._name} was taken over by {self._lost} while this one slept")
+
     def close(self) -> None:
         """Gives it back."""
         self._stop.set()
         self._thread.join()
-        self._storage.remove(FOLDER)  # where it cannot be removed it grows stale
+        with contextlib.suppress(OSError):
+            self._look()
+        if not self._lost:
+            self._storage.remove(FOLDER)  # where it cannot be removed it grows stale
 
     def _live(self) -> None:
-        while not self._stop.wait(SIGN_S):
-            try:
-                self._sign()
-            except (OSError, ArrowException):  # away for a while
-                continue
+        while not self._lost and not self._stop.wait(SIGN_S):
+            with contextlib.suppress(OSError):  # away for a while
+                self._look()
+                if not self._lost:
+                    self._sign()
+
+    def _slept(self) -> bool:
+        """Whether others may take this process for gone. By the time of day: the system's own
+        clock stands still while a machine is suspended."""
+        return time.time() - self._signed > STALE_S - SIGN_S
+
+    def _look(self) -> None:
+        holder = read(self._storage)
+        if holder and (holder["host"], holder["pid"]) != (socket.gethostname(), os.getpid()):
+            self._lost = told(holder)
+        elif holder is None and self._slept():
+            self._lost = f"{told(None)}, which has ended"
 
     def _sign(self) -> None:
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        now = time.time()
+        who = {"host": socket.gethostname(), "pid": os.getpid(), "time": now}
         self._storage.write(NAME, json.dumps(who).encode())
+        self._signed = now
 
 
 def read(storage: Storage) -> dict[str, Any] | None:

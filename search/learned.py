@@ -52,30 +52,54 @@ class LearnedHarms:
         known = self._told.setdefault(rung, deque(maxlen=NEWEST))
         known.append((chosen, settings, np.log(max(loss, LEAST))))
 
-    def draw(self, rng: random.Random) -> list[Floats]:
-        """The harms as they might be, given the results: at random, as probable as they are."""
-        factors = np.exp(self._factors(rng))
-        return [h * factor for h, factor in zip(self.harms, factors, strict=True)]
+    def rungs(self) -> set[str]:
+        """Those of which there are results."""
+        return {*self._told}
 
-    def _factors(self, rng: random.Random) -> Floats:
-        """log m [axes], drawn."""
-        drawn = np.array([rng.gauss(0, 1) for _ in self.harms])
-        if not self._told:
-            return DOUBT * drawn
-        rungs = [tuple(map(np.array, zip(*self._told[r], strict=True))) for r in sorted(self._told)]
+    def draw(self, rng: random.Random, rung: str | None = None) -> "Drawn":
+        """The harms as they might be, given the results: at random, as probable as they are; and
+        what they would come to at ``rung``, without one untrained."""
+        axes, told = len(self.harms), sorted(self._told)
+        at = self._drawn(rng, told)
+        factors = np.exp(at[:axes])
+        harms = [h * factor for h, factor in zip(self.harms, factors, strict=True)]
+        scale, power = 0.0, 1.0
+        if rung in told:
+            begin = axes + (len(at) - axes) // len(told) * told.index(rung)
+            scale, power = at[begin], at[begin + 1]
+        elif rung is not None:
+            scale, power = rng.gauss(0, SCALE), rng.gauss(1, STRAIGHT)
+        return Drawn(harms, max(self.base, LEAST), scale, power)
+
+    def _drawn(self, rng: random.Random, told: Sequence[str]) -> Floats:
+        """The parameters of the model of the rungs ``told``, drawn; of none, log m [axes]."""
+        if not told:
+            return DOUBT * np.array([rng.gauss(0, 1) for _ in self.harms])
+        rungs = [tuple(map(np.array, zip(*self._told[r], strict=True))) for r in told]
         model = HarmModel(self.base, rungs)
         start = self._found
         if start is None or len(start) != model.size:
             start = model.prior()
         self._found = optimize.least_squares(model.misfit, start, model.slopes, method="lm").x
         slopes = model.slopes(self._found)
-        axes = len(self.harms)
-        # The precision of log m alone: the other parameters are integrated out.
-        precision = slopes.T @ slopes
-        rest = precision[axes:, axes:]
-        across = precision[:axes, axes:]
-        marginal = precision[:axes, :axes] - across @ np.linalg.solve(rest, across.T)
-        return self._found[:axes] + np.linalg.solve(np.linalg.cholesky(marginal).T, drawn)
+        doubt = np.linalg.cholesky(slopes.T @ slopes).T  # its square is the precision
+        drawn = np.array([rng.gauss(0, 1) for _ in range(model.size)])
+        found: Floats = self._found + np.linalg.solve(doubt, drawn)
+        return found
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Harms of each axis, of each of its choices, and a loss as ``LearnedHarms`` has it."""
+
+    harms: Sequence[Floats]
+    base: float
+    scale: float
+    power: float
+
+    def log_loss(self, harm: float) -> float:
+        """Of a policy whose choices harm so much in sum, its settings being the middle ones."""
+        return self.scale + self.power * float(np.log(self.base + harm))
 
 
 class HarmModel:

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from ..spaces import BadInput
+from ..spaces import BadInput, FlyweightError
 from .spec import Spec
 
 
@@ -50,12 +50,20 @@ def started(cpus: int, address: str | None) -> Iterator[None]:
     scratch = Path(os.environ.get("TMPDIR", "/tmp"))
     os.chdir(scratch)  # Ray puts the driver's folder on every worker's path
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **({} if address else local),
-        )
+        try:
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **({} if address else local),
+            )
+        except Exception as error:
+            if type(error) is not Exception:  # as Ray (2.60) raises of a node that does not come up
+                raise
+            raise FlyweightError(
+                f"Ray does not start here: {error} Is the machine short of memory or very busy? "
+                "Try again; its logs are in /tmp/ray/session_latest/logs"
+            ) from error
         yield
     except ConnectionError as error:
         # Ray says no more of a token that is not the cluster's.

@@ -9,11 +9,11 @@ from typing import Any
 from ..kernels import disturbed
 from ..spaces import BadInput
 from .choose import how_to_end, read_result
-from .explained import EXPLANATION
 from .meter import Device, Meter
 from .record import Entry, FileRecord
 from .report import write_report
 from .results import final_front, finalists, full_results, measured_entry, remeasured
+from .run_files import EXPLANATION, RECORD, RESULT, TEACHER
 from .store import read_artifact, read_request, write_json
 
 
@@ -34,7 +34,7 @@ def measure(run_dir: Path, say: Callable[[str], None] = print) -> Measured:
     for a run that has not ended or is in use, or whose runtime is not here; FlyweightError for an
     artifact that is damaged.
     """
-    result, place = read_result(run_dir), run_dir / "record.jsonl"
+    result, place = read_result(run_dir), run_dir / RECORD
     if not place.is_file():
         raise BadInput(f"{run_dir} has no record.jsonl: fetch the whole directory of the run")
     record = FileRecord(place)  # nobody else goes on with it meanwhile
@@ -51,7 +51,7 @@ def measure(run_dir: Path, say: Callable[[str], None] = print) -> Measured:
         if not present:
             raise BadInput(f"{run_dir} holds none of its finalists: there is nothing to measure")
         models = {e["digest"]: read_artifact(run_dir, e["digest"]) for e in present}
-        teacher = (run_dir / "teacher" / "model.onnx").read_bytes()
+        teacher = (run_dir / TEACHER).read_bytes()
         meter = Meter(target["runtime"], target["threads"], teacher, read_request(run_dir))
         say(f"Measuring {len(models)} finalists on this device ({device.fingerprint})")
         timings = meter.finalists(models, meter.alone())
@@ -69,7 +69,7 @@ def measure(run_dir: Path, say: Callable[[str], None] = print) -> Measured:
             record.append(measured_entry(digest, timings, device, tests.get(digest)))
     finally:
         record.close()
-    write_json(run_dir / "result.json", new)
+    write_json(run_dir / RESULT, new)
     if _chosen(new) != _chosen(result) or new["target"] != target:
         (run_dir / EXPLANATION).unlink(missing_ok=True)  # it is of another policy or device
     write_report(run_dir)
@@ -79,7 +79,7 @@ def measure(run_dir: Path, say: Callable[[str], None] = print) -> Measured:
 def check_ended(run_dir: Path, entries: list[Entry]) -> None:
     """Raises BadInput for the record of a search that was cut off."""
     if not any(e["kind"] == "search" for e in entries):
-        raise BadInput(f"{run_dir / 'record.jsonl'} does not say what was searched")
+        raise BadInput(f"{run_dir / RECORD} does not say what was searched")
     open_trials = {e["trial"] for e in entries if e["kind"] == "begin"}
     open_trials -= {e["trial"] for e in entries if e["kind"] == "end"}
     if open_trials:

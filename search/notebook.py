@@ -25,11 +25,13 @@ from .drawing import png
 from .driver import search as run_search
 from .exports import front_rows, trial_rows
 from .live import LiveTask
-from .progress import closing_sentence, lost, speed
+from .progress import closing_sentence
 from .reading import Run, read_run
 from .report import write_report
+from .run_files import PAGE
 from .spec import Objective, Search, Spec, load_spec, make_spec
 from .store import artifact_path, read_artifact
+from .words import lost, speed
 
 _SHOWN = ["mark", "speedup", "drop", "drop_test", "latency_ms", "size_bytes", "mean_kept_width"]
 
@@ -162,7 +164,7 @@ class Results:
         frame = self.front.set_index(self.front["digest"].str[:10])
         table = frame[_SHOWN].to_html(border=0, float_format="{:.4g}".format)
         drawn = png(figures.front_figure(self.run, ())[0], figures.WIDE)
-        picture, page = base64.b64encode(drawn).decode(), self.folder / "report.html"
+        picture, page = base64.b64encode(drawn).decode(), self.folder / PAGE
         return (
             f'<p><b>{said}</b></p><img alt="Metric against speed-up; the table says the same" '
             f'width="640" src="data:image/png;base64,{picture}">{table}'

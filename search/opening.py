@@ -4,20 +4,71 @@ import contextlib
 import secrets
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..spaces import BadInput
 from .cache import key_of
+from .hold import Hold
 from .meter import Device
 from .ready import Ready, facts_of, versions
-from .record import Entry, Record
+from .record import Entry, FileRecord, Record
+from .run_files import RECORD, REQUEST, SPEC, TEACHER
 from .spec import Spec
-from .storage import RECORD, kept_record, whole_lines, write_whole
-from .store import REQUEST, compressed_bytes
+from .storage import (
+    Mirror,
+    Storage,
+    kept_record,
+    storage_of,
+    whole_lines,
+    write_whole,
+)
+from .store import compressed_bytes
 
 FREE_BYTES = 200_000_000  # what a run directory may come to need
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a search keeps what it has: a run directory with its record, and the storage of what
+    its trials make, which may be elsewhere. mirror: copies the record there then."""
+
+    run_dir: Path
+    record: FileRecord
+    storage: Storage
+    mirror: Mirror | None
+
+
+@contextlib.contextmanager
+def kept(spec: Spec, out: Path | None, resume: bool) -> Iterator[Kept]:
+    """The run of a search, held by this process alone until the end. Bad input that ends it before
+    it had anything leaves nothing behind. Raises BadInput."""
+    fresh = out is None or not out.is_dir() or not any(out.iterdir())
+    run_dir = open_run(spec, out, resume)
+    with contextlib.ExitStack() as held:
+        record = FileRecord(run_dir / RECORD)
+        held.push(_refused(run_dir, record, fresh))
+        held.callback(record.close)
+        storage, mirror = storage_of(spec, run_dir), None
+        if spec.storage:
+            hold = Hold(storage, f"the storage of {run_dir.name}")
+            record.holds(hold)
+            mirror = Mirror(record.path, storage, hold.check)
+            held.callback(mirror.close)
+        yield Kept(run_dir, record, storage, mirror)
+
+
+def _refused(run_dir: Path, record: FileRecord, fresh: bool) -> Callable[..., None]:
+    """What leaves nothing behind where bad input ends a search that had nothing yet."""
+
+    def exits(kind: type[BaseException] | None, *_: object) -> None:
+        if fresh and kind and issubclass(kind, BadInput) and not record.entries():
+            unmake(run_dir)
+
+    return exits
 
 
 def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
@@ -68,7 +119,7 @@ def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
 
 def unmake(run_dir: Path) -> None:
     """Removes what a search that was refused had put into a folder that was empty before."""
-    for name in (RECORD, "spec.yaml", "teacher/model.onnx", REQUEST):
+    for name in (RECORD, SPEC, TEACHER, REQUEST):
         (run_dir / name).unlink(missing_ok=True)
     for folder in (run_dir / "teacher", run_dir):
         with contextlib.suppress(OSError):  # not there, or not empty

@@ -1,6 +1,7 @@
 """What a search would do, before it costs anything; and single policies by hand."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,27 @@ from ..spaces import Policy, Space
 from .limits import COSTS
 from .meter import Meter
 from .predict import given_profile, predictor_of
-from .progress import milliseconds, size
 from .ready import facts_of, make_space, prepare_task, ready, score
 from .spec import load_spec
 from .storage import Storage
 from .store import compressed_bytes, read_policy, write_artifact
 from .whole import left_whole
+from .words import milliseconds, size
 
 LISTED = 4  # names of what stays whole for one reason
 
 
-def make_plan(spec_path: Path) -> dict[str, Any]:
+def make_plan(spec_path: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Space, teacher, best case and expected cost of a search. Trains nothing.
 
-    Metrics are on selection validation, the teacher's as well as the cases'.
+    Metrics are on selection validation, the teacher's as well as the cases'. say: is told what
+    takes its time.
     """
     spec = load_spec(spec_path)
     profile = given_profile(spec)
+    say(f"Checking {spec.given_task} and tracing its model")
     found = ready(spec)
+    say("Timing the teacher and the simplest policies, untrained")
     meter = Meter(spec.target.runtime, spec.target.threads, found.teacher, found.request())
     teacher_ms = meter.alone()
     if profile is not None:  # a search would refuse what this refuses

@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import ray
-from pyarrow import ArrowException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..spaces import BadInput, FlyweightError
@@ -61,7 +60,7 @@ def check_cluster(ready: Ready, storage: Storage, local: bool, wait_s: float, sa
 def _check_storage(storage: Storage, place: str) -> None:
     try:
         storage.write(f"{MARKS}/driver", b"")
-    except (OSError, ArrowException) as error:
+    except OSError as error:
         what = redact(f"{place} cannot be written: {error}", place)
         raise BadInput(f"storage: {what}") from error
     storage.remove(MARKS)
@@ -132,7 +131,7 @@ def _seen(storage: Storage) -> set[str]:
     """What nodes left in ``storage``, which is then as before."""
     try:
         return set(storage.names(MARKS))
-    except (OSError, ArrowException):  # then nothing of theirs is seen here
+    except OSError:  # then nothing of theirs is seen here
         return set()
     finally:
         storage.remove(MARKS)
@@ -146,6 +145,12 @@ def _problems(answer: Any, own: dict[str, str], seen: bool) -> list[str]:
         found: dict[str, str] = ray.get(answer)
     except ray.exceptions.RayError as error:
         return [f"it failed: {str(error).strip().splitlines()[-1]}"]
+    return lacking(found, own, seen)
+
+
+def lacking(found: Mapping[str, str], own: Mapping[str, str], seen: bool) -> list[str]:
+    """What a node has not, by what it (``found``) and the driver (``own``) say of themselves, see
+    ``facts``. seen: whether what it wrote is there."""
     out = [
         f"{name} is {found[name]}, but {own[name]} on the driver"
         for name in own
@@ -175,7 +180,7 @@ def facts(spec: Spec, storage: Storage | None = None, mark: str = "") -> dict[st
     if storage is not None:
         try:
             storage.write(f"{MARKS}/{mark}", b"")
-        except (OSError, ArrowException) as error:
+        except OSError as error:
             found["unwritable"] = redact(str(error), spec.storage or "")
     try:
         device = Device.of_this(spec.target.runtime, spec.target.threads)

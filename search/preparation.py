@@ -14,16 +14,16 @@ from ..spaces import BadInput, FlyweightError
 from .batch import BatchPredictor
 from .cache import cache_folder, key_of
 from .counting import counting
-from .fragile import SENSITIVITY
 from .judges import Judges
 from .limits import Limits
 from .placement import Place
 from .profiling import NETWORKS as MOST
 from .profiling import check_profile, empty_profile, make_profile
 from .ready import Ready
+from .run_files import PROFILE, SENSITIVITY
 from .sensitivity import Sensitivity, measure
 from .storage import write_whole
-from .store import PROFILE, write_json
+from .store import write_json
 from .warm import WarmStart
 
 WORTH = 15  # trials, from which on a search is worth preparing: fewer cost less themselves

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from ..compressors import Prepared, untrained
 from ..kernels import LatencyPredictor
 from ..spaces import Impossible, Policy
-from .controller import Price
+from .finder import Price
 from .limits import Limits
 from .placement import Place
 from .store import compressed_bytes

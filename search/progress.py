@@ -1,12 +1,10 @@
-"""The live display of a running search and its closing table. ``Summary`` knows, the rest draws."""
+"""The live display of a running search and its closing table."""
 
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,142 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from .choose import is_measured
-from .limits import COSTS, limits
 from .mlflow_entries import RUNGS
 from .record import Entry
+from .summary import Summary, front_figures, is_sound
+from .words import clock_time, lost, milliseconds, one_line, size, speed
 
 PACE = 3  # trials that must have ended until their pace says how long the others will take
 LINE_S = 5.0  # between two summary lines where the output is not a terminal
-
-
-@dataclass(frozen=True)
-class Figures:
-    """One policy at one rung. latency_ms: predicted unless ``measured``; metric: on selection
-    validation at the full rung; teacher_latency_ms: what the speed-up refers to."""
-
-    digest: str
-    rung: str
-    metric: float
-    latency_ms: float
-    size_bytes: float
-    compressed_bytes: float
-    teacher_latency_ms: float
-    measured: bool = False
-
-    @property
-    def speedup(self) -> float:
-        return self.teacher_latency_ms / self.latency_ms
-
-
-@dataclass
-class Summary:
-    """What a search has come to, from the entries of its record alone.
-
-    objective: the limits as in search.yaml. ended: reason by trial. results: by rung and digest.
-    """
-
-    teacher: Mapping[str, Any] = field(default_factory=dict)
-    objective: Mapping[str, Any] = field(default_factory=dict)
-    running: set[int] = field(default_factory=set)
-    ended: dict[int, str] = field(default_factory=dict)
-    rejected: int = 0
-    results: dict[str, dict[str, Figures]] = field(default_factory=lambda: {r: {} for r in RUNGS})
-
-    def add(self, entry: Entry) -> None:
-        """Takes the next entry. Raises KeyError, TypeError or ValueError for what is none."""
-        kind = entry["kind"]
-        if kind == "search":
-            self.teacher = dict(entry.get("teacher") or self.teacher)
-            self.objective = dict(entry.get("objective") or self.objective)
-            self.running.clear()  # a search that is resumed: what ran was cut off
-            self.ended = {t: reason for t, reason in self.ended.items() if reason != "interrupted"}
-        elif kind == "begin":
-            self.running.add(int(entry["trial"]))
-            self.ended.pop(int(entry["trial"]), None)
-        elif kind == "result":
-            self._result(entry)
-        elif kind == "end":
-            self.running.discard(int(entry["trial"]))
-            self.ended[int(entry["trial"])] = str(entry["reason"])
-        elif kind == "rejected":
-            self.rejected += int(entry.get("count", 1))
-        elif kind == "measured" and entry["digest"] in self.results[RUNGS[-1]]:
-            self.results[RUNGS[-1]][entry["digest"]] = replace(
-                self.results[RUNGS[-1]][entry["digest"]],
-                latency_ms=float(entry["latency_ms"]),
-                teacher_latency_ms=float(entry["teacher_latency_ms"]),
-                measured=True,
-            )
-
-    def _result(self, entry: Entry) -> None:
-        self.running.add(int(entry["trial"]))
-        self.ended.pop(int(entry["trial"]), None)
-        latency, metric = entry.get("latency_ms"), entry.get("metric")
-        self.results[entry["rung"]][entry["digest"]] = Figures(
-            entry["digest"],
-            entry["rung"],
-            math.nan if metric is None else float(metric),
-            math.nan if latency is None else float(latency[1]),
-            float(entry.get("size_bytes") or math.nan),
-            float(entry.get("compressed_bytes") or math.nan),
-            float(self.teacher.get("latency_ms", math.nan)),
-        )
-
-    def excess(self, figures: Figures) -> float:
-        """The largest breach of any limit, see ``Limits.excess``; <= 0 is feasible."""
-        bounds = limits(self.objective, self.teacher["metric"], figures.teacher_latency_ms)
-        return bounds.excess(figures.metric, *(getattr(figures, name) for name in COSTS))
-
-    def drop(self, figures: Figures) -> float:
-        """Points of the metric lost against the teacher."""
-        return float(self.teacher["metric"]) - figures.metric
-
-    def best(self) -> Figures | None:
-        """The best artifact; the nearest miss where nothing is feasible. As DESIGN says: with
-        ``max_drop`` the fastest, else the highest metric. What has not finished the full rung is
-        none: on a display it would jump whenever the first trial reaches the next rung."""
-        known = [f for f in self.results[RUNGS[-1]].values() if _sound(f)]
-        feasible = [f for f in known if self.excess(f) <= 0]
-        if feasible and self.objective.get("max_drop") is not None:
-            return max(feasible, key=lambda f: f.speedup)
-        if feasible:
-            return max(feasible, key=lambda f: f.metric)
-        return min(known, key=self.excess, default=None)
-
-    def misses(self, figures: Figures) -> list[str]:
-        """Which limits it breaks and by how much, in words."""
-        limit, drop, out = self.objective, self.drop(figures), []
-        if limit.get("speedup") is not None and figures.speedup < limit["speedup"]:
-            out.append(f"{speed(figures.speedup)}, the limit is {limit['speedup']:g}")
-        if limit.get("latency_ms") is not None and figures.latency_ms > limit["latency_ms"]:
-            out.append(
-                f"{milliseconds(figures.latency_ms)} ms, the limit is {limit['latency_ms']:g} ms"
-            )
-        if limit.get("max_drop") is not None and round(drop - limit["max_drop"], 9) > 0:
-            out.append(f"{lost(drop)}, the limit is {limit['max_drop']:g}")
-        if limit.get("size_bytes") is not None and figures.size_bytes > limit["size_bytes"]:
-            out.append(f"{size(figures.size_bytes)}, the limit is {size(limit['size_bytes'])}")
-        most = limit.get("compressed_bytes")
-        if most is not None and figures.compressed_bytes > most:
-            out.append(f"{size(figures.compressed_bytes)} compressed, the limit is {size(most)}")
-        return out
-
-    def rungs(self) -> str:
-        return ", ".join(f"{rung} {len(self.results[rung])}" for rung in RUNGS)
-
-    def state(self) -> str:
-        reasons = Counter(self.ended.values())
-        over = reasons["over_limit"] + self.rejected
-        return f"{len(self.running)} running, {reasons['failed']} failed, {over} over the limit"
-
-    def best_line(self) -> str:
-        best = self.best()
-        if best is None:
-            return "none yet: no trial has finished the full rung"
-        misses = self.misses(best)
-        kind = "over the limits" if misses else "within the limits"
-        where = "measured" if best.measured else "predicted"
-        return f"{speed(best.speedup)}, {lost(self.drop(best))} ({where}, {kind})"
 
 
 class Progress:
@@ -349,50 +218,8 @@ def closing_sentence(result: Mapping[str, Any]) -> str:
     return f"Nothing keeps to the limits. Nearest: {figures.digest[:10]}, {text}. Missed: {why}."
 
 
-def front_figures(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> Figures:
-    """The figures of a model of the front of ``result.json``."""
-    return Figures(
-        model["digest"], RUNGS[-1], float(model["metric"]), float(model["latency_ms"]),
-        float(model["size_bytes"]), float(model.get("compressed_bytes") or math.nan),
-        float(teacher["latency_ms"]), measured=is_measured(model),
-    )  # fmt: skip
-
-
-def speed(ratio: float) -> str:
-    return f"{ratio:.2f} times {'faster' if ratio >= 1 else 'as fast'}"
-
-
-def milliseconds(ms: float) -> str:
-    """Three digits that mean something, of 800 ms as of 0.0123: times repeat within 1%."""
-    return f"{ms:.{max(0, 2 - math.floor(math.log10(ms)))}f}" if ms > 0 else f"{ms:g}"
-
-
-def lost(drop: float) -> str:
-    drop = round(drop, 2)
-    return f"{-drop:.2f} points gained" if drop < 0 else f"{abs(drop):.2f} points lost"
-
-
-def size(count: float) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
-
-
-def clock_time(seconds: float) -> str:
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def one_line(text: str) -> str:
-    """Text of a user's code on one line, without what could steer a terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
 def _difference(a: float | None, b: float | None) -> str:
     return "" if a is None or b is None else f"{a - b:.2f}"
-
-
-def _sound(figures: Figures) -> bool:
-    return math.isfinite(figures.metric) and figures.latency_ms > 0
 
 
 def _event(entry: Entry, summary: Summary) -> str | None:
@@ -404,7 +231,7 @@ def _event(entry: Entry, summary: Summary) -> str | None:
             return None
         who = f"trial {entry['trial']}, {entry['rung']}" if kind == "result" else "measured"
         text = f"{who}: {figures.digest[:10]}, {speed(figures.speedup)}"
-        text = f"{text}, {lost(summary.drop(figures))}" if _sound(figures) else text
+        text = f"{text}, {lost(summary.drop(figures))}" if is_sound(figures) else text
         return f"{text} ({one_line(entry['note'])})" if entry.get("note") else text
     if kind == "died":
         return f"trial {entry['trial']} goes on elsewhere: {one_line(entry['error'])}"

@@ -10,15 +10,16 @@ from typing import Any
 import yaml
 
 from ..spaces import BadInput
-from . import progress, record
+from . import record
 from .choose import how_to_end
 from .correlation import Agreement, agreements
-from .explained import EXPLANATION, Explained, explained
+from .explained import Explained, explained
 from .fragile import Harms, read_harms
 from .limits import limits
 from .mlflow_entries import RUNGS
-from .progress import Figures, Summary
-from .results import choose, finalists
+from .results import at_full, choose, finalists
+from .run_files import EXPLANATION, RECORD, RESULT, SPEC
+from .summary import Figures, Summary, front_figures
 
 Policy = Mapping[str, Any]
 
@@ -84,7 +85,7 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """The run in ``folder``. Raises BadInput naming the file that is missing or damaged."""
-    path = folder / "record.jsonl"
+    path = folder / RECORD
     with _blaming(path):
         entries = list(record.read(path))
         if not any(entry["kind"] == "search" for entry in entries):
@@ -96,16 +97,16 @@ def read_run(folder: Path) -> Run:
         for entry in entries:
             summary.add(entry)
         search = next(entry for entry in reversed(entries) if entry["kind"] == "search")
-        full = _at_full(entries)
+        full = [entry for entry in at_full(entries) if entry.get("metric") is not None]
         rows = {entry["digest"]: _row(entry, summary) for entry in full}
         failures, agreeing = _failures(entries), agreements(entries)
     found, why = _explanation(folder / EXPLANATION)
-    result = _result(folder / "result.json", entries)
+    result = _result(folder / RESULT, entries)
     if result is None:
         with _blaming(path):
             front = _front_so_far(full, rows, summary)
     else:
-        with _blaming(folder / "result.json"):
+        with _blaming(folder / RESULT):
             summary.teacher, summary.objective = result["teacher"], result.get("objective") or {}
             front = [_measured(model, result, rows, summary) for model in result["front"]]
     taken = {row.figures.digest for row in front}
@@ -113,7 +114,7 @@ def read_run(folder: Path) -> Run:
     others.sort(key=lambda row: row.figures.latency_ms)
     return Run(
         folder, search, entries, summary, front, others, failures, agreeing, result, found, why,
-        read_harms(folder), _strategy(folder / "spec.yaml"),
+        read_harms(folder), _strategy(folder / SPEC),
     )  # fmt: skip
 
 
@@ -154,12 +155,6 @@ def _blaming(path: Path) -> Iterator[None]:
         raise BadInput(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def _at_full(entries: Sequence[record.Entry]) -> list[record.Entry]:
-    results = [e for e in entries if e["kind"] == "result" and e["rung"] == RUNGS[-1]]
-    newest = {entry["digest"]: entry for entry in results}
-    return [e for e in newest.values() if e.get("metric") is not None and e.get("latency_ms")]
-
-
 def _row(entry: record.Entry, summary: Summary) -> Row:
     figures = summary.results[RUNGS[-1]][entry["digest"]]
     low, mean, high = (float(ms) for ms in entry["latency_ms"])
@@ -188,7 +183,7 @@ def _front_so_far(
 def _measured(
     model: Mapping[str, Any], result: Mapping[str, Any], known: Mapping[str, Row], summary: Summary
 ) -> Row:
-    figures = progress.front_figures(model, result["teacher"])
+    figures = front_figures(model, result["teacher"])
     test, teacher_test = model.get("metric_test"), result["teacher"].get("metric_test")
     marks = {result.get("nearest_miss"): "nearest miss", result.get("best"): "best"}
     return Row(

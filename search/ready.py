@@ -17,6 +17,7 @@ from ..compressors.parity import feed, run_session
 from ..kernels import make_runtime
 from ..spaces import BadInput, Policy, Space
 from .limits import Limits, limits
+from .run_files import TEACHER
 from .spec import Spec
 from .storage import write_whole
 from .store import write_request
@@ -103,7 +104,7 @@ def ready(spec: Spec, run_dir: Path | None = None) -> Ready:
     space = make_space(prepared, spec)
     untouched = compress(prepared, Policy(), "recalibrate")
     if run_dir is not None:
-        write_whole(run_dir / "teacher" / "model.onnx", untouched.model)
+        write_whole(run_dir / TEACHER, untouched.model)
         write_request(run_dir, request_of(spec, prepared))
     model, splits = untouched.model, prepared.splits
     test = None if splits.test is None else score(prepared, model, splits.test)

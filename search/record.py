@@ -21,7 +21,8 @@ SYNCED = ("search", "result", "measured")
 
 class Record(Protocol):
     """Where results are appended as they come. Entries are JSON objects with a ``kind``:
-    search, begin, result, died, end, rejected, measured."""
+    search, begin, result, died, end, rejected, priced, measured. priced: what an artifact of an
+    earlier session is predicted to take on this one's target; null where that cannot run it."""
 
     def append(self, entry: Entry) -> None:
         """Adds one entry; a process that dies after this has lost nothing. Raises OSError, also
@@ -65,14 +66,14 @@ class FileRecord:
                 f"{path} is being written by {who}; wait for it, or use --out"
             ) from error
         try:
-            self._hold = Hold(Storage(path.parent), str(path.parent), locked=True)
+            self._holds = [Hold(Storage(path.parent), str(path.parent), locked=True)]
         except (BadInput, OSError):
             self._file.close()
             raise
         try:
             self._entries = list(read(path))
         except BadInput:
-            self._hold.close()
+            self._holds[0].close()
             self._file.close()
             raise
         self._size = len(whole_lines(path.read_bytes()))  # of what is whole, in bytes
@@ -81,7 +82,13 @@ class FileRecord:
         self._next_sync: Future[None] = Future()
         self._failed: OSError | None = None  # kept: the system tells of a failed sync only once
 
+    def holds(self, hold: Hold) -> None:
+        """Nothing is appended any more once ``hold`` is lost, either; it is closed with this."""
+        self._holds.append(hold)
+
     def append(self, entry: Entry) -> None:
+        for hold in self._holds:
+            hold.check()
         line = json.dumps(entry, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         try:
             written = self._file.write(line)
@@ -106,7 +113,8 @@ class FileRecord:
         """Waits until everything is on the disk. Raises OSError if it does not get there."""
         self._syncer.shutdown()
         self._bring_to_disk()
-        self._hold.close()
+        for hold in self._holds:
+            hold.close()
         self._file.close()
         if self._failed:
             raise self._failed

@@ -8,17 +8,18 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from . import beside, figures, progress
+from . import beside, figures, words
 from .drawing import png, svg
-from .explained import EXPLANATION, Sheet, bars_svg
+from .explained import AT_MOST, Sheet, bars_svg
 from .exports import as_csv, front_rows, trial_rows
 from .fragile import groups_sheet, layers_sheet
 from .mlflow_entries import RUNGS
 from .reading import Run, read_run, traits
+from .run_files import EXPLANATION, PAGE
 from .storage import write_whole
 from .strip import strip
 
-FILES = ("report.html", "front.csv", "front.png", "trials.csv")
+FILES = (PAGE, "front.csv", "front.png", "trials.csv")
 _REASONS = 40  # of failure that are listed
 _OTHERS = 100  # artifacts off the front that are listed; trials.csv has all
 
@@ -34,7 +35,7 @@ def write_report(run_dir: Path, others: Sequence[Path] = ()) -> Path:
 def write_report_of(run: Run, others: Sequence[Path] = ()) -> Path:
     """The same for a run that was read."""
     compared = beside.read_beside(run, others)
-    page = run.folder / "report.html"
+    page = run.folder / PAGE
     write_whole(run.folder / "front.csv", as_csv(front_rows(run)).encode())
     write_whole(run.folder / "trials.csv", as_csv(trial_rows(run)).encode())
     write_whole(run.folder / "front.png", png(figures.front_figure(run, compared)[0], figures.WIDE))
@@ -53,8 +54,8 @@ def render(run: Run, compared: Sequence[Run] = ()) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "size": progress.size, "lost": progress.lost, "speed": progress.speed,
-        "ms": progress.milliseconds, "clock": progress.clock_time,
+        "size": words.size, "lost": words.lost, "speed": words.speed,
+        "ms": words.milliseconds, "clock": words.clock_time,
     }  # fmt: skip
     drawing, hidden = figures.front_figure(run, compared)
     return environment.get_template(
@@ -66,7 +67,7 @@ def render(run: Run, compared: Sequence[Run] = ()) -> str:
         target=(run.result or run.search).get("target") or {},  # it may be measured elsewhere
         teacher=run.summary.teacher,
         began=datetime.fromtimestamp(run.search["time"], UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        wall=progress.clock_time(run.result["wall_s"]) if run.result else None,
+        wall=words.clock_time(run.result["wall_s"]) if run.result else None,
         ends=Counter(run.summary.ended.values()).most_common(),
         failures=run.failures[:_REASONS],
         unlisted=sum(len(trials) for _, trials in run.failures[_REASONS:]),
@@ -82,6 +83,7 @@ def render(run: Run, compared: Sequence[Run] = ()) -> str:
         strip=strip(run),
         fragile=_fragile(run),
         explanation=EXPLANATION,
+        at_most=AT_MOST,
         **_growth(run),
         **_costs(run),
         **_exactness(run),

@@ -53,11 +53,23 @@ def full_results(header: Entry, entries: Sequence[Entry]) -> tuple[list[Entry], 
     teacher = header["teacher"]
     bounds = limits(header["objective"], teacher["metric"], teacher["latency_ms"])
     found = []
-    for entry in entries:
-        if entry["kind"] == "result" and entry["rung"] == RUNGS[-1]:
-            costs = entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
-            found.append({**entry, "constraint": bounds.excess(entry["metric"], *costs)})
+    for entry in at_full(entries):
+        costs = entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
+        found.append({**entry, "constraint": bounds.excess(entry["metric"], *costs)})
     return found, bounds
+
+
+def at_full(entries: Sequence[Entry]) -> list[Entry]:
+    """The full-rung results among ``entries`` of a record, one a policy, with the latencies that
+    the newest session gives them: a search may go on for another target."""
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        digest = entry.get("digest", "")
+        if entry["kind"] == "result" and entry["rung"] == RUNGS[-1]:
+            found[digest] = entry
+        elif entry["kind"] == "priced" and digest in found:
+            found[digest] = found[digest] | {"latency_ms": entry["latency_ms"]}
+    return [entry for entry in found.values() if entry.get("latency_ms")]
 
 
 def measured_entry(

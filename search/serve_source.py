@@ -11,6 +11,7 @@ from ..kernels import make_runtime
 from ..spaces import BadInput, FlyweightError
 from .choose import choose, read_result
 from .folder import describe
+from .run_files import RESULT
 
 if TYPE_CHECKING:
     from .registry import Registry
@@ -55,7 +56,7 @@ def alias_of(model: str) -> tuple[str, str] | None:
 def file_of(path: Path) -> Path:
     """The ONNX file that ``path`` is or holds: a folder of an artifact, of ``deploy --folder``, or
     of a run, whose best it is then. Raises BadInput."""
-    if path.is_dir() and (path / "result.json").is_file():
+    if path.is_dir() and (path / RESULT).is_file():
         path = path / "artifacts" / choose(path, read_result(path), None, None)
     file = path / "model.onnx" if path.is_dir() else path
     if not file.is_file():
@@ -74,10 +75,7 @@ def read_path(path: Path) -> Source:
     facts = _facts(file) if file.name == "model.onnx" else None
     content = file.read_bytes()
     if facts is None:
-        note = (
-            f"{file} comes without metrics.json: nothing says what its SHA-256 should be, and the "
-            "rows of its first axis are taken not to know of each other (requests run together)"
-        )
+        note = f"{file} comes without metrics.json: nothing says what its SHA-256 should be"
         facts = {"sha256": hashlib.sha256(content).hexdigest(), "runtime": "onnxruntime"}
         return _source(content, facts, None, str(file), (note,))
     return _source(content, facts, None, str(file))

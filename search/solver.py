@@ -44,17 +44,17 @@ class Solver:
         return min(found, key=self.harm, default=None)
 
     def _from(self, point: Point, limit_ms: float) -> tuple[Point, float]:
-        reach = REACH
+        reach, switches = REACH, sum(not ordered for ordered in self.ordered)
         ms = float(self._latency(point[None])[0])
         for _ in range(STEPS):
-            moved = self._knapsack(point, (limit_ms - ms) / ms, reach)
+            moved = self._knapsack(point, (limit_ms - ms) / ms, reach, switches)
             then = float(self._latency(moved[None])[0])
             if self._better(moved, then, point, ms, limit_ms):
                 point, ms = moved, then
-            elif reach == 1:
+            elif reach == 1 and switches <= 1:
                 break
             else:
-                reach //= 2
+                reach, switches = max(1, reach // 2), switches // 2
         return point, ms
 
     def _better(self, a: Point, a_ms: float, b: Point, b_ms: float, limit_ms: float) -> bool:
@@ -67,10 +67,10 @@ class Solver:
         self.evaluations += len(points)
         return self.latency(points)
 
-    def _knapsack(self, point: Point, room: float, reach: int) -> Point:
+    def _knapsack(self, point: Point, room: float, reach: int, switches: int) -> Point:
         """The choices of least harm whose changes to the latency of ``point`` add up to at most
-        the share ``room`` of it, none farther than ``reach``; where there are none, those that
-        gain most."""
+        the share ``room`` of it, none farther than ``reach`` and at most ``switches`` of those
+        that are in no order; where there are none, those that gain most."""
         near = [
             np.arange(max(0, at - reach), min(len(harms), at + reach + 1))
             if ordered else np.arange(len(harms))
@@ -88,9 +88,11 @@ class Solver:
         )
         # HiGHS lets a constraint be missed by 1e-6.
         within = optimize.LinearConstraint(changes[None], -np.inf, room - 2e-6)
+        switched = (choice != point[owner]) & ~np.array(self.ordered)[owner]
+        few = optimize.LinearConstraint(switched[None].astype(float), -np.inf, max(1, switches))
         harms = np.concatenate([h[n] for h, n in zip(self.harms, near, strict=True)])
         bounds = optimize.Bounds(0, possible.astype(float))
-        for costs, constraints in ((harms, [one_each, within]), (changes, [one_each])):
+        for costs, constraints in ((harms, [one_each, few, within]), (changes, [one_each, few])):
             found = optimize.milp(
                 costs, integrality=np.ones(len(costs)), bounds=bounds, constraints=constraints,
                 options={"time_limit": SECONDS},

@@ -6,17 +6,19 @@ import secrets
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
 
 from ..spaces import BadInput
+from .run_files import RECORD
 from .spec import Spec
 from .tracking import redact
 
 WHOLE = ("s3", "gcs", "abfs")  # where a file is seen once all of it is there, or never
-RECORD = "record.jsonl"
 MIRROR_S = 10.0  # at least, between two copies of the record
 MIRROR_SHARE = 0.05  # at most, of the time is spent copying
 
@@ -45,31 +47,46 @@ class Storage:
         if kind == "local":
             write_whole(Path(path), content)
             return
-        if kind not in WHOLE:
-            self._files.create_dir(posixpath.dirname(path), recursive=True)
         first = path if kind in WHOLE else f"{path}.{secrets.token_hex(4)}.part"
-        with self._files.open_output_stream(first) as stream:
-            stream.write(content)
-        if first != path:
-            self._files.move(first, path)
+        with _as_os_error():
+            if kind not in WHOLE:
+                self._files.create_dir(posixpath.dirname(path), recursive=True)
+            with self._files.open_output_stream(first) as stream:
+                stream.write(content)
+            if first != path:
+                self._files.move(first, path)
 
     def read(self, name: str) -> bytes:
-        with self._files.open_input_file(posixpath.join(self._folder, name)) as file:
+        path = posixpath.join(self._folder, name)
+        with _as_os_error(), self._files.open_input_file(path) as file:
             return bytes(file.read())
 
     def names(self, folder: str) -> list[str]:
         """The files in ``folder``, oldest first; none if it is not there."""
         place = FileSelector(posixpath.join(self._folder, folder), allow_not_found=True)
-        found = self._files.get_file_info(place)
+        with _as_os_error():
+            found = self._files.get_file_info(place)
         found = [f for f in found if not f.base_name.startswith(".") and f.extension != "part"]
         return [f.base_name for f in sorted(found, key=lambda f: f.mtime_ns or 0)]
 
     def remove(self, folder: str) -> None:
         """Removes ``folder`` with all that is in it, as far as it can be removed."""
         try:
-            self._files.delete_dir(posixpath.join(self._folder, folder))
+            with _as_os_error():
+                self._files.delete_dir(posixpath.join(self._folder, folder))
         except OSError:  # it is not there, or away: what stays there costs space and nothing else
             return
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """What a file system of pyarrow raises that is its own becomes an OSError."""
+    try:
+        yield
+    except ArrowException as error:
+        if isinstance(error, OSError):
+            raise
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -112,7 +129,7 @@ def kept_record(spec: Spec, run_dir: Path) -> bytes | None:
         return whole_lines(storage_of(spec, run_dir).read(RECORD))
     except FileNotFoundError:
         return None
-    except (OSError, ArrowException) as error:
+    except OSError as error:
         what = redact(f"{spec.storage} cannot be read: {error}", spec.storage)
         raise BadInput(f"storage: {what}") from error
 
@@ -120,10 +137,12 @@ def kept_record(spec: Spec, run_dir: Path) -> bytes | None:
 class Mirror:
     """Copies a record to the storage behind the search's back, so that a new head can go on from
     it. A storage that is away for a while is tried again; ``failed`` says why the last copy is not
-    there, None if it is."""
+    there, None if it is. check: raises OSError where the storage is another process's by now."""
 
-    def __init__(self, record: Path, storage: Storage) -> None:
-        self._record, self._storage = record, storage
+    def __init__(
+        self, record: Path, storage: Storage, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self._record, self._storage, self._check = record, storage, check
         self._copied = -1  # bytes
         self._stop = threading.Event()
         self.failed: str | None = None
@@ -147,11 +166,12 @@ class Mirror:
         """Seconds that a copy took."""
         began = time.monotonic()
         try:
+            self._check()
             content = self._record.read_bytes()
             if content and len(content) != self._copied:  # nothing: a search that may be refused
                 self._storage.write(RECORD, content)
                 self._copied = len(content)
             self.failed = None
-        except (OSError, ArrowException) as error:
+        except OSError as error:
             self.failed = str(error)
         return time.monotonic() - began

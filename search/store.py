@@ -13,13 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..spaces import BadInput, FlyweightError, Policy
+from .run_files import REQUEST
 from .storage import Storage, write_whole
 
 if TYPE_CHECKING:
     from ..compressors import Candidate
-
-PROFILE = "profile.jsonl"  # the device profile in a run directory
-REQUEST = "teacher/request.npz"  # beside the teacher's model
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .explained import Found, places_of
+from .explained import Found, places_of, time_of
 from .fragile import Harms
 from .reading import Policy, Row, Run
 
@@ -86,16 +86,17 @@ def _line(
     return Line(
         name,
         [_cell(name, group, policy, chosen, full, run) for policy in policies],
-        _time(kernel.get("ms"), places),
-        _time(kernel.get("teacher_ms"), places),
+        _time(kernel, "", places),
+        _time(kernel, "teacher_", places),
         _harm(harms, f"width/{whose}{group}", here.width if group == name else ""),
         _harm(harms, f"precision/{whose}{name}", "int8"),
     )
 
 
-def _time(ms: float | None, places: int) -> str:
-    """Nothing for what is not known apart from its neighbours' (at most 0)."""
-    return f"{ms:.{places}f}" if ms and ms > 0 else ""
+def _time(kernel: Found, whose: str, places: int) -> str:
+    """Without how sure it is, for which a strip has no room."""
+    ms, deviation = kernel.get(f"{whose}ms"), kernel.get(f"{whose}deviation_ms")
+    return time_of(ms, deviation, places).partition(" ")[0]
 
 
 def _layers(run: Run, rows: Sequence[Row], found: Found | None) -> dict[str, str | None]:

@@ -2,17 +2,27 @@
 
 import json
 import shutil
+import signal
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import ray.tune.tune
 from ray import cloudpickle, tune
-from ray.exceptions import ActorUnavailableError, RayActorError
+from ray.air.execution._internal import RayActorManager
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.tune.execution import tune_controller
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.tune.utils.object_cache import _ObjectCache
 
-from .actors import keep_actors
 from .controller import Controller
+
+# For a policy that is being looked for: while trials run, whose results must not wait for it, and
+# while none does. Tune itself waits a second before it asks again then.
+BUSY_S, IDLE_S = 0.05, 5.0
 
 
 class _Unpickled:
@@ -30,17 +40,26 @@ class ControlledSearcher(_Unpickled, Searcher):
         super().__init__()
         self.controller = controller
         self.numbers: dict[str, int] = {}  # Tune's trial id -> trial
+        self._handler: Any = None
 
     def suggest(self, trial_id: str) -> Any:
-        trial = self.controller.propose()
+        control = self.controller
+        trial = control.propose(BUSY_S if control.running() else IDLE_S)
         if trial is None:
             # What runs may come back: Tune asks again as long as it is not told that this is all.
             # It is where nothing can be recorded any more, though no trial could be ended then.
-            waits = self.controller.running() and not self.controller.fatal
-            return None if waits else Searcher.FINISHED
+            waits = control.running() or (control.looking() and not self._interrupted())
+            return None if waits and not control.fatal else Searcher.FINISHED
         self.numbers[trial_id] = trial.number
         policy = trial.policy.canonical()
         return {"number": trial.number, "policy": policy, "rung": trial.next_rung}
+
+    def _interrupted(self) -> bool:
+        """Whether Ctrl-C came while no trial ran. Tune (2.60) looks for that between two asks, but
+        not while it waits for a first trial; its handler is gone once it was called."""
+        handler = signal.getsignal(signal.SIGINT)
+        self._handler = self._handler or handler
+        return handler is not self._handler
 
     def on_trial_complete(self, *_: Any, **__: Any) -> None:
         return None
@@ -80,6 +99,59 @@ class ControlledScheduler(_Unpickled, FIFOScheduler):
             controller.failed(number, reason)
 
 
+# Tune (2.60) has no setting for what follows. To start an actor takes seconds: it imports torch and
+# prepares the task. All trials ask for the same resources: an idle actor is in nobody's way.
+
+
+class OutlivingActors(RayActorManager):
+    """Ray's memory monitor ends a worker with an error that Tune does not expect of one, and ends
+    the whole search for it. Here it is the death of a worker as any other."""
+
+    def _actor_task_failed(self, tracked_actor_task: Any, exception: Exception) -> None:
+        super()._actor_task_failed(tracked_actor_task, _as_death(exception))
+
+    def _actor_start_failed(self, tracked_actor: Any, exception: Exception) -> None:
+        super()._actor_start_failed(tracked_actor, _as_death(exception))
+
+
+def _as_death(error: Exception) -> Exception:
+    if isinstance(error, RayActorError | RayTaskError):
+        return error
+    return RayActorError(error_msg=str(error).partition("\n")[0] or type(error).__name__)
+
+
+class KeptActors(_ObjectCache):
+    """Every actor whose trial ended waits for the next one, until the search is over. Tune keeps
+    one: where two trials end at once it ends the other's, and begins another for the next."""
+
+    def cache_object(self, key: Any, obj: Any) -> bool:
+        self._cached_objects[key].append(obj)
+        self._num_cached_objects += 1
+        return True
+
+    def flush_cached_objects(self, force_all: bool = False) -> Generator[Any, None, None]:
+        if force_all:
+            yield from super().flush_cached_objects(force_all=True)
+
+
+class WarmController(TuneController):
+    """An idle actor goes to a trial that has none. Tune gives it to one whose own is starting, and
+    ends that: with short trials on many slots one warm actor then did nearly all the work, while
+    the others were started over and over."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._actor_cache = KeptActors()
+
+    def _maybe_reuse_cached_actor(self, trial: Any) -> bool:
+        own = self._trial_to_actor.get(trial)
+        # One that waits for resources is not started: it may wait for those of the idle actor.
+        starting = own is not None and self._actor_manager.is_actor_started(own)
+        if starting and trial not in self._resetting_trials:
+            return False
+        return bool(super()._maybe_reuse_cached_actor(trial))
+
+
 def _lost(error: RayActorError) -> str:
     """What was lost with a worker, as ``Controller.died`` is told it."""
     if error.preempted:
@@ -115,7 +187,8 @@ def run_trials(
     # A trial whose worker dies is proposed again by the controller. Tune's own way, max_failures,
     # would begin it anew, and by its source (2.60) waits for ever for a worker that died between
     # two trials: the trial stays among those whose actor is being reset.
-    keep_actors()
+    tune_controller.RayActorManager = OutlivingActors  # type: ignore[attr-defined]  # an import
+    ray.tune.tune.TuneController = WarmController  # type: ignore[attr-defined]  # an import too
     scratch = tempfile.mkdtemp(prefix="flyweight-tune-")
     try:
         tune.Tuner(

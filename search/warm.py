@@ -4,6 +4,7 @@ follow, solved for with what the results have taught."""
 import math
 import random
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class WarmStart:
             for name in table.students
         }
         self._space = space
+        self._finished: list[tuple[float, bool]] = []  # latency, and whether the limits are kept
 
     def sweep(self, count: int, seconds: float = math.inf) -> list[Policy]:
         """``count`` policies of each student, fewer if ``seconds`` are over: at the limit first,
@@ -59,15 +61,23 @@ class WarmStart:
 
     def draw(self, rng: random.Random) -> dict[str, Any] | None:
         """The values of the axes of one more, for a limit at random and with harms as they might
-        be, given the table and the results: Thompson sampling (Thompson 1933)."""
-        return rng.choice([*self._students.values()]).draw(rng)
+        be, given the table and the results: Thompson sampling (Thompson 1933). Of several students
+        the one that so loses least within the limit, at the highest rung that any has reached."""
+        students = [*self._students.values()]
+        limit = rng.choice(students).limit(rng, self._finished)
+        rungs = {rung for student in students for rung in student.learned.rungs()}
+        rung = max(rungs, key=RUNGS.index, default=None)
+        found = [drawn for student in students if (drawn := student.draw(limit, rung, rng))]
+        return min(found, key=lambda drawn: drawn[0])[1] if found else None
 
     def tell(self, policy: Policy, rung: str, loss: float, kept: bool) -> None:
         """A result, from which the next draws learn if the policy was trained: what choices harm
         untrained the table knows. kept: whether it keeps the limits."""
         student = self._students.get(policy.student)
         if student and rung != RUNGS[0] and self._space.contains(policy):
-            student.tell(policy, rung, loss, kept)
+            latency_ms = student.tell(policy, rung, loss)
+            if rung == RUNGS[-1]:
+                self._finished.append((latency_ms, kept))
 
 
 class _Student:
@@ -96,8 +106,7 @@ class _Student:
         self._slowest = slowest_ms or float(min(self._latency(np.array(self._whole))))
         self._fastest = float(min(*self._latency(smallest), self._slowest))
         self._solved: list[tuple[float, Point]] = []
-        self._finished: list[tuple[float, bool]] = []  # latency, and whether the limits are kept
-        self._learned = LearnedHarms(self._harms, table.students[name])
+        self.learned = LearnedHarms(self._harms, table.students[name])
 
     def sweep(self, count: int, seconds: float) -> list[dict[str, Any]]:
         ends, starts = time.monotonic() + seconds, self._recipes
@@ -112,38 +121,42 @@ class _Student:
         solved = [self._values(point) for _, point in self._solved]
         return [solved[i] for i in coarse_first(len(solved))]
 
-    def draw(self, rng: random.Random) -> dict[str, Any] | None:
+    def draw(
+        self, limit: float, rung: str | None, rng: random.Random
+    ) -> tuple[float, dict[str, Any]] | None:
+        """What a point that is solved for would lose, as a logarithm, and its values."""
         if not self._places:
             return None
-        limit = self._limit(self._reach() * rng.random())
+        drawn = self.learned.draw(rng, rung)
         near = sorted(self._solved, key=lambda known: abs(math.log(known[0] / limit)))
         starts = [point for _, point in near[:1]] or self._recipes
-        found = self._solver(self._learned.draw(rng)).solve(limit, starts)
-        return None if found is None else self._values(found)
+        solver = self._solver(drawn.harms)
+        found = solver.solve(limit, starts)
+        return None if found is None else (drawn.log_loss(solver.harm(found)), self._values(found))
 
-    def tell(self, policy: Policy, rung: str, loss: float, kept: bool) -> None:
+    def tell(self, policy: Policy, rung: str, loss: float) -> float:
+        """Returns the latency of ``policy``."""
         point = self._point(policy)
-        self._learned.tell(rung, point, settings_of(self._space, policy), loss)
-        if rung == RUNGS[-1]:
-            self._finished.append((float(self._latency(point[None])[0]), kept))
+        self.learned.tell(rung, point, settings_of(self._space, policy), loss)
+        return float(self._latency(point[None])[0])
 
-    def _reach(self) -> float:
-        """How far of the way from the slowest to the fastest is worth a look: a little farther
-        than what was seen to keep the limits; not as far as what broke them, where nothing else
-        is known."""
+    def limit(self, rng: random.Random, finished: Sequence[tuple[float, bool]]) -> float:
+        """A latency at random, as far as is worth a look: a little farther than what was seen to
+        keep the limits; not as far as what broke them, where nothing else is known."""
+        way = DEPTH
         octaves = math.log2(self._slowest / self._fastest)
-        if not octaves or not self._finished:
-            return DEPTH
-        way = {kept: [math.log2(self._slowest / ms) for ms, k in self._finished if k == kept]
-               for kept in (True, False)}  # fmt: skip
-        far = max(way[True]) + BEYOND if way[True] else min(way[False])
-        return min(max(far / octaves, 0.0), 1.0)
+        if octaves and finished:
+            kept, broke = ([math.log2(self._slowest / ms) for ms, k in finished if k == which]
+                           for which in (True, False))  # fmt: skip
+            far = max(kept) + BEYOND if kept else min(broke)
+            way = min(max(far / octaves, 0.0), 1.0)
+        return self._limit(way * rng.random())
 
     def _limit(self, way: float) -> float:
         """The latency so far of the way from the slowest that is wanted, in octaves."""
         return float(self._slowest * (self._fastest / self._slowest) ** way)
 
-    def _solver(self, harms: list[NDArray[np.float64]]) -> Solver:
+    def _solver(self, harms: Sequence[NDArray[np.float64]]) -> Solver:
         return Solver(harms, self._latency, self._ordered)
 
     def _latency(self, points: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -22,6 +22,9 @@ from .store import compressed_bytes, read_checkpoint, write_artifact, write_chec
 # To recalibrate the reference ResNet takes a second; it and short take 4 to 15 (busy machine), to
 # read a checkpoint a tenth.
 KEPT = RUNGS[1:-1]
+# Before an artifact that could not be stored is tried again: a rung of training hangs on it, and a
+# storage may be away for a moment.
+PAUSES_S = (1.0, 5.0, 20.0)
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,7 @@ class CompressionTrial(tune.Trainable):
         return compress(prepared, self.policy, rung, None, self.job.spec.search.seed), note
 
     def _outcome(self, candidate: Candidate) -> dict[str, Any]:
-        artifact = None
-        if candidate.rung == RUNGS[-1]:
-            try:
-                artifact = write_artifact(self.job.storage, candidate, self.job.facts)
-            except OSError as error:
-                raise Unstored(f"the artifact cannot be stored: {error}") from error
+        artifact = self._stored(candidate) if candidate.rung == RUNGS[-1] else None
         return {
             "rung": candidate.rung,
             "loss": candidate.loss,
@@ -119,6 +117,18 @@ class CompressionTrial(tune.Trainable):
             "parity": None if candidate.parity is None else vars(candidate.parity),
             "artifact": artifact,
         }
+
+    def _stored(self, candidate: Candidate) -> str:
+        """The path of its artifact. Raises Unstored."""
+        pauses = iter(PAUSES_S)
+        while True:
+            try:
+                return write_artifact(self.job.storage, candidate, self.job.facts)
+            except OSError as error:
+                pause = next(pauses, None)
+                if pause is None:
+                    raise Unstored(f"the artifact cannot be stored: {error}") from error
+            time.sleep(pause)
 
     def save_checkpoint(self, _: str) -> None:  # the record is what a resume reads
         return None

@@ -60,6 +60,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def mlflow_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow without any runs, to be copied: making its tables takes a second."""
+    from flyweight.search.registries import open_registry
+
+    place = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    open_registry("none", "none", f"sqlite:///{place}")
+    return place
+
+
+@pytest.fixture(scope="session")
 def root() -> Path:
     """The root of the repository."""
     return ROOT

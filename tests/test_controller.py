@@ -1,6 +1,7 @@
 """The search without Ray: a record in memory, a clock and a price that a test sets."""
 
 import itertools
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +25,7 @@ from flyweight.search.controller import (
 from flyweight.search.limits import Limits
 from flyweight.search.proposals import Proposals
 from flyweight.search.record import Entry, MemoryRecord
+from flyweight.search.results import at_full
 from flyweight.spaces import (
     Capabilities,
     Group,
@@ -472,6 +474,17 @@ def test_a_changed_target_prices_what_is_known_anew() -> None:
         policy = Policy.from_dict(entry["policy"])
         assert entry["latency_ms"] == list(slower(policy).latency_ms)
     assert any(e["constraint"] > 0 for e in after.results("full"))
+    # Who reads the record knows the same of each artifact.
+    now = {e["digest"]: e["latency_ms"] for e in at_full(record.entries())}
+    assert now == {e["digest"]: e["latency_ms"] for e in after.results("full")}
+    told = len(kinds(record, "priced"))
+    assert told == len(now)
+    for how in (True, False):  # the same target again, also where nothing predicts any more
+        later = Controller(
+            Proposals(space()), slower, limits, record, Budget(12), clock=Clock(), reprice=how
+        )
+        assert later.results("full") == after.results("full")
+    assert len(kinds(record, "priced")) == told
 
 
 def test_a_trial_whose_worker_died_goes_on_from_its_last_rung() -> None:
@@ -667,6 +680,108 @@ def test_what_is_proposed_does_not_hang_on_how_long_proposing_takes() -> None:
     assert proposed(True) == proposed(False)
 
 
+def test_results_do_not_wait_for_a_policy_that_is_looked_for() -> None:
+    proposals, record = Gated(), MemoryRecord()
+    control = Controller(
+        proposals, price, NONE, record, Budget(3), clock=Clock(), look_ahead=True
+    )  # fmt: skip
+    assert control.propose(0.0) is None  # it may take long: its target is away, say
+    assert control.looking()
+    proposals.gate.set()
+    first = control.propose()
+    assert first is not None
+    proposals.asked.wait(60)
+    proposals.gate.clear()
+    second = control.propose()
+    assert second is not None
+    assert control.propose(0.01) is None
+    assert control.looking()
+    climb(control, first)
+    assert first.ended
+    climb(control, second)
+    proposals.gate.set()
+    third = control.propose()
+    assert third is not None
+    assert third.number == 2
+    assert not control.looking()  # there are to be no more
+    control.close()
+    assert proposals.running() == 0
+
+
+def test_what_is_proposed_does_not_hang_on_what_comes_in_while_it_is_looked_for() -> None:
+    class OneByOne(Proposals):
+        passes = threading.Semaphore(0)
+
+        def ask(self) -> Policy | None:
+            assert self.passes.acquire(timeout=60)
+            return super().ask()
+
+    def proposed(before: bool) -> list[str]:
+        """before: the results of the trial before come in while the next is looked for."""
+        proposals = OneByOne(space())
+        control = Controller(
+            proposals, price, NONE, MemoryRecord(), Budget(40), clock=Clock(), look_ahead=True
+        )
+        out: list[Trial] = []
+        while len(out) < 40:
+            if before and out:
+                assert control.propose(0.0) is None
+                climb(control, out[-1])
+            proposals.passes.release()
+            trial = control.propose()
+            assert trial is not None
+            if not before and out:
+                climb(control, out[-1])
+            out.append(trial)
+        control.close()
+        return [trial.policy.digest for trial in out]
+
+    assert proposed(True) == proposed(False)
+
+
+def test_a_search_ends_though_a_policy_is_still_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flyweight.search.finder.CLOSE_S", 0.01)
+    gate, priced = threading.Event(), threading.Event()
+
+    def costs(policy: Policy) -> Price:
+        if threading.current_thread() is not threading.main_thread():
+            assert gate.wait(60)
+            priced.set()
+        return price(policy)
+
+    control = controller(costs=costs, look_ahead=True)
+    assert control.propose(0.0) is None
+    control.close()
+    gate.set()
+    assert priced.wait(60)  # what was asked for is found, and nobody wants it
+    assert not control.trials
+    assert not kinds(control.record, "begin")  # type: ignore[arg-type]  # it is a MemoryRecord
+
+
+def test_tune_asks_again_while_a_policy_is_looked_for_until_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flyweight.search import tuning
+
+    monkeypatch.setattr(tuning, "IDLE_S", 0.01)
+    proposals = Gated()
+    control = Controller(
+        proposals, price, NONE, MemoryRecord(), Budget(3), clock=Clock(), look_ahead=True
+    )
+    searcher = tuning.ControlledSearcher(control)
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # as Tune does
+    try:
+        assert searcher.suggest("a") is None
+        assert searcher.suggest("a") is None
+        signal.signal(signal.SIGINT, before)  # as its handler does
+        assert searcher.suggest("a") == tuning.ControlledSearcher.FINISHED
+        assert control.cut_off()
+    finally:
+        signal.signal(signal.SIGINT, before)
+        proposals.gate.set()
+        control.close()
+
+
 def test_with_more_time_what_the_deadline_ended_goes_on() -> None:
     clock = Clock()
     record = MemoryRecord([{"kind": "search", "time": clock.now}])
@@ -703,4 +818,5 @@ def test_what_a_changed_target_cannot_run_is_left_out() -> None:
     )
     assert after.trials[0].ended == "failed"
     assert known[0].digest not in {e["digest"] for e in after.results("full")}
+    assert known[0].digest not in {e["digest"] for e in at_full(record.entries())}
     assert not after.proposals.claim(known[0])

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,9 +22,9 @@ def pieces(load: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
-def run(tmp_path: Path, pieces: ModuleType) -> Path:
+def run(tmp_path: Path, pieces: ModuleType, mlflow_database: Path) -> Path:
     """The run directory of a search whose MLflow was away at the end."""
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{shutil.copy(mlflow_database, tmp_path)}"
     spec = {
         "task": "nowhere.py:Net", "objective": {"speedup": 2.0},
         "tracking": {"uri": uri, "experiment": "late"},

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from flyweight.kernels import Signature, Timed, signature
 from flyweight.search.cli import main
-from flyweight.search.explained import slower_in_int8
+from flyweight.search.explained import slower_in_int8, time_of
 from flyweight.search.profiling import empty_profile, mixed_policies
 from flyweight.search.ready import make_space, prepare_task
 from flyweight.search.spec import load_spec
@@ -178,7 +178,15 @@ def test_a_person_reads_it(folder: Path) -> None:
     assert group[2].startswith("8: -")
     assert group[3].startswith("24: +")
     assert "ms predicted" in done.output
+    assert "By kind of work" in done.output
     assert "c2: int8 is slower at 16 channels and below; it is int8 at 32" in done.output
+
+
+def test_of_a_time_that_is_mostly_doubt_the_most_is_told() -> None:
+    assert time_of(0.02, 0.005, 3) == "0.020 ±0.010"
+    assert time_of(0.02, 0.02, 3) == "<0.060"
+    assert time_of(-0.01, 0.01, 3) == "<0.010"
+    assert time_of(None, None, 3) == ""
 
 
 def test_a_block_that_is_dropped_is_gone(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from flyweight.search import hold
 from flyweight.search.record import FileRecord
-from flyweight.search.storage import Storage
+from flyweight.search.storage import Mirror, Storage
 from flyweight.spaces import BadInput
 
 
@@ -65,10 +65,42 @@ def test_a_storage_is_held_from_another_directory_too(tmp_path: Path) -> None:
 
 def test_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hold, "SIGN_S", 0.05)
-    record = FileRecord(tmp_path / "record.jsonl")
-    held_by(tmp_path, "overwritten", 1, 1e6)
-    until = time.monotonic() + 30
-    while (holder := hold.read(Storage(tmp_path))) and holder["host"] == "overwritten":
+    record, storage = FileRecord(tmp_path / "record.jsonl"), Storage(tmp_path)
+    first, until = hold.read(storage), time.monotonic() + 30
+    while (now := hold.read(storage)) == first:
         assert time.monotonic() < until
         time.sleep(0.02)
+    assert now
+    assert first
+    assert now == first | {"time": now["time"]}
     record.close()
+    assert hold.read(storage) is None
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_who_slept_for_long_and_was_taken_for_gone_writes_nothing_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    """A machine that was suspended, and meanwhile another head went on with the search."""
+    place = Storage(tmp_path / "storage")
+    (tmp_path / "run").mkdir()
+    record = FileRecord(tmp_path / "run" / "record.jsonl")
+    far = hold.Hold(place, "the storage")
+    record.holds(far)
+    monkeypatch.setattr(hold, "STALE_S", 0.0)  # every moment is long
+    record.append({"kind": "begin", "trial": 0})  # nobody came
+    place.write("record.jsonl", b"of the other\n")
+    if ended:
+        place.remove(hold.FOLDER)
+    else:
+        held_by(tmp_path / "storage", "another-machine", 77, 0)
+    why = "which has ended" if ended else "process 77 on another-machine"
+    with pytest.raises(OSError, match=f"the storage was taken over by .*{why}"):
+        record.append({"kind": "begin", "trial": 1})
+    assert len(record.entries()) == len(record.path.read_text().splitlines()) == 1
+    mirror = Mirror(record.path, place, far.check)
+    mirror.close()
+    assert "taken over" in str(mirror.failed)
+    assert place.read("record.jsonl") == b"of the other\n"
+    record.close()
+    assert (hold.read(place) is None) == ended  # the other's note stays

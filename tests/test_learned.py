@@ -29,7 +29,7 @@ def drawn(learned: LearnedHarms, count: int = 300) -> np.ndarray:
     """log m of the axes [count, axes], as the drawn harms say."""
     rng = random.Random(0)
     return np.array(
-        [[np.log(d[-1] / h[-1]) for d, h in zip(learned.draw(rng), HARMS, strict=True)]
+        [[np.log(d[-1] / h[-1]) for d, h in zip(learned.draw(rng).harms, HARMS, strict=True)]
          for _ in range(count)]
     )  # fmt: skip
 
@@ -65,13 +65,32 @@ def test_more_results_leave_less_doubt() -> None:
     assert doubts[-1] < 0.4 * doubts[0]
 
 
+def test_a_loss_is_drawn_for_the_rung_that_it_is_asked_for() -> None:
+    learned = LearnedHarms(HARMS, 1e-3)
+    for point, settings, log_loss in results(60):
+        learned.tell("full", point, settings, float(np.exp(0.7 * log_loss - 2)))
+        learned.tell("short", point, settings, float(np.exp(0.9 * log_loss - 1)))
+    rng = random.Random(0)
+    point, settings, log_loss = results(60)[0]
+    truth = log_loss - settings @ WEIGHTS
+    for rung, power, scale in (("full", 0.7, -2), ("short", 0.9, -1)):
+        found = []
+        for _ in range(50):
+            drawn = learned.draw(rng, rung)
+            harm = sum(h[i] for h, i in zip(drawn.harms, point, strict=True))
+            found.append(drawn.log_loss(float(harm)))
+        assert np.mean(found) == pytest.approx(power * truth + scale, abs=0.15)
+    # Of a rung without results hardly anything is known.
+    assert np.std([learned.draw(rng, "other").log_loss(1.0) for _ in range(200)]) > 1
+
+
 def test_it_orders_new_policies_better_than_the_table() -> None:
     learned = LearnedHarms(HARMS, 1e-3)
     for point, settings, log_loss in results(60):
         learned.tell("full", point, settings, float(np.exp(log_loss)))
     new = results(200, seed=1)
     truth = np.array([loss - settings @ WEIGHTS for _, settings, loss in new])
-    harms = learned.draw(random.Random(0))
+    harms = learned.draw(random.Random(0)).harms
 
     def summed(of: list[np.ndarray]) -> np.ndarray:
         return np.array([sum(h[i] for h, i in zip(of, p, strict=True)) for p, _, _ in new])
@@ -110,7 +129,7 @@ def test_slopes_are_those_of_the_misfit() -> None:
 def test_a_loss_of_zero_and_a_policy_without_harm_are_taken() -> None:
     learned = LearnedHarms(HARMS, 0.0)
     learned.tell("full", np.zeros(AXES, int), np.zeros(SETTINGS), 0.0)
-    assert all(np.isfinite(h).all() for h in learned.draw(random.Random(0)))
+    assert all(np.isfinite(h).all() for h in learned.draw(random.Random(0)).harms)
 
 
 def test_the_same_results_and_seed_draw_the_same() -> None:
@@ -118,7 +137,7 @@ def test_the_same_results_and_seed_draw_the_same() -> None:
         learned = LearnedHarms(HARMS, 1e-3)
         for point, settings, log_loss in results(12):
             learned.tell("full", point, settings, float(np.exp(log_loss)))
-        return learned.draw(random.Random(3))
+        return [*learned.draw(random.Random(3)).harms]
 
     for a, b in zip(once(), once(), strict=True):
         assert (a == b).all()

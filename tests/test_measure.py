@@ -151,6 +151,16 @@ def test_what_a_search_knew_of_the_test_set_stays(run: Run) -> None:
     assert measure(run.path).result["front"][0]["metric_test"] == 88.5  # and again
 
 
+def test_finalists_are_those_of_the_target_that_was_searched_for_last(run: Run) -> None:
+    """A search that went on for another target, where one of two is slow for all that it loses."""
+    run.append({**run.entries("search")[0], "time": 3.0})
+    for policy, ms in ((WIDE, 0.9), (NARROW, 0.2)):
+        priced = {"kind": "priced", "digest": policy.digest, "latency_ms": [ms] * 3, "time": 3.0}
+        run.append(priced | {"trial": [WIDE, NARROW].index(policy)})
+    measure(run.path)
+    assert {e["digest"] for e in run.entries("measured")} == {NARROW.digest}
+
+
 def refused(run: Run, error: type[Exception], message: str) -> None:
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
     with pytest.raises(error, match=message):

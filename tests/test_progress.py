@@ -6,15 +6,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from flyweight.search.progress import (
-    Progress,
-    Summary,
-    clock_time,
-    closing_sentence,
-    closing_table,
-    lost,
-    size,
-)
+from flyweight.search.progress import Progress, closing_sentence, closing_table
+from flyweight.search.summary import Summary
+from flyweight.search.words import clock_time, lost, size
 
 TEACHER = {
     "metric": 93.0,
@@ -168,6 +162,19 @@ def test_a_measurement_replaces_the_prediction() -> None:
         {"kind": "measured", "digest": "unknown", "latency_ms": 1, "teacher_latency_ms": 1},
     )  # fmt: skip
     assert known.best_line() == "2.50 times faster, 0.20 points lost (measured, within the limits)"
+
+
+def test_another_target_prices_what_is_known_anew() -> None:
+    measured = {
+        "kind": "measured", "digest": f"{1:064x}", "latency_ms": 0.42, "latency_spread": 0.01,
+        "teacher_latency_ms": 1.05,
+    }  # fmt: skip
+    there = {**SEARCH, "teacher": TEACHER | {"latency_ms": 3.0}}
+    priced = {"kind": "priced", "trial": 1, "digest": f"{1:064x}", "latency_ms": [1.9, 2.0, 2.1]}
+    known = summary(result(1, "full", 0.45, 92.8), measured, there, priced)
+    assert known.best_line() == "1.50 times faster, 0.20 points lost (predicted, over the limits)"
+    known.add(priced | {"latency_ms": None})  # it cannot run there
+    assert known.best() is None
 
 
 def test_nothing_known_yet() -> None:

@@ -12,8 +12,9 @@ from click.testing import CliRunner, Result
 
 from flyweight.search.cli import main
 from flyweight.search.fragile import groups_sheet, layers_sheet, read_harms
+from flyweight.search.reading import read_run
 from flyweight.search.record import at_work
-from flyweight.search.report import write_report
+from flyweight.search.report import render, write_report
 from flyweight.spaces import BadInput
 
 TEACHER = {
@@ -216,9 +217,17 @@ def explained_run(folder: Path, **how) -> Path:
     return folder
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Page:
-    return Page(write_report(run_directory(tmp_path, entries(), result())))
+def page_of(run_dir: Path) -> Page:
+    """The page of a run, without the files beside it."""
+    path = run_dir / "report.html"
+    path.write_text(render(read_run(run_dir)), "utf-8")
+    return Page(path)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    folder = tmp_path_factory.mktemp("page")
+    return Page(write_report(run_directory(folder, entries(), result())))
 
 
 def test_headline(page: Page) -> None:
@@ -270,14 +279,14 @@ def test_how_far_rungs_agree(tmp_path: Path, page: Page) -> None:
         if entry.get("rung") == "recalibrate":
             entry |= {"through": "chance", "latency_ms": [0.1, 0.1 + entry["trial"] % 3, 4.0]}
     known += [result_entry(t, "short", 0.4, 88.0 + t / 10, 700_000) for t in (0, 8, 9, 10, 11)]
-    page = Page(write_report(run_directory(tmp_path / "chance", known)))
+    page = page_of(run_directory(tmp_path / "chance", known))
     assert page.row(AGREE, "recalibrate, short")[1:] == ["12", "12", "1.00", "1.00"]
     assert "Biased: too few went on by chance" in page.text
 
 
 def test_every_version_is_told_once(tmp_path: Path) -> None:
     versions = {"flyweight": "0.1.0", "torch": "2.13.0"}
-    text = Page(write_report(run_directory(tmp_path, entries(versions=versions), result()))).text
+    text = page_of(run_directory(tmp_path, entries(versions=versions), result())).text
     assert text.count("flyweight 0.1.0") == text.count("torch 2.13.0") == 1
 
 
@@ -332,7 +341,7 @@ def test_a_search_that_still_runs(tmp_path: Path) -> None:
         *entries(),
         {"kind": "begin", "trial": 15, "digest": digest(15), "time": START},
     ]
-    page = Page(write_report(run_directory(tmp_path, running)))
+    page = page_of(run_directory(tmp_path, running))
     assert "This search has not ended" in page.text
     assert "1 running, 3 failed, 2 over the limit" in page.text
     # The best by prediction: trial 1 is 0.800 / 0.318 times faster.
@@ -347,13 +356,13 @@ def test_half_a_last_line_is_a_search_that_writes(tmp_path: Path) -> None:
     run_directory(tmp_path, entries())
     with (tmp_path / "record.jsonl").open("a") as file:
         file.write('{"kind":"res')
-    assert "2.52 times faster" in Page(write_report(tmp_path)).text
+    assert "2.52 times faster" in page_of(tmp_path).text
 
 
 def test_nothing_feasible(tmp_path: Path) -> None:
     strict = {**OBJECTIVE, "speedup": 3.0, "max_drop": 0.2}
     ended = result(objective=strict, best=None, nearest_miss=digest(1))
-    page = Page(write_report(run_directory(tmp_path, entries(objective=strict), ended)))
+    page = page_of(run_directory(tmp_path, entries(objective=strict), ended))
     assert "Nothing keeps to the limits" in page.text
     assert "The nearest is 2.56 times faster, 0.26 points lost." in page.text
     assert (
@@ -389,18 +398,18 @@ def test_a_search_that_was_cut_off_early_says_what_is_lacking(tmp_path: Path) ->
 def test_a_task_of_a_notebook_is_not_said_to_have_commands(tmp_path: Path) -> None:
     """They are other processes, which cannot load it."""
     run_directory(tmp_path, entries(task="<notebook>:Net"), result(task="<notebook>:Net"))
-    page = Page(write_report(tmp_path))
+    page = page_of(tmp_path)
     assert "flyweight replay artifacts/" not in page.text
     assert "flyweight profile" not in page.text
     assert "flyweight.search.load_run(FOLDER).model(DIGEST)" in page.text
     assert "with seed=0" in page.text
-    running = Page(write_report(run_directory(tmp_path / "b", entries(task="<notebook>:Net"))))
+    running = page_of(run_directory(tmp_path / "b", entries(task="<notebook>:Net")))
     assert "the same call of search with resume=True and this folder as out goes on" in running.text
 
 
 @pytest.mark.parametrize("ended", [None, result(front=[], best=None)])
 def test_no_artifact_at_all(tmp_path: Path, ended: dict | None) -> None:
-    page = Page(write_report(run_directory(tmp_path, [search_entry()], ended)))
+    page = page_of(run_directory(tmp_path, [search_entry()], ended))
     assert "There is no artifact" in page.text
     assert "No trial failed." in page.text
     assert "There is no artifact to rebuild." in page.text
@@ -412,7 +421,7 @@ def test_no_limits_no_test_data_no_widths_known(tmp_path: Path) -> None:
     only_size = {"size_bytes": 700_000}
     ended = result(teacher=teacher, objective=only_size, front=models)
     record = entries(teacher=teacher, objective=only_size, groups=None, layers=None)
-    page = Page(write_report(run_directory(tmp_path, record, ended)))
+    page = page_of(run_directory(tmp_path, record, ended))
     row = page.row(FRONT, digest(1)[:10])
     assert row[5:7] == [NONE, NONE]
     assert row[8:10] == ["34 channels in 4 groups", "4"]
@@ -447,7 +456,7 @@ def test_what_a_user_supplies_is_escaped(tmp_path: Path) -> None:
     for entry in record:
         if entry["kind"] == "result":
             entry["policy"]["prune"]["criterion"] = evil
-    page = Page(write_report(run_directory(tmp_path, record, result(task=evil))))
+    page = page_of(run_directory(tmp_path, record, result(task=evil)))
     assert "script" not in page.tags
     assert "<script" not in page.source
     assert page.source.count("&lt;script&gt;") >= 5
@@ -468,11 +477,11 @@ def test_what_breaks_a_limit_is_told_apart(tmp_path: Path) -> None:
     }  # fmt: skip
     free = {"size_bytes": 800_000}
     run_directory(tmp_path, entries(objective=free), result(objective=free))
-    assert outside not in Page(write_report(tmp_path)).text
+    assert outside not in page_of(tmp_path).text
 
 
 def test_where_the_time_goes(tmp_path: Path) -> None:
-    page = Page(write_report(explained_run(tmp_path)))
+    page = page_of(explained_run(tmp_path))
     headline = "0.3200 ms predicted (0.3000 to 0.3400) against 0.8000 ms of the teacher: 2.50 times"
     assert headline in page.text
     kernels, kinds, groups = (page.table(c) for c in ("Policy ", "By kind", "What the next"))
@@ -495,7 +504,7 @@ def test_where_the_time_goes(tmp_path: Path) -> None:
 
 
 def test_many_kernels_are_drawn_in_one_figure(tmp_path: Path) -> None:
-    page = Page(write_report(explained_run(tmp_path, kernels=60)))
+    page = page_of(explained_run(tmp_path, kernels=60))
     # The first 40 of 60, the session, and one that only the teacher has.
     assert "42 others: 1.9900 ms, teacher 4.0700 ms" in page.text
     assert len(page.table("Policy ")) == 64
@@ -505,7 +514,7 @@ def test_many_kernels_are_drawn_in_one_figure(tmp_path: Path) -> None:
 
 def test_without_a_device_profile_it_says_how_to_get_one(tmp_path: Path) -> None:
     run_directory(tmp_path, entries(predicted_by="timing"), result(predicted_by="timing"))
-    page = Page(write_report(tmp_path))
+    page = page_of(tmp_path)
     assert "timed untrained" in page.text
     assert "Timed untrained, ms" in page.table(FRONT)[0]
     command = f"flyweight explain artifacts/{digest(1)}/policy.json --spec spec.yaml"
@@ -513,7 +522,7 @@ def test_without_a_device_profile_it_says_how_to_get_one(tmp_path: Path) -> None
     assert f"{command} --profile profile.jsonl --json > explain.json" in page.text
     run_directory(tmp_path, entries(predicted_by="profile"), result(predicted_by="profile"))
     (tmp_path / "explain.json").write_text("")  # where that command failed
-    text = Page(write_report(tmp_path)).text
+    text = page_of(tmp_path).text
     assert f"{command} --json > explain.json" in text
     assert "flyweight profile" not in text
     assert "Where the time goes" not in Page(
@@ -522,7 +531,7 @@ def test_without_a_device_profile_it_says_how_to_get_one(tmp_path: Path) -> None
 
 
 def test_names_of_kernels_are_escaped(tmp_path: Path) -> None:
-    page = Page(write_report(explained_run(tmp_path, name="<script>$x$</script>")))
+    page = page_of(explained_run(tmp_path, name="<script>$x$</script>"))
     assert "script" not in page.tags
     assert "<script" not in page.source
     assert "<script>$x$</script>.0 24/32 fp32" in page.text
@@ -628,7 +637,7 @@ def test_other_runs_stand_beside(tmp_path: Path) -> None:
     # By the teacher as it was timed there: 0.4 / 0.246.
     assert table[2] == ["uniform-run", "uniform", "24", "1:00", "3", "best", "1.63", "0.90", "0.90"]
     assert "front of uniform-run, uniform" in page.text
-    assert "Runs side by side" not in Page(write_report(run)).text
+    assert "Runs side by side" not in page_of(run).text
 
 
 @pytest.mark.parametrize(
@@ -677,7 +686,7 @@ def test_the_chosen_layer_by_layer(tmp_path: Path) -> None:
             entry["policy"]["prune"]["width"] = {"stem.0": 8, "body.0.c1": 16}
     run_directory(tmp_path, known, result())
     (tmp_path / "sensitivity.json").write_text(json.dumps({"harm": HARMS}))
-    page = Page(write_report(tmp_path))
+    page = page_of(tmp_path)
     rows = page.table("Layers of the best")
     assert [" ".join(name.split()) for name in rows[0]] == [
         "Layer", "faster 3.25 times, 0.90 lost", "best 2.56 times, 0.26 lost",
@@ -715,9 +724,9 @@ def test_a_search_that_was_resumed_is_running(tmp_path: Path) -> None:
                 "teacher_latency_ms": 0.8}  # fmt: skip
     again = search_entry(time=START + 400)
     run_directory(tmp_path, [*entries(), measured, again], result())
-    assert "This search has not ended" in Page(write_report(tmp_path)).text
+    assert "This search has not ended" in page_of(tmp_path).text
     run_directory(tmp_path, [*entries(), measured, again, measured], result())
-    assert "not ended" not in Page(write_report(tmp_path)).text
+    assert "not ended" not in page_of(tmp_path).text
 
 
 def test_the_front_so_far_holds_what_is_ahead_in_loss(tmp_path: Path) -> None:
@@ -725,7 +734,7 @@ def test_the_front_so_far_holds_what_is_ahead_in_loss(tmp_path: Path) -> None:
     for entry in known:  # trial 4 is behind trial 3 in metric and latency
         if entry.get("rung") == "full" and entry["trial"] == 4:
             entry["loss"] = 0.001
-    page = Page(write_report(run_directory(tmp_path, known)))
+    page = page_of(run_directory(tmp_path, known))
     found = [row[0][:10] for row in page.table(FRONT)[2:]]
     assert found == [digest(t)[:10] for t in (2, 1, 3, 4)]
 

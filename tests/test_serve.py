@@ -75,6 +75,15 @@ def two() -> bytes:
     return write_model(nodes, inputs, 2, table=table)
 
 
+def centred() -> bytes:
+    """[N, 4] -> [N, 4]: each column less its mean over the rows, which so know of each other."""
+    nodes = [
+        helper.make_node("ReduceMean", ["input", "axes"], ["mean"], keepdims=1),
+        helper.make_node("Sub", ["input", "mean"], ["output"]),
+    ]
+    return write_model(nodes, [value("input", TensorProto.FLOAT, 4)], 4, axes=np.array([0]))
+
+
 def slow() -> bytes:
     """[N, 4] -> [N, 4], in some tenths of a second."""
     nodes, size = [helper.make_node("MatMul", ["input", "w"], ["h0"])], 700
@@ -166,6 +175,19 @@ def test_requests_that_run_together_get_what_each_gets_alone(tmp_path: Path) -> 
     answers = model.answer(batch)
     for inputs, answer in zip(batch, answers, strict=True):
         np.testing.assert_array_equal(answer, inputs["input"][:, :3])
+
+
+def test_rows_that_know_of_each_other_run_with_those_of_their_own_request_alone(
+    tmp_path: Path,
+) -> None:
+    model = model_of(centred(), tmp_path, rows=2)
+    assert not model.batches
+    assert model_of(tiny(), tmp_path / "tiny").batches
+    assert model_of(two(), tmp_path / "two").batches
+    asked = [np.random.default_rng(n).normal(size=(n, 4)).astype(np.float32) for n in (1, 3)]
+    answers = model.answer([{"input": rows} for rows in asked])
+    for rows, answer in zip(asked, answers, strict=True):
+        np.testing.assert_allclose(answer, rows - rows.mean(0), atol=1e-6)
 
 
 def test_a_request_of_many_rows_runs_in_pieces(tmp_path: Path) -> None:
@@ -494,6 +516,7 @@ def serving(model: Path | str, *options: str) -> Iterator[Command]:
         command.end()
 
 
+@pytest.mark.slow
 def test_serve_answers_as_the_runtime_does_and_ctrl_c_loses_no_request(tmp_path: Path) -> None:
     folder = artifact(tmp_path, slow())
     session = make_runtime("onnxruntime", 1).load(slow())

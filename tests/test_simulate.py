@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flyweight.compressors import RUNGS
@@ -32,6 +32,7 @@ ONE: dict[str, Any] = {
     "calibrations": ("minmax",), "qat": (False,), "losses": ("kl",), "temperature": (4.0, 4.0),
     "alpha": (0.9, 0.9), "learning_rate": (0.02, 0.02),
 }  # fmt: skip
+FEW = settings(max_examples=20)  # each is a whole search
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,7 @@ def test_one_worker_does_what_a_loop_does(toy: ModuleType) -> None:
     assert kept[0] == kept[1]
 
 
+@FEW
 @given(st.integers(1, 9), st.integers(1, 30))
 def test_workers_work(toy: ModuleType, workers: int, trials: int) -> None:
     clock, record = Clock(50.0), MemoryRecord()
@@ -164,6 +166,7 @@ def through_by_definition(entry: Entry, before: list[Entry], limits: Limits, bru
     return "chance" if by_chance(7, entry["digest"], rung) else None
 
 
+@FEW
 @given(
     st.integers(0, 10**6),
     st.integers(1, 12),
@@ -199,6 +202,7 @@ def test_a_small_share_goes_on_by_chance(toy: ModuleType) -> None:
 # Races.
 
 
+@FEW
 @given(st.integers(0, 10**6), st.integers(2, 9))
 def test_results_of_trials_that_have_ended_change_nothing(
     toy: ModuleType, seed: int, workers: int
@@ -231,6 +235,7 @@ def test_results_of_trials_that_have_ended_change_nothing(
     assert len(control.trials) == 25
 
 
+@FEW
 @given(st.integers(0, 10**6), st.integers(1, 9))
 def test_trials_whose_workers_die_go_on_elsewhere(toy: ModuleType, seed: int, workers: int) -> None:
     clock, record = Clock(), MemoryRecord()
@@ -248,6 +253,7 @@ def test_trials_whose_workers_die_go_on_elsewhere(toy: ModuleType, seed: int, wo
     assert len(found) == len(set(found))
 
 
+@FEW
 @given(st.integers(0, 60), st.integers(1, 5))
 def test_a_search_that_was_killed_goes_on(
     toy: ModuleType, brute: ModuleType, calls: int, workers: int
@@ -301,9 +307,9 @@ def test_a_search_whose_every_trial_fails_stops_early(toy: ModuleType, workers: 
 
 
 def test_a_small_search_whose_every_trial_fails_is_hopeless_too(toy: ModuleType) -> None:
-    for trials, settings in ((3, {}), (100, ONE)):
+    for trials, narrow in ((3, {}), (100, ONE)):
         clock = Clock()
-        control = controller(toy, MemoryRecord(), clock, trials=trials, **settings)
+        control = controller(toy, MemoryRecord(), clock, trials=trials, **narrow)
         simulate(control, lambda *_: (None, 1.0), 4, clock)
         assert control.hopeless()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -38,6 +38,7 @@ def case(seed: int, coupled: float) -> tuple[Solver, Device, NDArray[np.int64]]:
 STARTS = [np.full(AXES, CHOICES - 1), np.zeros(AXES, int)]
 
 
+@settings(max_examples=20)
 @given(st.integers(0, 10_000), st.floats(0.1, 1.0))
 def test_where_latency_is_a_sum_the_answer_is_the_best_there_is(seed: int, share: float) -> None:
     solver, device, every = case(seed, 0.0)
@@ -52,7 +53,7 @@ def test_where_latency_is_a_sum_the_answer_is_the_best_there_is(seed: int, share
 
 def test_where_choices_act_together_it_is_nearly_the_best() -> None:
     beaten = []
-    for seed in range(40):
+    for seed in range(15):
         solver, device, every = case(seed, 1.0)
         ms = device(every)
         limit = ms.min() + 0.4 * (ms.max() - ms.min())
@@ -62,6 +63,38 @@ def test_where_choices_act_together_it_is_nearly_the_best() -> None:
         harms = np.array([solver.harm(p) for p in every[ms <= limit]])
         beaten.append((harms < solver.harm(found) - 1e-9).sum() / len(every))
     assert np.mean(beaten) < 0.005
+
+
+class Precisions:
+    """Latency of a chain of layers, each in int8 (0) or fp32 (1): half in int8, and a conversion
+    wherever the precision changes. What one switch brings says little of what several do."""
+
+    def __init__(self, rng: np.random.Generator, layers: int) -> None:
+        self.alone, self.conversion = rng.uniform(0.2, 1, layers), rng.uniform(0.02, 0.3)
+
+    def __call__(self, points: NDArray[np.int64]) -> NDArray[np.float64]:
+        chain = np.pad(points, ((0, 0), (1, 1)), constant_values=1)
+        changes = (chain[:, 1:] != chain[:, :-1]).sum(1)
+        taken: NDArray[np.float64] = np.where(points, self.alone, self.alone / 2).sum(1)
+        return taken + self.conversion * changes
+
+
+def test_where_precisions_act_together_it_is_nearly_the_best() -> None:
+    layers, beaten = 8, []
+    every = np.array(list(itertools.product(range(2), repeat=layers)))
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        device = Precisions(rng, layers)
+        harms = [np.array([harm, 0.0]) for harm in rng.uniform(0.01, 1, layers)]
+        solver = Solver(harms, device, [False] * layers)
+        ms = device(every)
+        limit = ms.min() + 0.5 * (ms.max() - ms.min())
+        found = solver.solve(limit, [np.ones(layers, int), np.zeros(layers, int)])
+        assert found is not None
+        assert device(found[None])[0] <= limit
+        known = np.array([solver.harm(p) for p in every[ms <= limit]])
+        beaten.append((known < solver.harm(found) - 1e-9).sum() / len(every))
+    assert np.mean(beaten) < 0.005  # 0.013 where a step may switch as many as it likes
 
 
 def test_a_limit_out_of_reach_has_no_answer() -> None:

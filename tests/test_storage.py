@@ -11,8 +11,9 @@ from pyarrow import fs
 
 from flyweight.search.opening import open_run
 from flyweight.search.preflight import check_cluster
+from flyweight.search.run_files import RECORD
 from flyweight.search.spec import Resources
-from flyweight.search.storage import RECORD, Mirror, Storage, kept_record
+from flyweight.search.storage import Mirror, Storage, kept_record
 from flyweight.search.store import fetch_artifact, read_artifact, write_artifact
 from flyweight.spaces import BadInput, Policy
 

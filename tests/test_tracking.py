@@ -1,6 +1,7 @@
 """The tracker against a real database, a real server, and nothing at all."""
 
 import hashlib
+import importlib
 import os
 import signal
 import socket
@@ -467,6 +468,7 @@ os.kill(os.getpid(), 9)
         parent = next(r for r in runs if "mlflow.parentRunId" not in r.data.tags)
         assert parent.info.status == "RUNNING"  # to be resumed
 
+    @pytest.mark.slow
     def test_what_a_killed_driver_left_under_way_comes_first(self, store: Path) -> None:
         """Two processes at once would each create runs that the other does not know."""
         uri, many = f"sqlite:///{store}/made/mlflow.db", 40
@@ -501,6 +503,11 @@ os.kill(os.getpid(), 9)
 class TestNoServer:
     """A search that has no server loses nothing but what MLflow would have shown."""
 
+    @pytest.fixture(autouse=True)
+    def mlflow(self) -> None:
+        """Imported before the time of an end begins, which that would take up."""
+        importlib.import_module("mlflow")
+
     @staticmethod
     def finish(uri: str, timeout_s: float) -> Undelivered:
         tracker = MlflowTracker(uri, "e", None, "s", capacity=5, linger_s=0.05)
@@ -513,11 +520,11 @@ class TestNoServer:
         return left
 
     def test_a_closed_port(self) -> None:
-        self.finish(f"http://127.0.0.1:{free_port()}", 5.0)
+        self.finish(f"http://127.0.0.1:{free_port()}", 1.0)
 
     def test_a_server_that_says_nothing(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
-            self.finish(f"http://127.0.0.1:{silent.getsockname()[1]}", 5.0)
+            self.finish(f"http://127.0.0.1:{silent.getsockname()[1]}", 1.0)
 
     @pytest.mark.parametrize(
         "uri",
@@ -533,7 +540,7 @@ class TestNoServer:
         caplog: pytest.LogCaptureFixture,
         capfd: pytest.CaptureFixture[str],
     ) -> None:
-        left = self.finish(f"http://ann:{password}@127.0.0.1:{free_port()}", 3.0)
+        left = self.finish(f"http://ann:{password}@127.0.0.1:{free_port()}", 1.0)
         assert "er2" not in str(left.reason) + caplog.text + "".join(capfd.readouterr())
 
     def test_nobody_waits_for_one_that_was_seen_to_be_away(self) -> None:

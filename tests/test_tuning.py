@@ -82,8 +82,7 @@ def test_a_search_outlives_its_workers(
 ) -> None:
     from ray.exceptions import OutOfMemoryError, RayActorError
 
-    from flyweight.search.actors import OutlivingActors
-    from flyweight.search.tuning import run_trials
+    from flyweight.search.tuning import OutlivingActors, run_trials
 
     take = OutlivingActors._actor_task_failed
 

@@ -1,6 +1,7 @@
 """The trial as a worker runs it, here without Ray: what it leaves behind and takes up again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -118,9 +119,37 @@ def test_a_checkpoint_that_cannot_be_written_fails_no_trial(
     assert [worker.step() for _ in RUNGS] == climbed
 
 
-def test_an_artifact_that_cannot_be_stored_is_no_fault_of_its_policy(
-    prepared: Prepared, tmp_path: Path, climbed: list[dict[str, Any]]
+class Away(Storage):
+    """A storage that is away when artifacts are written the first ``times`` times."""
+
+    def __init__(self, place: Path, times: int) -> None:
+        super().__init__(place)
+        self.times = times
+
+    def under(self, name: str) -> Storage:
+        if name.startswith("artifacts") and self.times:
+            self.times -= 1
+            raise OSError("it is away")
+        return super().under(name)
+
+
+def test_a_storage_that_is_away_for_a_moment_costs_no_rung(
+    prepared: Prepared, tmp_path: Path, climbed: list[dict[str, Any]], monkeypatch: Any
 ) -> None:
+    monkeypatch.setattr("flyweight.search.workers.PAUSES_S", (0.0, 0.0))
+    worker = Worker(prepared, tmp_path)
+    worker.trial.job = replace(worker.trial.job, storage=Away(tmp_path, 2))
+    worker.begin("full")
+    assert worker.step() == climbed[2]
+    worker.trial.job = replace(worker.trial.job, storage=Away(tmp_path, 3))
+    worker.begin("full")
+    assert worker.step()["unstored"] == "full: the artifact cannot be stored: it is away"
+
+
+def test_an_artifact_that_cannot_be_stored_is_no_fault_of_its_policy(
+    prepared: Prepared, tmp_path: Path, climbed: list[dict[str, Any]], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("flyweight.search.workers.PAUSES_S", ())
     run_dir = tmp_path / "another"
     run_dir.mkdir()
     (run_dir / "artifacts").write_text("a file where the folder should be")
