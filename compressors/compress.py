@@ -22,6 +22,7 @@ from .quantize import calibrate, fold_norms, insert_quantizers, settle_biases
 from .reconstruct import reconstruct_
 from .renorm import fold_again, restore_norms
 from .sparsify import sparsify_
+from .task import metric_of
 
 RUNGS = ("recalibrate", "short", "full")
 # Of the training, at the end, with quantizers in place. Half recovers more of what weights of 2
@@ -107,10 +108,10 @@ def compress(
     answers = _answers(session, splits.search)
     loss = kl_divergence(answers, prepared.search_answers, kind=prepared.kind).item()
     if rung != "full":
-        metric, parity = task.metric(answers, splits.search.targets), None
+        metric, parity = metric_of(task, answers, splits.search.targets), None
     else:
         answers = _answers(session, splits.selection)
-        metric = task.metric(answers, splits.selection.targets)
+        metric = metric_of(task, answers, splits.selection.targets)
         precision = "int8" if plan.quantized else "fp32"
         parity = check_parity(
             frozen, model, answers, splits.selection, precision, prepared.runtime, prepared.kind

@@ -30,7 +30,7 @@ from .parity import run_module
 from .prune import importance, lay_out
 from .reconstruct import Moments, input_moments
 from .spelled_out import spelled_out
-from .task import Task
+from .task import Task, as_number
 from .unwrapped import unwrapped
 
 KNOWN_BY = 512  # items of search validation by which the kind of the output is known
@@ -301,7 +301,7 @@ def _check(prepared: Prepared) -> None:
         raise BadInput(f"task: loss must be one finite number, but got {loss.tolist()}")
     if not loss.requires_grad:
         raise BadInput("task: loss cannot be differentiated; compute it from output in torch")
-    if not isinstance(metric, int | float) or not math.isfinite(metric):
+    if not math.isfinite(as_number(metric)):
         raise BadInput(f"task: metric must be one finite number, but got {metric!r}")
 
 

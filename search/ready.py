@@ -14,6 +14,7 @@ import torch
 from ..compressors import Prepared, Schedule, compress, prepare
 from ..compressors.data import Items, tensors
 from ..compressors.parity import feed, run_session
+from ..compressors.task import metric_of
 from ..kernels import make_runtime
 from ..spaces import BadInput, Policy, Space
 from .limits import Limits, limits
@@ -120,7 +121,7 @@ def ready(spec: Spec, run_dir: Path | None = None) -> Ready:
 def score(prepared: Prepared, model: bytes, items: Items) -> float:
     """The task's metric of an artifact on ``items``, in the target's runtime."""
     answers = run_session(prepared.runtime.load(model), items)
-    return float(prepared.task.metric(answers, items.targets))
+    return metric_of(prepared.task, answers, items.targets)
 
 
 def teacher_answers(prepared: Prepared) -> dict[int, Any]:
