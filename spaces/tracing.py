@@ -19,9 +19,10 @@ from .memory import Change, changes, versions, write_once
 from .network import Group, Layer, Network, Op
 from .operations import LAYERS, SHAPE, callee, operations, shape_of
 from .surgery import operate_
+from .tracer import Tracer
 
 MAKERS = ("zeros", "ones", "full")  # of tensors, from sizes alone
-_LIBRARY = (str(Path(torch.__file__).parent), "<eval_with_key>", __file__)
+_LIBRARY = (str(Path(torch.__file__).parent), "<eval_with_key>", str(Path(__file__).parent))
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -53,7 +54,7 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     """``model`` as an fx graph whose nodes carry their shapes and change nothing in place."""
     bound, defaults = _bind(model, example)
     try:
-        graph = _symbolic(model, defaults)
+        graph = _symbolic(model, bound, defaults)
     except Exception as error:
         raise Untraceable(
             f"the model cannot be traced at {_where(error)}: {error}{_advice(error)}"
@@ -65,42 +66,26 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     return graph
 
 
-class _Tracer(fx.Tracer):
-    """torch.fx's, that knows how many parts a tensor is cut into, and can note how buffers are
-    read: a table of positions is cut as long as a request is."""
-
-    def __init__(self, buffers: bool) -> None:
-        super().__init__()
-        self.proxy_buffer_attributes = buffers
-
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """The parts that ``obj`` gives, where it says how many."""
-        node = obj.node
-        name = getattr(node.target, "__name__", node.target)
-        given = node.args[1] if len(node.args) > 1 else None
-        sizes = node.kwargs.get("chunks", node.kwargs.get("split_size_or_sections", given))
-        if name == "split" and isinstance(sizes, list | tuple):
-            sizes = len(sizes)
-        elif name != "chunk" or not isinstance(sizes, int):
-            return super().iter(obj)
-        parts: Any = obj
-        return (parts[i] for i in range(sizes))
-
-
-def _symbolic(model: nn.Module, defaults: dict[str, Any]) -> fx.GraphModule:
+def _symbolic(model: nn.Module, bound: Sequence[Any], defaults: dict[str, Any]) -> fx.GraphModule:
     """``model`` as torch.fx traces it: first with its buffers as the tensors they are, by which it
     may decide what runs."""
 
-    def traced(tracer: fx.Tracer) -> fx.GraphModule:
+    def traced(buffers: bool) -> fx.GraphModule:
+        tracer = Tracer([given(bound), given(doubled(bound))], buffers)
         graph = tracer.trace(model, defaults or None)
         return fx.GraphModule(tracer.root, graph, type(model).__name__)
 
+    def given(values: Sequence[Any]) -> list[Any]:
+        left = iter(values)
+        names = inspect.signature(model.forward).parameters
+        return [defaults[n] if n in defaults else next(left) for n in names]
+
     with _sized_by_requests():
         try:
-            return traced(_Tracer(buffers=False))
+            return traced(buffers=False)
         except Exception as error:
             try:
-                return traced(_Tracer(buffers=True))
+                return traced(buffers=True)
             except Exception:
                 raise error from None
 
@@ -206,7 +191,10 @@ def _where(error: BaseException) -> str:
 def _advice(error: Exception) -> str:
     if not isinstance(error, fx.proxy.TraceError) and "symbolic" not in str(error):
         return ""
-    return "; what runs must not depend on an input's values or shape: decide it in __init__"
+    return (
+        "; what runs must not depend on an input's values, nor on how many requests are in a "
+        "batch: decide it in __init__"
+    )
 
 
 def _check(graph: fx.GraphModule) -> None:
