@@ -25,6 +25,7 @@ from ..spaces import (
 from ..spaces.tracing import arguments, trace
 from .data import Items, Splits, describe, split
 from .distill import CPU, Epoch
+from .modules import with_modules
 from .outputs import OutputKind, kind_of
 from .parity import run_module
 from .prune import importance, lay_out
@@ -230,7 +231,7 @@ def _start(model: nn.Module, example: Any) -> Start:
             lay_out(model, torch.channels_last)(*args, **kwargs)
     except Exception:  # if it is not the layout, tracing will say what it is
         lay_out(model, torch.contiguous_format)
-    return _traced(spelled_out(model, example), model, example)
+    return _traced(with_modules(spelled_out(model, example), example), model, example)
 
 
 def _traced(spelled: nn.Module, model: nn.Module, example: Any) -> Start:
