@@ -37,6 +37,9 @@ def _unknown(model: nn.Module, op: Op) -> str:
 
 
 def _reason(network: Network, layer: str, model: nn.Module) -> str:
+    kind, made = network.layers[layer].kind, network.op[network.layers[layer].op]
+    if made.axis % len(made.shape) != (1 if kind == "conv" else len(made.shape) - 1):
+        return "it mixes positions, of each channel by itself"
     for op in _reached(network, layer):
         if op.kind == "output":
             return "its outputs are the answer"

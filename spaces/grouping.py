@@ -25,7 +25,7 @@ class Found:
             self.labels.run(*inputs)
             self.roots = self.labels.ties.settle()
             try:
-                graph(*doubled(inputs))
+                run_quietly(fx.Interpreter(graph), doubled(inputs))
                 self.takes_two = True  # requests in one batch
             except Exception:
                 self.takes_two = False
@@ -103,6 +103,13 @@ class Found:
                 if any(owner >= 0 for owner in owners):
                     out[node.name] = tuple(_runs(owners, names)), axis
         return out
+
+
+def run_quietly(runner: fx.Interpreter, inputs: Iterable[Any]) -> None:
+    """Runs a graph; what fails is told by its error alone."""
+    runner.extra_traceback = False  # torch would add the whole node to the message
+    with torch.no_grad():
+        runner.run(*inputs)
 
 
 def doubled(inputs: Sequence[Any]) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .ties import FIXED
+from .ties import FIXED, core
 
 if TYPE_CHECKING:
     from .labels import Labels
@@ -23,8 +23,24 @@ def _along(labels: Tensor, axis: int, like: Tensor) -> Tensor:
     return labels.reshape(shape).expand(like.shape)
 
 
+def _across(module: Any, x: Tensor, axis: int) -> bool:
+    """Whether a layer that reads ``x`` along ``axis`` runs once for each of the channels, that lie
+    along other axes: as the layers of an MLP-Mixer that mix tokens (Tolstikhin et al. 2021)."""
+    shape = core(x).shape
+    apart = isinstance(module, nn.Linear) or (
+        module.groups == 1
+        and all(n == 1 for n in (*module.kernel_size, *module.stride))
+        and not any(module.padding)
+    )
+    return apart and shape[axis] == 1 < x.shape[axis] and any(n > 1 for n in shape)
+
+
 def _layer(axis: int) -> Rule:
     def rule(t: "Labels", name: str, module: Any, x: Tensor, result: Tensor) -> Tensor:
+        if _across(module, x, axis) and not (name in t.makes and t.makes[name].any()):
+            t.makes[name] = torch.tensor(FIXED).expand(result.shape[axis])
+            t.reads[name] = torch.tensor(FIXED).expand(x.shape[axis])
+            return x.narrow(axis, 0, 1).expand(result.shape)
         channels, groups = t.channels(x, axis), getattr(module, "groups", 1)
         if name not in t.makes:
             t.makes[name] = t.ties.fresh(result.shape[axis])

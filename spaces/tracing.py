@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from .errors import BadInput, Untraceable
-from .grouping import Found, doubled, find_blocks, trial_widths
+from .grouping import Found, doubled, find_blocks, run_quietly, trial_widths
 from .memory import Change, changes, versions, write_once
 from .network import Group, Layer, Network, Op
 from .operations import LAYERS, SHAPE, callee, operations, shape_of
@@ -120,9 +120,7 @@ def _sized_by_requests() -> Iterator[None]:
 def note_shapes(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Change]:
     """Runs ``graph`` and notes at every node the shape of its value; what it changed in place."""
     runner = _Shapes(graph)
-    runner.extra_traceback = False  # torch would add the whole node to the message
-    with torch.no_grad():
-        runner.run(*(value.clone() for value in inputs))  # the model may change them in place
+    run_quietly(runner, (value.clone() for value in inputs))  # the model may change them in place
     return runner.changes
 
 
@@ -244,8 +242,7 @@ def _agrees(
         kept = {name: groups[name].first(width) for name, width in widths.items()}
         pruned = operate_(copy.deepcopy(graph), network, kept)
         if found.takes_two:  # a number that held the batch for one request would show here
-            with torch.no_grad():
-                pruned(*doubled(inputs))
+            run_quietly(fx.Interpreter(pruned), doubled(inputs))
         note_shapes(pruned, inputs)
     except Exception:  # whatever surgery or the model says: these cannot be pruned
         return False

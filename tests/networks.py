@@ -551,6 +551,66 @@ class ConvNext(nn.Module):
         return self.head((x + y.permute(0, 3, 1, 2)).mean([-2, -1]))
 
 
+class Mixer(nn.Module):
+    """A block of an MLP-Mixer (Tolstikhin et al. 2021), whose one half mixes tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 2, 2)
+        self.tokens = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.positions = nn.Conv1d(16, 16, 1)
+        self.channels = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)  # [N, 16, 24]
+        x = x + self.tokens(x.transpose(1, 2)).transpose(1, 2)
+        x = x + F.relu(self.positions(x))
+        return self.head((x + self.channels(x)).mean(1))
+
+
+class Shuffled(nn.Module):
+    """Two units of a ShuffleNet V2 (Ma et al. 2018): halves, of which one goes through a branch,
+    and channels that change places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.branches = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+        self.join = nn.Conv2d(32, 16, 1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for branch in self.branches:
+            one, two = x.chunk(2, dim=1)
+            x = torch.cat((one, F.relu(branch(two))), dim=1)
+            n, c, h, w = x.size()
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        return self.head(F.relu(self.join(x)).mean((2, 3)))
+
+
+class CrossStage(nn.Module):
+    """Halves of which one goes through residual blocks, and all that was on the way (Wang et al.
+    2020, "CSPNet"), as detectors have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 1))
+            for _ in range(2)
+        )
+        self.join = nn.Conv2d(64, 16, 1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(F.relu(self.stem(x)).chunk(2, 1))
+        for block in self.blocks:
+            parts.append(parts[-1] + block(parts[-1]))
+        return self.head(F.relu(self.join(torch.cat(parts, 1))).mean((2, 3)))
+
+
 MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "plain": lambda: (Plain(), image()),
     "mlp": lambda: (Mlp(), torch.rand(1, 12)),
@@ -579,6 +639,9 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "signal": lambda: (Signal(), torch.rand(1, 4, 32)),
     "text": lambda: (Text(), tokens()[0]),
     "convnext": lambda: (ConvNext(), image()),
+    "mixer": lambda: (Mixer(), image()),
+    "shuffled": lambda: (Shuffled(), image()),
+    "crossstage": lambda: (CrossStage(), image()),
 }
 
 

@@ -83,6 +83,12 @@ GROUPS = {
     "signal": {"stem": ("stem", "c2"), "c1": ("c1",)},
     "text": {f"convs.{i}": (f"convs.{i}",) for i in range(3)},
     "convnext": {"stem.0": ("stem.0", "depth", "down"), "up": ("up",)},
+    "mixer": {"stem": ("stem", "channels.2"), "channels.0": ("channels.0",)},
+    "shuffled": {"stem": ("stem", "branches.0", "branches.1"), "join": ("join",)},
+    "crossstage": {
+        "stem": ("stem", "blocks.0.2", "blocks.1.2"), "blocks.0.0": ("blocks.0.0",),
+        "blocks.1.0": ("blocks.1.0",), "join": ("join",),
+    },
 }  # fmt: skip
 
 
@@ -96,6 +102,14 @@ def test_the_channels_of_the_answer_are_in_no_group(name: str, traced: Traced) -
     network = traced(name)
     assert all(group is None for group, _ in network.op[network.output].parts)
     assert network.layers["head" if "head" in network.layers else network.output].out_group is None
+
+
+def test_halves_of_channels_lose_the_same(traced: Traced) -> None:
+    for name in ("crossstage", "shuffled"):
+        slots = {slot.tensor: slot.units for slot in traced(name).groups["stem"].slots}
+        made = slots["stem.weight"]
+        assert made[:16] == made[16:]
+        assert len({*made}) == {"crossstage": 16, "shuffled": 8}[name]
 
 
 def test_a_norm_in_groups_asks_for_multiples(traced: Traced) -> None:
@@ -117,10 +131,13 @@ def test_removing_channels_that_are_zero_changes_nothing(
     for group in network.groups.values():
         width = group.width // group.multiple_of // 2 * group.multiple_of
         kept[group.name] = networks.some(group, width, rng)
-        gone = sorted(set(range(group.width)) - set(kept[group.name].tolist()))
-        for member in group.members:
-            with torch.no_grad():
-                model.get_submodule(member).weight[gone] = 0  # type: ignore[operator, index]
+        units = {group.unit[i] for i in kept[group.name].tolist()}
+        made = {f"{member}.weight" for member in group.members}
+        for slot in group.slots:
+            if slot.tensor in made and slot.axis == 0:
+                gone = [i for i, unit in enumerate(slot.units) if unit >= 0 and unit not in units]
+                with torch.no_grad():
+                    model.get_parameter(slot.tensor)[gone] = 0
     pruned = remove(model, network, example, kept)
     args = example if isinstance(example, tuple) else (example,)
     assert sum(p.numel() for p in pruned.parameters()) < network.parameters
@@ -380,6 +397,37 @@ def test_the_example_is_not_changed(networks: ModuleType) -> None:
     trace(model, example)
     assert torch.equal(example, before)
     assert not example.requires_grad
+
+
+class Views(nn.Module):
+    """Attention in the shapes that ``size`` gives, cut and joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out, self.head = nn.Linear(6, 32), nn.Linear(32, 32), nn.Linear(32, 3)
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(*x.size()[:-1], 4, 8).permute(0, 2, 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        scores = self.split(self.q(x)) @ self.split(self.k(x)).transpose(-1, -2)
+        y = (scores.softmax(-1) @ self.split(self.v(x))).permute(0, 2, 1, 3).contiguous()
+        y = y.view(*(y.size()[:-2] + (32,)))  # noqa: RUF005  # as it is often written
+        return self.head((x + self.out(y)).mean(1))
+
+
+def test_sizes_that_are_cut_and_joined_follow_what_is_pruned(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    torch.manual_seed(0)
+    model, example = Views().eval(), torch.rand(1, 5, 6)
+    network = trace(model, example)
+    assert members(network) == {"embed": ("embed", "out"), "q": ("q", "k", "v")}
+    kept = {name: torch.tensor(g.first(g.width // 2)) for name, g in network.groups.items()}
+    assert remove(model, network, example, kept)(torch.rand(7, 5, 6)).shape == (7, 3)
+    assert capfd.readouterr() == ("", "")
 
 
 # -- refusals ------------------------------------------------------------------------------------
