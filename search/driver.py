@@ -238,7 +238,7 @@ class _Search:
         for policy in self.ready.smallest() if limits.costs() else ():
             found = price(policy)
             cases.append(vars(found) | {"latency_ms": found.latency_ms[1]})
-        check_reachable(self.spec, limits, cases)
+        check_reachable(self.ready, limits, cases)
 
     def _tracker(self, header: dict[str, Any]) -> Tracker:
         tracking = self.spec.tracking

@@ -82,6 +82,7 @@ def make_plan(spec_path: Path) -> dict[str, Any]:
         "fastest_ms": min(case["latency_ms"] for case in cases),
         "out_of_reach": list(out_of_reach),
         "reachable": not out_of_reach,
+        "advice": found.advice(),
         "cost": {
             "trials": spec.search.trials,
             "time_budget_s": spec.search.time_budget,
@@ -129,8 +130,9 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         _print_limit(plan, name, console)
     if not plan["reachable"]:
         console.print(
-            "Ask for less, let space.prune.min_keep be smaller, or allow int8; the search "
-            "would refuse."
+            f"{plan['advice']}; the search would refuse.",
+            markup=False,
+            soft_wrap=True,
         )
     cost = plan["cost"]
     seconds = cost["time_budget_s"]

@@ -84,6 +84,16 @@ class Ready:
         """One request of the target's batch size under the artifact's input names."""
         return request_of(self.spec, self.prepared)
 
+    def advice(self) -> str:
+        """What may be done where a limit is out of reach of the space."""
+        space = self.space.settings
+        ways = ["let space.prune.min_keep be smaller"]
+        if "int8" not in space.precisions:
+            ways.append("allow int8")
+        if not space.depth and any(network.blocks for network in self.space.networks.values()):
+            ways.append("set space.prune.depth: true")
+        return f"Ask for less, or {' or '.join(ways)}"
+
     def smallest(self) -> list[Policy]:
         """The policies that can be expected to be fastest and smallest, in each precision."""
         precisions = self.spec.space.quantize.precisions
@@ -129,9 +139,9 @@ def teacher_answers(prepared: Prepared) -> dict[int, Any]:
     return {v: prepared.epoch(v).answers.numpy() for v in range(prepared.variants)}
 
 
-def check_reachable(spec: Spec, bounds: Limits, cases: Sequence[Mapping[str, float]]) -> None:
+def check_reachable(ready: Ready, bounds: Limits, cases: Sequence[Mapping[str, float]]) -> None:
     """Raises BadInput if even the smallest policies, ``cases``, miss a limit of ``COSTS``."""
-    missed = []
+    missed, spec = [], ready.spec
     for name, least in bounds.out_of_reach(cases).items():
         most = getattr(bounds, name)
         if name == "latency_ms":
@@ -145,9 +155,7 @@ def check_reachable(spec: Spec, bounds: Limits, cases: Sequence[Mapping[str, flo
                 f"{name} is {most}, but the smallest policy of this space has {least:.0f}"
             )
     if missed:
-        raise BadInput(
-            f"objective: {'; '.join(missed)}; ask for less, or let space.prune.min_keep be smaller"
-        )
+        raise BadInput(f"objective: {'; '.join(missed)}. {ready.advice()}")
 
 
 def versions(runtime: str) -> dict[str, str]:
