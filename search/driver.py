@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -271,7 +272,7 @@ class _Search:
             listen(entry)
         proposals = source(
             search.strategy, self.ready.space, search.sampler, search.seed, search.trials,
-            warm, self.ready.recipes(),
+            warm, self.ready.recipes(), search.time_budget or math.inf,
         )  # fmt: skip
         budget = Budget(search.trials, search.time_budget)
         return Controller(

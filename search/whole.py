@@ -18,6 +18,8 @@ def left_whole(space: Space, student: str, model: nn.Module) -> dict[str, str]:
     for op in network.ops:
         if op.module and (kind := _unknown(model, op)):
             found[op.module] = f"a {kind} is not looked into, and stays in float"
+        elif op.module and isinstance(module := model.get_submodule(op.module), nn.RNNBase):
+            found[op.module] = f"a {type(module).__name__} keeps its states, and stays in float"
     for name, layer in network.layers.items():
         if layer.out_group is None:
             found[name] = _reason(network, name, model)

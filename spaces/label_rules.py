@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .labels import Labels
 
 # (the labels so far, name of the module, module, labels of its input, its output) -> labels
-Rule = Callable[["Labels", str, Any, Tensor, Tensor], Tensor]
+Rule = Callable[["Labels", str, Any, Tensor, Any], Any]
 
 
 def _along(labels: Tensor, axis: int, like: Tensor) -> Tensor:
@@ -93,6 +93,14 @@ def _transposed(t: "Labels", name: str, module: Any, x: Tensor, result: Tensor) 
     return torch.tensor(FIXED).expand(result.shape)
 
 
+def _recurrent(t: "Labels", name: str, module: Any, x: Tensor, result: Any) -> Any:
+    """What a recurrent layer reads may go; its own states, which it reads again, stay."""
+    channels = t.channels(x, -1)
+    for direction in ("", "_reverse") if module.bidirectional else ("",):
+        t.slot(name, module, f"weight_ih_l0{direction}", 1, channels)
+    return t.give_up([], result)
+
+
 RULES: dict[Any, Rule] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _layer(1)),
     nn.Linear: _layer(-1),
@@ -101,5 +109,6 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((nn.GroupNorm, nn.PReLU), _norm(1)),
     **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _norm(-1)),
     nn.Embedding: _embedding,
+    **dict.fromkeys((nn.RNN, nn.GRU, nn.LSTM), _recurrent),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
 }  # fmt: skip

@@ -97,6 +97,8 @@ class Labels(fx.Interpreter):
         if n.op == "call_module":
             module = self.fetch_attr(str(n.target))
             if rule := RULES.get(type(module)):
+                for state in inputs[1:]:  # of a recurrent layer
+                    self.ties.fix(state)
                 return rule(self, str(n.target), module, inputs[0], result)
             if any(True for _ in module.parameters()):
                 return self.give_up(inputs, result)

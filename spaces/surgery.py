@@ -88,6 +88,9 @@ def _slice(student: fx.GraphModule, network: Network, units: Mapping[str, set[in
 
 def _state_sizes(module: Any) -> None:
     """The sizes that ``module`` states become those of its tensors."""
+    if isinstance(module, nn.RNNBase):
+        module.input_size = module.get_parameter("weight_ih_l0").shape[1]
+        return
     weight = getattr(module, "weight", None)
     if weight is None:
         weight = getattr(module, "running_mean", None)

@@ -611,6 +611,20 @@ class CrossStage(nn.Module):
         return self.head(F.relu(self.join(torch.cat(parts, 1))).mean((2, 3)))
 
 
+class Heard(nn.Module):
+    """Convolutions, then a recurrent layer that reads them in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2 = nn.Conv1d(4, 24, 3, padding=1), nn.Conv1d(24, 16, 3, padding=1)
+        self.states = nn.GRU(16, 10, batch_first=True, bidirectional=True)
+        self.l1, self.head = nn.Linear(20, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.c2(F.relu(self.c1(x)))).transpose(1, 2)
+        return self.head(F.relu(self.l1(self.states(x)[0][:, -1])))
+
+
 MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "plain": lambda: (Plain(), image()),
     "mlp": lambda: (Mlp(), torch.rand(1, 12)),
@@ -642,6 +656,7 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "mixer": lambda: (Mixer(), image()),
     "shuffled": lambda: (Shuffled(), image()),
     "crossstage": lambda: (CrossStage(), image()),
+    "heard": lambda: (Heard(), torch.rand(1, 4, 32)),
 }
 
 

@@ -83,6 +83,7 @@ GROUPS = {
     "signal": {"stem": ("stem", "c2"), "c1": ("c1",)},
     "text": {f"convs.{i}": (f"convs.{i}",) for i in range(3)},
     "convnext": {"stem.0": ("stem.0", "depth", "down"), "up": ("up",)},
+    "heard": {"c1": ("c1",), "c2": ("c2",), "l1": ("l1",)},
     "mixer": {"stem": ("stem", "channels.2"), "channels.0": ("channels.0",)},
     "shuffled": {"stem": ("stem", "branches.0", "branches.1"), "join": ("join",)},
     "crossstage": {
@@ -125,8 +126,8 @@ def test_removing_channels_that_are_zero_changes_nothing(
     model, example = networks.make(name)
     network, rng = traced(name), random.Random(0)
     for module in model.modules():
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
+        if isinstance(getattr(module, "bias", None), Tensor):
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
     kept = {}
     for group in network.groups.values():
         width = group.width // group.multiple_of // 2 * group.multiple_of
