@@ -116,8 +116,8 @@ def _length(dataset: Any, name: str) -> int:
         count = len(dataset)
     except TypeError:  # an iterable data set, a generator, None
         raise BadInput(
-            f"task: {name} must be a data set with a length and items by index, but is a {kind}, "
-            f"which has none; a list of its items would do"
+            f"task: {name} must be a data set with a length and items by index, but is of type "
+            f"{kind}, which has none; a list of its items would do"
         ) from None
     if count == 0:
         raise BadInput(f"task: {name} is empty")

@@ -66,7 +66,8 @@ def _replace(graph: fx.GraphModule, node: fx.Node, made: dict[Any, str]) -> None
     held = {k: v for k, v in given.items() if isinstance(v, fx.Node)}
     if not isinstance(source, fx.Node) or _is_constant(source) or not shape_of(source):
         return
-    if not all(map(_is_constant, held.values())):
+    known = {source, *held.values()} == {*node.all_input_nodes}  # no sizes among its settings
+    if not known or not all(map(_is_constant, held.values())):
         return
     key = name, len(shape_of(source)), *((k, _identity(v)) for k, v in sorted(given.items()))
     if key not in made:

@@ -231,7 +231,12 @@ def _start(model: nn.Module, example: Any) -> Start:
             lay_out(model, torch.channels_last)(*args, **kwargs)
     except Exception:  # if it is not the layout, tracing will say what it is
         lay_out(model, torch.contiguous_format)
-    return _traced(with_modules(spelled_out(model, example), example), model, example)
+    try:
+        return _traced(with_modules(spelled_out(model, example), example), model, example)
+    except Untraceable as error:
+        doubles = [t for t in (*args, *kwargs.values()) if getattr(t, "dtype", 0) == torch.float64]
+        hint = "; its inputs are in float64, the model's weights in float32: give x.float()"
+        raise Untraceable(f"{error}{hint if doubles else ''}") from error
 
 
 def _traced(spelled: nn.Module, model: nn.Module, example: Any) -> Start:

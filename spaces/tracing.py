@@ -21,7 +21,7 @@ from .operations import LAYERS, SHAPE, callee, operations, shape_of
 from .surgery import operate_
 from .tracer import Tracer
 
-MAKERS = ("zeros", "ones", "full")  # of tensors, from sizes alone
+MAKERS = ("zeros", "ones", "full", "arange", "eye", "linspace")  # of tensors, from numbers alone
 _LIBRARY = (str(Path(torch.__file__).parent), "<eval_with_key>", str(Path(__file__).parent))
 
 
@@ -92,8 +92,9 @@ def _symbolic(model: nn.Module, bound: Sequence[Any], defaults: dict[str, Any]) 
 
 @contextmanager
 def _sized_by_requests() -> Iterator[None]:
-    """While a model is traced, tensors that are made as large as a request asks (the first state
-    of a recurrent layer) are noted: of sizes alone torch.fx sees nothing."""
+    """While a model is traced, tensors that are made as large as a batch of requests asks (the
+    first state of a recurrent layer) are noted: of sizes alone torch.fx sees nothing. What is as
+    large for every request is made."""
 
     def noted(make: Any) -> Any:
         def maker(*args: Any, **kwargs: Any) -> Any:
@@ -101,7 +102,12 @@ def _sized_by_requests() -> Iterator[None]:
             fx.node.map_aggregate(
                 (args, kwargs), lambda a: found.append(a) if isinstance(a, fx.Proxy) else None
             )
-            if not found:
+            known = [proxy.tracer.constant(proxy) for proxy in found]  # type: ignore[attr-defined]
+            if all(value is not None for value in known):
+                values = iter(known)  # in the same order
+                args, kwargs = fx.node.map_aggregate(
+                    (args, kwargs), lambda a: next(values) if isinstance(a, fx.Proxy) else a
+                )
                 return make(*args, **kwargs)
             return found[0].tracer.create_proxy("call_function", make, args, kwargs)
 
@@ -211,7 +217,10 @@ def _check(graph: fx.GraphModule) -> None:
     if not isinstance(answer, fx.Node) or not shape_of(answer):
         kind = "no tensor" if isinstance(answer, fx.Node) else type(answer).__name__
         kind = kind.removeprefix("immutable_")  # torch.fx's own dict and list
-        raise Untraceable(f"the model must return one tensor, but it returns {kind}")
+        raise Untraceable(
+            f"the model must return one tensor, but it returns {kind}; wrap it in a module that "
+            "returns the one that loss and metric take"
+        )
 
 
 def _sound(

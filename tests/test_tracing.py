@@ -658,6 +658,8 @@ class Shapes(nn.Module):
         for _ in range(times):
             x = x + self.b(self.a(x).view(*x.shape[:-1], -1).relu())
         x = x / math.sqrt(x.size(-1)) + self.places[:, : x.size(1)]
+        x = x + torch.arange(x.size(1), dtype=x.dtype, device=x.device)[:, None]
+        x = x + torch.ones(x.size(0), 1, x.size(-1), device=x.device)
         if len(x.shape) == 3 and x.size(1) % 2:
             x = F.pad(x, (0, 0, 0, 1))
         x = sum(part for part in x.split(2, 1)) + torch.stack(list(x.chunk(3, 1))).sum(0)
