@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..compressors import RUNGS, compress
-from ..spaces import Policy, Space
+from ..spaces import BadInput, Impossible, Policy, Space
 from .limits import COSTS
 from .meter import Meter
 from .predict import given_profile, predictor_of
@@ -186,9 +186,14 @@ def space_of(spec_path: Path) -> Space:
 
 
 def replay(policy_path: Path, spec_path: Path, rung: str, out: Path) -> dict[str, Any]:
-    """Rebuilds the artifact of a policy up to ``rung`` into ``out``; its facts."""
+    """Rebuilds the artifact of a policy up to ``rung`` into ``out``; its facts. Raises BadInput for
+    a policy that is none of this task."""
     policy, spec = read_policy(policy_path), load_spec(spec_path)
     prepared = prepare_task(spec)
+    try:
+        prepared.plan(policy)
+    except Impossible as error:  # the policy of another network, say
+        raise BadInput(f"{policy_path}: {error}") from error
     candidate = compress(prepared, policy, rung, seed=spec.search.seed)
     facts = facts_of(spec, prepared.runtime.fingerprint)
     path = write_artifact(Storage(out), candidate, facts)
