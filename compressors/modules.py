@@ -62,12 +62,15 @@ def _replace(graph: fx.GraphModule, node: fx.Node, made: dict[Any, str]) -> None
         return
     names, source_name, maker = MAKERS[name]
     given: Given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given = {k: _size(v) for k, v in given.items()}
     source = given.pop(source_name, None)
     held = {k: v for k, v in given.items() if isinstance(v, fx.Node)}
     if not isinstance(source, fx.Node) or _is_constant(source) or not shape_of(source):
         return
-    known = {source, *held.values()} == {*node.all_input_nodes}  # no sizes among its settings
-    if not known or not all(map(_is_constant, held.values())):
+    nested = [v for v in given.values() if isinstance(v, list | tuple)]  # sizes among its settings
+    if any(isinstance(n, fx.Node) for v in nested for n in v):
+        return
+    if not all(map(_is_constant, held.values())):
         return
     key = name, len(shape_of(source)), *((k, _identity(v)) for k, v in sorted(given.items()))
     if key not in made:
@@ -82,6 +85,20 @@ def _replace(graph: fx.GraphModule, node: fx.Node, made: dict[Any, str]) -> None
     call.meta = dict(node.meta)
     node.replace_all_uses_with(call)
     graph.graph.erase_node(node)
+
+
+def _size(value: Any) -> Any:
+    """The number that ``value`` is, if it is an axis of a shape but that of the batch."""
+    if not isinstance(value, fx.Node) or len(value.args) != 2 or not isinstance(value.args[1], int):
+        return value
+    shape: Any = ()
+    source, axis = value.args
+    if value.target == "size":
+        shape = shape_of(source)  # type: ignore[arg-type]
+    elif value.target is operator.getitem and isinstance(source, fx.Node):
+        read = source.target == "size" or source.args[1:] == ("shape",)
+        shape = shape_of(source.all_input_nodes[0]) if read else ()
+    return shape[axis] if shape and axis % len(shape) else value  # type: ignore[operator]
 
 
 def _identity(value: Any) -> Any:

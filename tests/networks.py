@@ -605,7 +605,7 @@ class CrossStage(nn.Module):
         self.head = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = list(F.relu(self.stem(x)).chunk(2, 1))
+        parts = list(F.relu(self.stem(x))[:, :32].chunk(2, 1))
         for block in self.blocks:
             parts.append(parts[-1] + block(parts[-1]))
         return self.head(F.relu(self.join(torch.cat(parts, 1))).mean((2, 3)))

@@ -30,6 +30,7 @@ class Images(nn.Module):
         self.kernel, self.depth = parameter(16, 16, 3, 3), parameter(16, 1, 3, 3)
         self.matrix = parameter(16, 16)
         self.register_buffer("mean", torch.rand(16))
+        self.register_buffer("blur", torch.ones(16, 1, 2, 2) / 4)
         self.register_buffer("variance", torch.rand(16) + 0.5)
 
     def forward(self, x: Tensor) -> Tensor:  # [N, 3, 6, 6]
@@ -65,6 +66,7 @@ IMAGES: dict[str, tuple[Any, int]] = {  # a function, and how many layers it is
     "conv": (lambda m, x: F.conv2d(x, m.kernel, m.bias, padding=1), 1),
     "strided": (lambda m, x: F.conv2d(x, weight=m.kernel, stride=2, dilation=2, padding=(2, 1)), 1),
     "depthwise": (lambda m, x: F.conv2d(x, m.depth, None, 1, "same", 1, 16), 1),
+    "blurred": (lambda m, x: F.conv2d(x, m.blur, stride=2, groups=x.shape[1]), 1),
     "standardized": (standardized, 1),
     "einsum": (lambda m, x: torch.einsum("bchw, cd -> bdhw", x, m.matrix), 1),
     "layer norm": (channels_last, 0),
