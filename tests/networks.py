@@ -625,6 +625,20 @@ class Heard(nn.Module):
         return self.head(F.relu(self.l1(self.states(x)[0][:, -1])))
 
 
+class Parallel(nn.Module):
+    """Branches side by side and one around them all (Ismail Fawaz et al. 2020, "InceptionTime")."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv1d(4, 8, k, padding=k // 2) for k in (1, 3, 5))
+        self.around, self.norm = nn.Conv1d(4, 24, 1), nn.BatchNorm1d(24)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([branch(x) for branch in self.branches], 1)
+        return self.head(F.relu(self.norm(y) + self.around(x)).mean(2))
+
+
 MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "plain": lambda: (Plain(), image()),
     "mlp": lambda: (Mlp(), torch.rand(1, 12)),
@@ -656,6 +670,7 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "mixer": lambda: (Mixer(), image()),
     "shuffled": lambda: (Shuffled(), image()),
     "crossstage": lambda: (CrossStage(), image()),
+    "parallel": lambda: (Parallel(), torch.rand(1, 4, 32)),
     "heard": lambda: (Heard(), torch.rand(1, 4, 32)),
 }
 

@@ -83,6 +83,7 @@ GROUPS = {
     "signal": {"stem": ("stem", "c2"), "c1": ("c1",)},
     "text": {f"convs.{i}": (f"convs.{i}",) for i in range(3)},
     "convnext": {"stem.0": ("stem.0", "depth", "down"), "up": ("up",)},
+    "parallel": {f"branches.{i}": (f"branches.{i}",) for i in range(3)},
     "heard": {"c1": ("c1",), "c2": ("c2",), "l1": ("l1",)},
     "mixer": {"stem": ("stem", "channels.2"), "channels.0": ("channels.0",)},
     "shuffled": {"stem": ("stem", "branches.0", "branches.1"), "join": ("join",)},
@@ -133,9 +134,8 @@ def test_removing_channels_that_are_zero_changes_nothing(
         width = group.width // group.multiple_of // 2 * group.multiple_of
         kept[group.name] = networks.some(group, width, rng)
         units = {group.unit[i] for i in kept[group.name].tolist()}
-        made = {f"{member}.weight" for member in group.members}
         for slot in group.slots:
-            if slot.tensor in made and slot.axis == 0:
+            if slot.tensor.removesuffix(".weight") in network.layers and slot.axis == 0:
                 gone = [i for i, unit in enumerate(slot.units) if unit >= 0 and unit not in units]
                 with torch.no_grad():
                     model.get_parameter(slot.tensor)[gone] = 0
