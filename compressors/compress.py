@@ -22,11 +22,12 @@ from .quantize import calibrate, fold_norms, insert_quantizers, settle_biases
 from .reconstruct import reconstruct_
 from .renorm import fold_again, restore_norms
 from .sparsify import sparsify_
+from .task import metric_of
 
 RUNGS = ("recalibrate", "short", "full")
 # Training that takes a student this many times as far from the teacher as it was gives it up: of 33
 # recorded trials that the short rung harmed, the 30 harmed 19 times and more ended worse than
-# untrained, the 3 harmed 1.3 times at most ended better (benchmarks/joint/table.csv).
+# untrained, the 3 harmed 1.3 times at most ended better (docs/benchmarks.md).
 HARMED = 2.0
 # Of the training, at the end, with quantizers in place. Half recovers more of what weights of 2
 # bits lose, but costs 0.35 points at 8 bits, where a quarter costs none (docs/benchmarks.md).
@@ -102,10 +103,10 @@ def compress(
     made = made or _artifact(prepared, quantize(prepared, policy, plan, student))
     splits, task = prepared.splits, prepared.task
     if rung != "full":
-        metric, parity = task.metric(made.answers, splits.search.targets), None
+        metric, parity = metric_of(task, made.answers, splits.search.targets), None
     else:
         answers = _answers(made.session, splits.selection)
-        metric = task.metric(answers, splits.selection.targets)
+        metric = metric_of(task, answers, splits.selection.targets)
         precision = "int8" if plan.quantized else "fp32"
         parity = check_parity(
             made.frozen, made.model, answers, splits.selection, precision, prepared.runtime,

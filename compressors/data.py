@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from ..spaces import BadInput
 from .task import Dataset
@@ -78,11 +78,10 @@ class Items:
 
 
 def stack(dataset: Dataset, name: str) -> Items:
-    """All of ``dataset`` in memory. Raises BadInput if it is empty, ragged or not finite."""
-    if len(dataset) == 0:
-        raise BadInput(f"task: {name} is empty")
+    """All of ``dataset`` in memory. Raises BadInput if it is empty, ragged or not finite, or no
+    map-style data set."""
     items = []
-    for index in range(len(dataset)):
+    for index in range(_length(dataset, name)):
         try:
             items.append(dataset[index])
         except Exception as error:  # the user's code
@@ -106,6 +105,23 @@ def stack(dataset: Dataset, name: str) -> Items:
                     f"task: {name} has {what} that are NaN or infinite: items {rows[:5]}"
                 )
     return Items(tree_map(lambda t: t, inputs), targets)
+
+
+def _length(dataset: Any, name: str) -> int:
+    """How many items there are, which can be had by their index."""
+    kind = type(dataset).__name__
+    if isinstance(dataset, DataLoader):
+        raise BadInput(f"task: {name} is a {kind}, which gives batches; give its .dataset")
+    try:
+        count = len(dataset)
+    except TypeError:  # an iterable data set, a generator, None
+        raise BadInput(
+            f"task: {name} must be a data set with a length and items by index, but is of type "
+            f"{kind}, which has none; a list of its items would do"
+        ) from None
+    if count == 0:
+        raise BadInput(f"task: {name} is empty")
+    return count
 
 
 def _is_finite(tensor: Tensor) -> bool:

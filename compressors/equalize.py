@@ -74,7 +74,7 @@ def tied_channels(network: Network) -> list[Channels]:
             layer = network.layers[op.module]
             own = Channels(layer.out_channels, makers=[layer.name], values=[op.name])
             again = len(network.uses[layer.name]) > 1
-            own.fixed = op.axis != 1 or again
+            own.fixed = op.axis != 1 or again or (op.kind == "linear" and len(op.shape) > 2)
             for source in known:
                 source.readers.append(layer.name)
                 whole = layer.groups == 1 or layer.groups == layer.in_channels == layer.out_channels

@@ -25,12 +25,13 @@ from ..spaces import (
 from ..spaces.tracing import arguments, trace
 from .data import Items, Splits, describe, split
 from .distill import CPU, Epoch
+from .modules import with_modules
 from .outputs import OutputKind, kind_of
 from .parity import run_module
 from .prune import importance, lay_out
 from .reconstruct import Moments, input_moments
 from .spelled_out import spelled_out
-from .task import Task
+from .task import Task, as_number
 from .unwrapped import unwrapped
 
 KNOWN_BY = 512  # items of search validation by which the kind of the output is known
@@ -230,7 +231,12 @@ def _start(model: nn.Module, example: Any) -> Start:
             lay_out(model, torch.channels_last)(*args, **kwargs)
     except Exception:  # if it is not the layout, tracing will say what it is
         lay_out(model, torch.contiguous_format)
-    return _traced(spelled_out(model, example), model, example)
+    try:
+        return _traced(with_modules(spelled_out(model, example), example), model, example)
+    except Untraceable as error:
+        doubles = [t for t in (*args, *kwargs.values()) if getattr(t, "dtype", 0) == torch.float64]
+        hint = "; its inputs are in float64, the model's weights in float32: give x.float()"
+        raise Untraceable(f"{error}{hint if doubles else ''}") from error
 
 
 def _traced(spelled: nn.Module, model: nn.Module, example: Any) -> Start:
@@ -301,7 +307,7 @@ def _check(prepared: Prepared) -> None:
         raise BadInput(f"task: loss must be one finite number, but got {loss.tolist()}")
     if not loss.requires_grad:
         raise BadInput("task: loss cannot be differentiated; compute it from output in torch")
-    if not isinstance(metric, int | float) or not math.isfinite(metric):
+    if not math.isfinite(as_number(metric)):
         raise BadInput(f"task: metric must be one finite number, but got {metric!r}")
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +75,20 @@ class ClassificationTask:
 
     def metric(self, output: Tensor, target: Tensor) -> float:  # [N, C], [N]
         return 100.0 * (output.argmax(1) == target).double().mean().item()
+
+
+def metric_of(task: Any, output: Tensor, target: Any) -> float:
+    """The metric of ``task``, also where it is a tensor or a numpy number of one element, as
+    libraries of metrics give it; NaN for what is no number."""
+    return as_number(task.metric(output, target))
+
+
+def as_number(value: Any) -> float:
+    """``value`` as a number; NaN for what is none."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):  # a tensor of several elements
+        return math.nan
 
 
 def as_batch(item: Any) -> Any:

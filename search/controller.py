@@ -153,7 +153,8 @@ class Controller:
         """Whether no more trials begin."""
         if self.fatal or self.interrupted:
             return True
-        if self.remaining() <= 0 or self.hopeless():
+        # The first begins in any case: what was found out beforehand may have taken all the time.
+        if (self.remaining() <= 0 and self.trials) or self.hopeless():
             return True
         return not self._again and (self.exhausted or len(self.trials) >= self.budget.trials)
 

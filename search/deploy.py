@@ -17,6 +17,7 @@ import torch
 
 from ..compressors.data import split
 from ..compressors.parity import feed
+from ..compressors.task import metric_of
 from ..spaces import BadInput, FlyweightError
 from .choose import Artifact, choose, kebab, read_chosen, read_result, task_name
 from .folder import write_folder
@@ -180,7 +181,7 @@ def verify(artifact: Artifact, spec: Spec, timing: Timing | None = None) -> Veri
         np.savez(place / "inputs.npz", **feed(selection.inputs))  # type: ignore[arg-type]
         report = _run_clean(artifact, place, timing)
         outputs = torch.from_numpy(np.load(place / "output.npy", allow_pickle=False))
-    metric, said = float(task.metric(outputs, selection.targets)), artifact.metrics.get("metric")
+    metric, said = metric_of(task, outputs, selection.targets), artifact.metrics.get("metric")
     if not isinstance(said, int | float) or not abs(metric - said) <= TOLERANCE:  # NaN too
         raise FlyweightError(
             f"artifact {artifact.digest[:12]} scores {metric:.3f} on selection validation, but "

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections import Counter
@@ -210,7 +211,7 @@ class _Search:
         for policy in self.ready.smallest() if limits.costs() else ():
             found = price(policy)
             cases.append(vars(found) | {"latency_ms": found.latency_ms[1]})
-        check_reachable(self.spec, limits, cases)
+        check_reachable(self.ready, limits, cases)
 
     def _tracker(self, header: dict[str, Any]) -> Tracker:
         tracking = self.spec.tracking
@@ -243,7 +244,7 @@ class _Search:
             listen(entry)
         proposals = source(
             search.strategy, self.ready.space, search.sampler, search.seed, search.trials,
-            warm, self.ready.recipes(),
+            warm, self.ready.recipes(), search.time_budget or math.inf,
         )  # fmt: skip
         budget = Budget(search.trials, search.time_budget)
         return Controller(

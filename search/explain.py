@@ -168,7 +168,8 @@ def _layers(
         both = {"fp32", "int8"} <= {*space.precisions[qualified]}
         if student != plan.policy.student or name not in plan.precision or not both:
             continue
-        now = plan.widths[group] if group else layer.out_channels
+        made = plan.network.shape(layer.op, plan.widths)
+        now = plan.widths[group] if group else made[1 if layer.kind == "conv" else -1]
         row: Row = {"name": name, "group": group, "width": now, "widths": []}
         rows.append(row | {"precision": plan.precision[name]})
         for width in _some(legal[group], now) if group else [now]:

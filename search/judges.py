@@ -16,7 +16,8 @@ from .placement import for_actor
 from .ready import Ready, prepare_task, versions
 from .spec import Spec
 
-PATIENCE = 60.0  # seconds until the first actor must have begun
+# Seconds until the first actor must have begun; the share of the time budget, if there is one.
+PATIENCE, PATIENCE_SHARE = 60.0, 0.15
 SEED = 0  # of what is drawn while a policy is built; the table is of the task, not of a search
 
 
@@ -49,7 +50,9 @@ class Judges:
     ) -> None:
         self._spec = ready.spec
         self._seconds, self._began = seconds, False
-        self._ends = time.monotonic() + (seconds and seconds + PATIENCE)
+        budget = ready.spec.search.time_budget
+        patience = PATIENCE if budget is None else min(PATIENCE, PATIENCE_SHARE * budget)
+        self._ends = time.monotonic() + (seconds and seconds + patience)
         self._count, self._judged = count, 0
         prepared = ready.prepared
         models = (start.model.state_dict() for start in prepared.starts.values())

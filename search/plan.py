@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..compressors import RUNGS, compress
-from ..spaces import Policy, Space
+from ..spaces import BadInput, Impossible, Policy, Space
 from .limits import COSTS
 from .meter import Meter
 from .predict import given_profile, predictor_of
@@ -86,6 +86,7 @@ def make_plan(spec_path: Path, say: Callable[[str], None] = lambda _: None) -> d
         "fastest_ms": min(case["latency_ms"] for case in cases),
         "out_of_reach": list(out_of_reach),
         "reachable": not out_of_reach,
+        "advice": found.advice(),
         "cost": {
             "trials": spec.search.trials,
             "time_budget_s": spec.search.time_budget,
@@ -133,8 +134,9 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         _print_limit(plan, name, console)
     if not plan["reachable"]:
         console.print(
-            "Ask for less, let space.prune.min_keep be smaller, or allow int8; the search "
-            "would refuse."
+            f"{plan['advice']}; the search would refuse.",
+            markup=False,
+            soft_wrap=True,
         )
     cost = plan["cost"]
     seconds = cost["time_budget_s"]
@@ -188,9 +190,14 @@ def space_of(spec_path: Path) -> Space:
 
 
 def replay(policy_path: Path, spec_path: Path, rung: str, out: Path) -> dict[str, Any]:
-    """Rebuilds the artifact of a policy up to ``rung`` into ``out``; its facts."""
+    """Rebuilds the artifact of a policy up to ``rung`` into ``out``; its facts. Raises BadInput for
+    a policy that is none of this task."""
     policy, spec = read_policy(policy_path), load_spec(spec_path)
     prepared = prepare_task(spec)
+    try:
+        prepared.plan(policy)
+    except Impossible as error:  # the policy of another network, say
+        raise BadInput(f"{policy_path}: {error}") from error
     candidate = compress(prepared, policy, rung, seed=spec.search.seed)
     facts = facts_of(spec, prepared.runtime.fingerprint)
     path = write_artifact(Storage(out), candidate, facts)

@@ -123,9 +123,11 @@ class Preparation:
     def warm_start(
         self, table: Sensitivity, predictor: LatencyPredictor, limits: Limits
     ) -> WarmStart | None:
-        """What the table and the predictor give within the limits; None of an empty table."""
+        """What the table and the predictor give within the limits; None without a student that
+        anything is known of."""
+        if not table.judged:
+            self.notes.append("No single choice was judged in time: all are taken to harm alike")
         if not table.students:
-            self.notes.append("No single choice was judged in time: there is no warm start")
             return None
         space = self.ready.space
         batch = BatchPredictor(self.ready.prepared, space, predictor)

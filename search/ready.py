@@ -14,6 +14,7 @@ import torch
 from ..compressors import Prepared, Schedule, compress, prepare
 from ..compressors.data import Items, tensors
 from ..compressors.parity import feed, run_session
+from ..compressors.task import metric_of
 from ..kernels import make_runtime
 from ..spaces import BadInput, Policy, Space
 from .limits import Limits, limits
@@ -84,6 +85,16 @@ class Ready:
         """One request of the target's batch size under the artifact's input names."""
         return request_of(self.spec, self.prepared)
 
+    def advice(self) -> str:
+        """What may be done where a limit is out of reach of the space."""
+        space = self.space.settings
+        ways = ["let space.prune.min_keep be smaller"]
+        if "int8" not in space.precisions:
+            ways.append("allow int8")
+        if not space.depth and any(network.blocks for network in self.space.networks.values()):
+            ways.append("set space.prune.depth: true")
+        return f"Ask for less, or {' or '.join(ways)}"
+
     def smallest(self) -> list[Policy]:
         """The policies that can be expected to be fastest and smallest, in each precision."""
         precisions = self.spec.space.quantize.precisions
@@ -121,7 +132,7 @@ def ready(spec: Spec, run_dir: Path | None = None) -> Ready:
 def score(prepared: Prepared, model: bytes, items: Items) -> float:
     """The task's metric of an artifact on ``items``, in the target's runtime."""
     answers = run_session(prepared.runtime.load(model), items)
-    return float(prepared.task.metric(answers, items.targets))
+    return metric_of(prepared.task, answers, items.targets)
 
 
 def teacher_answers(prepared: Prepared) -> dict[int, Any]:
@@ -129,9 +140,9 @@ def teacher_answers(prepared: Prepared) -> dict[int, Any]:
     return {v: prepared.epoch(v).answers.numpy() for v in range(prepared.variants)}
 
 
-def check_reachable(spec: Spec, bounds: Limits, cases: Sequence[Mapping[str, float]]) -> None:
+def check_reachable(ready: Ready, bounds: Limits, cases: Sequence[Mapping[str, float]]) -> None:
     """Raises BadInput if even the smallest policies, ``cases``, miss a limit of ``COSTS``."""
-    missed = []
+    missed, spec = [], ready.spec
     for name, least in bounds.out_of_reach(cases).items():
         most = getattr(bounds, name)
         if name == "latency_ms":
@@ -145,9 +156,7 @@ def check_reachable(spec: Spec, bounds: Limits, cases: Sequence[Mapping[str, flo
                 f"{name} is {most}, but the smallest policy of this space has {least:.0f}"
             )
     if missed:
-        raise BadInput(
-            f"objective: {'; '.join(missed)}; ask for less, or let space.prune.min_keep be smaller"
-        )
+        raise BadInput(f"objective: {'; '.join(missed)}. {ready.advice()}")
 
 
 def versions(runtime: str) -> dict[str, str]:

@@ -7,6 +7,7 @@ uniformly. sequential: prune, then distill, then quantize, each chosen while wha
 stays.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -19,7 +20,8 @@ from .proposals import Proposals
 from .warm import WarmStart, coarse_first
 
 FIRST = 8  # one in so many trials is a policy of the warm start's sweep
-MOST_SOLVED, SWEEP_S = 32, 60.0  # of them at most, and seconds for them
+# Of them at most; seconds for them, and the share of all that there is.
+MOST_SOLVED, SWEEP_S, SWEEP_SHARE = 32, 60.0, 0.05
 KEEPS = 16  # shares of channels of the uniform strategy
 STAGES = (  # of the sequential strategy: what is chosen in each, by the beginning of its name
     ("student", "drop/", "width/", "criterion", "reconstruct", "sparsity"),
@@ -60,8 +62,10 @@ def source(
     trials: int,
     warm: WarmStart | None,
     recipes: Sequence[Policy],
+    seconds: float = math.inf,
 ) -> Source:
-    """Where ``strategy`` takes its policies from. recipes: those of people."""
+    """Where ``strategy`` takes its policies from. recipes: those of people. seconds: that the
+    search has."""
     if strategy == "uniform":
         return Proposals(space, None, seed, _uniform(space))
     if strategy == "random":
@@ -69,7 +73,7 @@ def source(
     if strategy == "sequential":
         return Sequential(space, sampler, seed, trials)
     count = min(MOST_SOLVED, max(2, trials // FIRST))
-    solved = warm.sweep(count, SWEEP_S) if warm else []
+    solved = warm.sweep(count, min(SWEEP_S, SWEEP_SHARE * seconds)) if warm else []
     by_turns = [p for pair in zip_longest(solved, recipes) for p in pair if p is not None]
     if strategy == "solver":
         return Proposals(space, None, seed, by_turns)

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..spaces import Network, Space
 from ..spaces.label_rules import RULES
-from ..spaces.network import Op
+from ..spaces.network import Layer, Op
 
 
 def left_whole(space: Space, student: str, model: nn.Module) -> dict[str, str]:
@@ -18,15 +18,30 @@ def left_whole(space: Space, student: str, model: nn.Module) -> dict[str, str]:
     for op in network.ops:
         if op.module and (kind := _unknown(model, op)):
             found[op.module] = f"a {kind} is not looked into, and stays in float"
+        elif op.module and isinstance(module := model.get_submodule(op.module), nn.RNNBase):
+            found[op.module] = f"a {type(module).__name__} keeps its states, and stays in float"
     for name, layer in network.layers.items():
         if layer.out_group is None:
-            found[name] = _reason(network, name, model)
+            if not _in_parts(network, layer):
+                found[name] = _reason(network, name, model)
             continue
         group = layer.out_group if student == "pruned" else f"{student}:{layer.out_group}"
         widths = space.widths[group]
         if len(widths) == 1:
             found[name] = f"of its {widths[0]} channels none may go by min_keep and multiple_of"
     return found
+
+
+def _in_parts(network: Network, layer: Layer) -> bool:
+    """Whether the outputs of ``layer`` go with those of several groups, part by part."""
+    parts = network.op[layer.op].parts
+    return _along_outputs(network, layer) and any(group is not None for group, _ in parts)
+
+
+def _along_outputs(network: Network, layer: Layer) -> bool:
+    """Whether the channels that may go lie along the axis of the outputs of ``layer``."""
+    made = network.op[layer.op]
+    return made.axis == (1 if layer.kind == "conv" else len(made.shape) - 1)
 
 
 def _unknown(model: nn.Module, op: Op) -> str:
@@ -37,6 +52,8 @@ def _unknown(model: nn.Module, op: Op) -> str:
 
 
 def _reason(network: Network, layer: str, model: nn.Module) -> str:
+    if not _along_outputs(network, network.layers[layer]):
+        return "it mixes positions, of each channel by itself"
     for op in _reached(network, layer):
         if op.kind == "output":
             return "its outputs are the answer"

@@ -25,7 +25,7 @@ class Found:
             self.labels.run(*inputs)
             self.roots = self.labels.ties.settle()
             try:
-                graph(*doubled(inputs))
+                run_quietly(fx.Interpreter(graph), doubled(inputs))
                 self.takes_two = True  # requests in one batch
             except Exception:
                 self.takes_two = False
@@ -56,13 +56,14 @@ class Found:
     def _group(self, units: list[int]) -> Group | None:
         number = {root: unit for unit, root in enumerate(units)}
         makes, reads = _where(self.makes, number), _where(self.reads, number)
-        # Half of a layer's channels would need a name, and a precision, of their own.
-        whole = all(-1 not in where for where in makes.values())
-        if len(units) < 2 or not makes or not whole:
+        # One of which all outputs are in it names a group: of a layer whose outputs meet those of
+        # several side by side (a residual add behind a concatenation) each has a part.
+        members = [name for name, where in makes.items() if -1 not in where]
+        if len(units) < 2 or not members:
             return None
         places = [[u for u in where if u >= 0] for where in (*makes.values(), *reads.values())]
         channels = min(places, key=len)
-        name = next(iter(makes))
+        name = members[0]
         self.unit_of[name] = number
         size = len(channels) // len(units)
         slots = (
@@ -70,7 +71,7 @@ class Found:
             for (tensor, axis), where in _where(self.slots, number).items()
         )
         return Group(
-            name, len(channels), tuple(makes), size, tuple(channels) if size > 1 else (),
+            name, len(channels), tuple(members), size, tuple(channels) if size > 1 else (),
             tuple(slots),
         )  # fmt: skip
 
@@ -103,6 +104,13 @@ class Found:
                 if any(owner >= 0 for owner in owners):
                     out[node.name] = tuple(_runs(owners, names)), axis
         return out
+
+
+def run_quietly(runner: fx.Interpreter, inputs: Iterable[Any]) -> None:
+    """Runs a graph; what fails is told by its error alone."""
+    runner.extra_traceback = False  # torch would add the whole node to the message
+    with torch.no_grad():
+        runner.run(*inputs)
 
 
 def doubled(inputs: Sequence[Any]) -> list[Any]:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .ties import FIXED
+from .ties import FIXED, core
 
 if TYPE_CHECKING:
     from .labels import Labels
 
 # (the labels so far, name of the module, module, labels of its input, its output) -> labels
-Rule = Callable[["Labels", str, Any, Tensor, Tensor], Tensor]
+Rule = Callable[["Labels", str, Any, Tensor, Any], Any]
 
 
 def _along(labels: Tensor, axis: int, like: Tensor) -> Tensor:
@@ -23,8 +23,24 @@ def _along(labels: Tensor, axis: int, like: Tensor) -> Tensor:
     return labels.reshape(shape).expand(like.shape)
 
 
+def _across(module: Any, x: Tensor, axis: int) -> bool:
+    """Whether a layer that reads ``x`` along ``axis`` runs once for each of the channels, that lie
+    along other axes: as the layers of an MLP-Mixer that mix tokens (Tolstikhin et al. 2021)."""
+    shape = core(x).shape
+    apart = isinstance(module, nn.Linear) or (
+        module.groups == 1
+        and all(n == 1 for n in (*module.kernel_size, *module.stride))
+        and not any(module.padding)
+    )
+    return apart and shape[axis] == 1 < x.shape[axis] and any(n > 1 for n in shape)
+
+
 def _layer(axis: int) -> Rule:
     def rule(t: "Labels", name: str, module: Any, x: Tensor, result: Tensor) -> Tensor:
+        if _across(module, x, axis) and not (name in t.makes and t.makes[name].any()):
+            t.makes[name] = torch.tensor(FIXED).expand(result.shape[axis])
+            t.reads[name] = torch.tensor(FIXED).expand(x.shape[axis])
+            return x.narrow(axis, 0, 1).expand(result.shape)
         channels, groups = t.channels(x, axis), getattr(module, "groups", 1)
         if name not in t.makes:
             t.makes[name] = t.ties.fresh(result.shape[axis])
@@ -77,6 +93,14 @@ def _transposed(t: "Labels", name: str, module: Any, x: Tensor, result: Tensor) 
     return torch.tensor(FIXED).expand(result.shape)
 
 
+def _recurrent(t: "Labels", name: str, module: Any, x: Tensor, result: Any) -> Any:
+    """What a recurrent layer reads may go; its own states, which it reads again, stay."""
+    channels = t.channels(x, -1)
+    for direction in ("", "_reverse") if module.bidirectional else ("",):
+        t.slot(name, module, f"weight_ih_l0{direction}", 1, channels)
+    return t.give_up([], result)
+
+
 RULES: dict[Any, Rule] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _layer(1)),
     nn.Linear: _layer(-1),
@@ -85,5 +109,6 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((nn.GroupNorm, nn.PReLU), _norm(1)),
     **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _norm(-1)),
     nn.Embedding: _embedding,
+    **dict.fromkeys((nn.RNN, nn.GRU, nn.LSTM), _recurrent),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
 }  # fmt: skip

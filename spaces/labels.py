@@ -97,6 +97,8 @@ class Labels(fx.Interpreter):
         if n.op == "call_module":
             module = self.fetch_attr(str(n.target))
             if rule := RULES.get(type(module)):
+                for state in inputs[1:]:  # of a recurrent layer
+                    self.ties.fix(state)
                 return rule(self, str(n.target), module, inputs[0], result)
             if any(True for _ in module.parameters()):
                 return self.give_up(inputs, result)
@@ -216,7 +218,7 @@ class Labels(fx.Interpreter):
                 axis += labels.ndim - taken
             elif part is not None:
                 width = part.ndim if isinstance(part, Tensor) and part.dtype == torch.bool else 1
-                if part != slice(None) if isinstance(part, slice) else True:
+                if not (isinstance(part, slice) and _takes_all(part, labels.shape[axis])):
                     for a in range(axis, axis + width):
                         self.ties.still(labels, a)
                 axis += width
@@ -284,6 +286,12 @@ class Labels(fx.Interpreter):
             else:
                 self.ties.tie(lead, other)
         return lead
+
+
+def _takes_all(part: slice, size: int) -> bool:
+    """Whether ``part`` of an axis is all of it, also once it is shorter."""
+    stop = size if part.stop is None else part.stop
+    return part.start in (None, 0) and part.step in (None, 1) and stop >= size
 
 
 def called(graph: nn.Module, node: fx.Node) -> str:

@@ -156,7 +156,8 @@ class Network:
             readers = [self.op[r] for use in uses for r in self.consumers[use.name]]
             alike = {(reader.kind, reader.module) for reader in readers}
             # Behind a linear layer on sequences a norm is one over steps, not over its outputs.
-            if len(readers) == len(uses) and len(alike) == 1 and all(u.axis == 1 for u in uses):
+            plain = all(u.axis == 1 and (u.kind != "linear" or len(u.shape) == 2) for u in uses)
+            if len(readers) == len(uses) and len(alike) == 1 and plain:
                 kind, module = alike.pop()
                 if kind == "norm":
                     out[name] = module

@@ -1,6 +1,5 @@
 """Surgery on a traced graph: channels and residual branches go, numbers that held them follow."""
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ def operate_(
     for node in student.graph.nodes:
         node.meta.clear()  # the shapes are those of the whole model
         if node.name in network.op:
-            if _is_stale(network, node, widths, stale):
+            if _is_stale(network, node, widths):
                 stale.add(node)
             _resize(student, network, node, widths, stale)
     student.graph.lint()
@@ -89,6 +88,9 @@ def _slice(student: fx.GraphModule, network: Network, units: Mapping[str, set[in
 
 def _state_sizes(module: Any) -> None:
     """The sizes that ``module`` states become those of its tensors."""
+    if isinstance(module, nn.RNNBase):
+        module.input_size = module.get_parameter("weight_ih_l0").shape[1]
+        return
     weight = getattr(module, "weight", None)
     if weight is None:
         weight = getattr(module, "running_mean", None)
@@ -112,21 +114,35 @@ def _state_sizes(module: Any) -> None:
         module.num_features = len(weight)
 
 
-def _is_stale(
-    network: Network, node: fx.Node, widths: Mapping[str, int], stale: set[fx.Node]
-) -> bool:
+def _is_stale(network: Network, node: fx.Node, widths: Mapping[str, int]) -> bool:
     """Whether ``node`` is a number, or several, worked out from a size that has changed."""
     if network.op[node.name].shape or not node.all_input_nodes:
         return False
-    source = _value(network, node.all_input_nodes[0])
-    index: Any = (*node.args, None, None)[1]
-    one = node.target in ("size", operator.getitem) and isinstance(index, int)
-    if one and not network.op[source.name].shape and source.all_input_nodes:
-        source = _value(network, source.all_input_nodes[0])  # x.shape[1]
-    if shape := network.op[source.name].shape:
-        new = network.shape(source.name, widths)
-        return shape[index] != new[index] if one else shape != new
-    return any(n in stale for n in node.all_input_nodes)
+    try:
+        return bool(_number(network, node, {}) != _number(network, node, widths))
+    except Exception:  # something else, that hangs on a size: it may have changed with that
+        sources = [_value(network, n) for n in node.all_input_nodes]
+        return any(
+            network.op[n.name].shape != network.shape(n.name, widths)
+            or _is_stale(network, n, widths)
+            for n in sources
+        )
+
+
+def _number(network: Network, node: fx.Node, widths: Mapping[str, int]) -> Any:
+    """What ``node``, a number or several, is when the groups have ``widths``."""
+    node = _value(network, node)
+    if (node.op == "call_method" and node.target == "size") or node.target is getattr:
+        if node.target is getattr and node.args[1] != "shape":
+            raise NotImplementedError
+        shape = network.shape(_value(network, node.all_input_nodes[0]).name, widths)
+        axis: Any = node.kwargs.get("dim", (*node.args, None)[1])
+        return torch.Size(shape)[axis] if isinstance(axis, int) else torch.Size(shape)
+    if node.op != "call_function" or network.op[node.name].shape:
+        raise NotImplementedError
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _number(network, n, widths))
+    call: Any = node.target
+    return call(*args, **kwargs)
 
 
 def _value(network: Network, node: fx.Node) -> fx.Node:

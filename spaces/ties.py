@@ -33,6 +33,12 @@ def varies(labels: Tensor, axis: int, roots: Tensor) -> bool:
     return bool((found != found.narrow(axis, 0, 1)).any())
 
 
+def _units(labels: Tensor, axis: int, roots: Tensor) -> int:
+    """How many units there are along ``axis``."""
+    line = core(labels).movedim(axis, 0)
+    return len(roots[line.reshape(len(line), -1)[:, 0]].unique())  # type: ignore[no-untyped-call]
+
+
 class Ties:
     """Labels, ties between them, and conditions that are looked at when all ties are known.
 
@@ -82,7 +88,7 @@ class Ties:
         self._joins.append((lead, other, axes))
 
     def alike(self, whole: Tensor, parts: list[Tensor], axis: int) -> None:
-        """``whole`` is cut into ``parts`` along ``axis``: they lose the same, or nothing."""
+        """``whole`` is cut into ``parts`` along ``axis``, as many for each: they lose the same."""
         self._alikes.append((whole, parts, axis % whole.ndim))
 
     def settle(self) -> Tensor:
@@ -118,7 +124,17 @@ class Ties:
         for labels in self._grids:  # one at a time: it may settle the others
             differ = [axis for axis in range(labels.ndim) if varies(labels, axis, roots)]
             if len(differ) > 1:
-                self.tie(labels, labels.narrow(differ[-1], 0, 1))
+                # Heads of which each goes as a whole, or channels that go from every group: what
+                # leaves more units.
+                fewest = min(reversed(differ), key=lambda axis: _units(labels, axis, roots))
+                self.tie(labels, labels.narrow(fewest, 0, 1))
+                return True
+        for whole, parts, axis in self._alikes:
+            if any(p.shape != parts[0].shape for p in parts) or not varies(whole, axis, roots):
+                continue
+            if any(not torch.equal(roots[p], roots[parts[0]]) for p in parts):
+                for part in parts:
+                    self.tie(part, parts[0])
                 return True
         return False
 

@@ -14,14 +14,15 @@ import torch
 from torch import fx, nn
 
 from .errors import BadInput, Untraceable
-from .grouping import Found, doubled, find_blocks, trial_widths
+from .grouping import Found, doubled, find_blocks, run_quietly, trial_widths
 from .memory import Change, changes, versions, write_once
 from .network import Group, Layer, Network, Op
 from .operations import LAYERS, SHAPE, callee, operations, shape_of
 from .surgery import operate_
+from .tracer import Tracer
 
-MAKERS = ("zeros", "ones", "full")  # of tensors, from sizes alone
-_LIBRARY = (str(Path(torch.__file__).parent), "<eval_with_key>", __file__)
+MAKERS = ("zeros", "ones", "full", "arange", "eye", "linspace")  # of tensors, from numbers alone
+_LIBRARY = (str(Path(torch.__file__).parent), "<eval_with_key>", str(Path(__file__).parent))
 
 
 def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -53,7 +54,7 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     """``model`` as an fx graph whose nodes carry their shapes and change nothing in place."""
     bound, defaults = _bind(model, example)
     try:
-        graph = _symbolic(model, defaults)
+        graph = _symbolic(model, bound, defaults)
     except Exception as error:
         raise Untraceable(
             f"the model cannot be traced at {_where(error)}: {error}{_advice(error)}"
@@ -65,50 +66,35 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     return graph
 
 
-class _Tracer(fx.Tracer):
-    """torch.fx's, that knows how many parts a tensor is cut into, and can note how buffers are
-    read: a table of positions is cut as long as a request is."""
-
-    def __init__(self, buffers: bool) -> None:
-        super().__init__()
-        self.proxy_buffer_attributes = buffers
-
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """The parts that ``obj`` gives, where it says how many."""
-        node = obj.node
-        name = getattr(node.target, "__name__", node.target)
-        given = node.args[1] if len(node.args) > 1 else None
-        sizes = node.kwargs.get("chunks", node.kwargs.get("split_size_or_sections", given))
-        if name == "split" and isinstance(sizes, list | tuple):
-            sizes = len(sizes)
-        elif name != "chunk" or not isinstance(sizes, int):
-            return super().iter(obj)
-        parts: Any = obj
-        return (parts[i] for i in range(sizes))
-
-
-def _symbolic(model: nn.Module, defaults: dict[str, Any]) -> fx.GraphModule:
+def _symbolic(model: nn.Module, bound: Sequence[Any], defaults: dict[str, Any]) -> fx.GraphModule:
     """``model`` as torch.fx traces it: first with its buffers as the tensors they are, by which it
     may decide what runs."""
 
-    def traced(tracer: fx.Tracer) -> fx.GraphModule:
+    def traced(buffers: bool) -> fx.GraphModule:
+        tracer = Tracer([given(bound), given(doubled(bound))], buffers)
         graph = tracer.trace(model, defaults or None)
         return fx.GraphModule(tracer.root, graph, type(model).__name__)
 
+    def given(values: Sequence[Any]) -> list[Any]:
+        left = iter(values)
+        names = inspect.signature(model.forward).parameters
+        return [defaults[n] if n in defaults else next(left) for n in names]
+
     with _sized_by_requests():
         try:
-            return traced(_Tracer(buffers=False))
+            return traced(buffers=False)
         except Exception as error:
             try:
-                return traced(_Tracer(buffers=True))
+                return traced(buffers=True)
             except Exception:
                 raise error from None
 
 
 @contextmanager
 def _sized_by_requests() -> Iterator[None]:
-    """While a model is traced, tensors that are made as large as a request asks (the first state
-    of a recurrent layer) are noted: of sizes alone torch.fx sees nothing."""
+    """While a model is traced, tensors that are made as large as a batch of requests asks (the
+    first state of a recurrent layer) are noted: of sizes alone torch.fx sees nothing. What is as
+    large for every request is made."""
 
     def noted(make: Any) -> Any:
         def maker(*args: Any, **kwargs: Any) -> Any:
@@ -116,7 +102,12 @@ def _sized_by_requests() -> Iterator[None]:
             fx.node.map_aggregate(
                 (args, kwargs), lambda a: found.append(a) if isinstance(a, fx.Proxy) else None
             )
-            if not found:
+            known = [proxy.tracer.constant(proxy) for proxy in found]  # type: ignore[attr-defined]
+            if all(value is not None for value in known):
+                values = iter(known)  # in the same order
+                args, kwargs = fx.node.map_aggregate(
+                    (args, kwargs), lambda a: next(values) if isinstance(a, fx.Proxy) else a
+                )
                 return make(*args, **kwargs)
             return found[0].tracer.create_proxy("call_function", make, args, kwargs)
 
@@ -135,9 +126,7 @@ def _sized_by_requests() -> Iterator[None]:
 def note_shapes(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Change]:
     """Runs ``graph`` and notes at every node the shape of its value; what it changed in place."""
     runner = _Shapes(graph)
-    runner.extra_traceback = False  # torch would add the whole node to the message
-    with torch.no_grad():
-        runner.run(*(value.clone() for value in inputs))  # the model may change them in place
+    run_quietly(runner, (value.clone() for value in inputs))  # the model may change them in place
     return runner.changes
 
 
@@ -206,7 +195,10 @@ def _where(error: BaseException) -> str:
 def _advice(error: Exception) -> str:
     if not isinstance(error, fx.proxy.TraceError) and "symbolic" not in str(error):
         return ""
-    return "; what runs must not depend on an input's values or shape: decide it in __init__"
+    return (
+        "; what runs must not depend on an input's values, nor on how many requests are in a "
+        "batch: decide it in __init__"
+    )
 
 
 def _check(graph: fx.GraphModule) -> None:
@@ -225,7 +217,10 @@ def _check(graph: fx.GraphModule) -> None:
     if not isinstance(answer, fx.Node) or not shape_of(answer):
         kind = "no tensor" if isinstance(answer, fx.Node) else type(answer).__name__
         kind = kind.removeprefix("immutable_")  # torch.fx's own dict and list
-        raise Untraceable(f"the model must return one tensor, but it returns {kind}")
+        raise Untraceable(
+            f"the model must return one tensor, but it returns {kind}; wrap it in a module that "
+            "returns the one that loss and metric take"
+        )
 
 
 def _sound(
@@ -256,8 +251,7 @@ def _agrees(
         kept = {name: groups[name].first(width) for name, width in widths.items()}
         pruned = operate_(copy.deepcopy(graph), network, kept)
         if found.takes_two:  # a number that held the batch for one request would show here
-            with torch.no_grad():
-                pruned(*doubled(inputs))
+            run_quietly(fx.Interpreter(pruned), doubled(inputs))
         note_shapes(pruned, inputs)
     except Exception:  # whatever surgery or the model says: these cannot be pruned
         return False

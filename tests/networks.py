@@ -551,6 +551,94 @@ class ConvNext(nn.Module):
         return self.head((x + y.permute(0, 3, 1, 2)).mean([-2, -1]))
 
 
+class Mixer(nn.Module):
+    """A block of an MLP-Mixer (Tolstikhin et al. 2021), whose one half mixes tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 2, 2)
+        self.tokens = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+        self.positions = nn.Conv1d(16, 16, 1)
+        self.channels = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)  # [N, 16, 24]
+        x = x + self.tokens(x.transpose(1, 2)).transpose(1, 2)
+        x = x + F.relu(self.positions(x))
+        return self.head((x + self.channels(x)).mean(1))
+
+
+class Shuffled(nn.Module):
+    """Two units of a ShuffleNet V2 (Ma et al. 2018): halves, of which one goes through a branch,
+    and channels that change places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.branches = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+        self.join = nn.Conv2d(32, 16, 1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for branch in self.branches:
+            one, two = x.chunk(2, dim=1)
+            x = torch.cat((one, F.relu(branch(two))), dim=1)
+            n, c, h, w = x.size()
+            x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        return self.head(F.relu(self.join(x)).mean((2, 3)))
+
+
+class CrossStage(nn.Module):
+    """Halves of which one goes through residual blocks, and all that was on the way (Wang et al.
+    2020, "CSPNet"), as detectors have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 1))
+            for _ in range(2)
+        )
+        self.join = nn.Conv2d(64, 16, 1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = list(F.relu(self.stem(x))[:, :32].chunk(2, 1))
+        for block in self.blocks:
+            parts.append(parts[-1] + block(parts[-1]))
+        return self.head(F.relu(self.join(torch.cat(parts, 1))).mean((2, 3)))
+
+
+class Heard(nn.Module):
+    """Convolutions, then a recurrent layer that reads them in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2 = nn.Conv1d(4, 24, 3, padding=1), nn.Conv1d(24, 16, 3, padding=1)
+        self.states = nn.GRU(16, 10, batch_first=True, bidirectional=True)
+        self.l1, self.head = nn.Linear(20, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.c2(F.relu(self.c1(x)))).transpose(1, 2)
+        return self.head(F.relu(self.l1(self.states(x)[0][:, -1])))
+
+
+class Parallel(nn.Module):
+    """Branches side by side and one around them all (Ismail Fawaz et al. 2020, "InceptionTime")."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv1d(4, 8, k, padding=k // 2) for k in (1, 3, 5))
+        self.around, self.norm = nn.Conv1d(4, 24, 1), nn.BatchNorm1d(24)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([branch(x) for branch in self.branches], 1)
+        return self.head(F.relu(self.norm(y) + self.around(x)).mean(2))
+
+
 MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "plain": lambda: (Plain(), image()),
     "mlp": lambda: (Mlp(), torch.rand(1, 12)),
@@ -579,6 +667,11 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "signal": lambda: (Signal(), torch.rand(1, 4, 32)),
     "text": lambda: (Text(), tokens()[0]),
     "convnext": lambda: (ConvNext(), image()),
+    "mixer": lambda: (Mixer(), image()),
+    "shuffled": lambda: (Shuffled(), image()),
+    "crossstage": lambda: (CrossStage(), image()),
+    "parallel": lambda: (Parallel(), torch.rand(1, 4, 32)),
+    "heard": lambda: (Heard(), torch.rand(1, 4, 32)),
 }
 
 

@@ -240,6 +240,16 @@ def test_the_deadline_drains() -> None:
     assert all(t.ended for t in control.trials.values())
 
 
+def test_one_trial_runs_if_what_came_before_took_all_the_time() -> None:
+    clock, record = Clock(), MemoryRecord()
+    record.append({"kind": "search", "time": clock.now})
+    clock.now += 30.0  # the profile and the table
+    control = controller(record, seconds=20.0, trials=1000, clock=clock)
+    run(control, clock)
+    assert len(control.trials) == 1
+    assert len(control.results("full")) == 1
+
+
 def test_a_search_that_only_fails_ends() -> None:
     record = MemoryRecord()
     control = controller(record, trials=100)

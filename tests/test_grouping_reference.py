@@ -459,19 +459,28 @@ def test_a_concatenation_that_is_flattened(networks: ModuleType) -> None:
 
 
 def test_where_torch_pruning_finds_more(networks: ModuleType, load: Any) -> None:
-    """What a transposed convolution makes, and an add over a concatenation, whose layer would
-    belong to two groups: both could go. Here they stay, which is narrower and not wrong."""
+    """What a transposed convolution makes could go. Here it stays, which is narrower and not
+    wrong."""
     model, example = named("fixed", networks, load)
     assert all("other" not in g.members for g in trace(model, example).groups.values())
     gone = {"other": [1, 5]}
     assert same(theirs(model, example, "other", [1, 5]), silenced(model, example, gone))
 
+
+def test_an_add_over_a_concatenation(networks: ModuleType) -> None:
+    """The layer that is added has a part in each of two groups, and names neither."""
     body = nn.Sequential(unit(2, 3, 4), Dense(unit(2, 4, 4)), Residual(nn.Conv2d(8, 8, 1)))
     model = lively(Ended(body, 8, False))
     example = networks.image(size=4).double()
-    assert list(trace(model, example).groups) == ["hidden"]
+    network = trace(model, example)
+    assert list(network.groups) == ["body.0.0", "body.1.inner.0", "hidden"]
+    assert network.layers["body.2.inner"].out_group is None
+    assert network.channels("body_2_inner", {"body.0.0": 3, "body.1.inner.0": 2}) == 5
     truth = silenced(model, example, {"body.0.1": [1], "body.2.inner": [1]})
     assert same(theirs(model, example, "body.0.0", [1]), truth)
+    with torch.no_grad():
+        pruned = remove(model, network, example, {"body.0.0": torch.tensor([0, 2, 3])})
+        assert same(pruned(example), truth)
 
 
 def test_heads_are_not_found_by_torch_pruning(networks: ModuleType, load: Any) -> None:

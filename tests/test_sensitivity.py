@@ -91,6 +91,7 @@ def test_every_judged_policy_has_one_choice_of_its_own(space: Space) -> None:
 def test_what_there_was_no_time_for_is_filled_in(space: Space, budget: int) -> None:
     table = measure(space, Quadratic(space, budget))
     assert table.judged <= budget
+    assert table.students["pruned"] == 0.0
     for axis in axes_of(space):
         harms = table.of(axis)
         assert all(0 <= h < float("inf") for h in harms)

@@ -1,5 +1,6 @@
 """Where the policies of each strategy come from."""
 
+import math
 import random
 from collections.abc import Callable
 from typing import Any, ClassVar, get_args
@@ -37,7 +38,8 @@ class Warm:
     def __init__(self, space: Space) -> None:
         self.space = space
 
-    def sweep(self, *_: float) -> list[Policy]:
+    def sweep(self, count: int, seconds: float) -> list[Policy]:
+        self.asked = count, seconds
         return [self.space.uniform(0.6)]
 
     def draw(self, rng: random.Random) -> dict[str, Any]:
@@ -135,3 +137,10 @@ def test_sequential_does_not_end_with_a_stage_that_has_few_choices(
     whole = Settings(min_keep=1.0, temperature=(1.0, 8.0))  # nothing to prune
     found = drawn(Space(traced("separable"), target, whole), "sequential", 12)
     assert any(p.quantize.acts for p in found)
+
+
+@pytest.mark.parametrize(("budget", "most"), [(math.inf, 60.0), (7200.0, 60.0), (120.0, 6.0)])
+def test_the_sweep_keeps_to_its_share_of_the_time(space: Space, budget: float, most: float) -> None:
+    warm = Warm(space)
+    source("joint", space, "tpe", 0, 64, warm, [], budget)
+    assert warm.asked == (8, most)

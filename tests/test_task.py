@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils.data import DataLoader, IterableDataset
 
 from flyweight.compressors import ClassificationTask, Schedule, load_task, prepare
 from flyweight.compressors.data import Items, split, stack
+from flyweight.compressors.task import metric_of
 from flyweight.kernels import make_runtime
 from flyweight.spaces import BadInput
 
@@ -117,6 +120,11 @@ def fails(*_: Any) -> Any:
     raise FileNotFoundError("teacher.safetensors")
 
 
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(items())
+
+
 BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"model": lambda: "resnet"}, r"model\(\) must be a torch.nn.Module, but got str"),
     ({"model": fails}, r"model\(\) fails: FileNotFoundError: teacher"),
@@ -124,6 +132,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"model": Detached}, r"answer to 10 items has shape \(3,\)"),
     ({"example_input": fails}, r"example_input\(\) fails"),
     ({"example_input": lambda: torch.rand(1, 5)}, r"does not run on example_input\(\)"),
+    ({"example_input": lambda: torch.rand(1, 6).double()}, r"float32: give x.float\(\)"),
     ({"train": Data()}, "train is empty"),
     ({"train": items(1)}, "train needs at least 2 items, but has 1"),
     ({"val": items(1)}, "val needs at least 2 items, but has 1"),
@@ -139,6 +148,9 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"train": Data([(torch.rand(6), float("nan"))] * 3)}, "train has targets that are NaN"),
     ({"train": Failing(items())}, r"train\[7\] fails: KeyError"),
     ({"train": Changing(items())}, r"train\[0\] gives another item each time; move random"),
+    ({"train": Endless()}, "train must be a data set .*of type Endless, which has none; a list"),
+    ({"val": iter(items())}, "val must be a data set with a length .*is of type list_iterator"),
+    ({"test": DataLoader(items())}, "test is a DataLoader, which gives batches; give its .dataset"),
     ({"val": Data([(torch.rand(4), 0)] * 6)}, "does not take items of val"),
     ({"loss": lambda output, _: output.sum() * float("nan")}, "loss must be one finite number"),
     ({"loss": lambda output, _: output.sum(1)}, "loss must be one finite number, but got"),
@@ -149,6 +161,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"model": lambda: torch.jit.trace(model(), torch.rand(1, 6))}, "was made from"),
     ({"model": lambda: model().half()}, "must be in float32, but '0.weight' is float16"),
     ({"model": lambda: model().double()}, r"is float64; give model\(\).float\(\)"),
+    ({"metric": lambda *_: torch.rand(3)}, r"metric must be one finite number, but got tensor"),
+    ({"metric": lambda *_: None}, "metric must be one finite number, but got None"),
     ({"metric": lambda *_: "good"}, "metric must be one finite number, but got 'good'"),
 ]
 
@@ -260,6 +274,15 @@ def test_the_halves_of_val_are_stratified_and_always_the_same() -> None:
     assert first.search.targets.bincount().tolist() == [5, 5, 5]
     joined = torch.cat([first.search.inputs, first.selection.inputs])
     assert len(joined.unique(dim=0)) == 30
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor, np.float32, np.array])
+def test_a_metric_may_be_a_number_of_any_library(kind: Any) -> None:
+    task = Mine(metric=lambda *_: kind(98.5))
+    prepare(task, make_runtime("onnxruntime", 1), Schedule())
+    found = metric_of(task, torch.rand(4, 3), torch.zeros(4))
+    assert type(found) is float
+    assert found == 98.5
 
 
 def test_numbers_and_scalars_stack() -> None:

@@ -48,3 +48,20 @@ def test_what_is_told_is_what_has_no_choice(
     free = {n for group, w in space.widths.items() if len(w) > 1
             for n in network.groups[group].members}  # fmt: skip
     assert found.keys() & network.layers.keys() == network.layers.keys() - free
+
+
+MIXES = "it mixes positions, of each channel by itself"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("mixer", {"tokens.0": MIXES, "tokens.2": MIXES, "positions": MIXES, "head": ANSWER}),
+        ("heard", {"states": "a GRU keeps its states, and stays in float", "head": ANSWER}),
+        ("parallel", {"head": ANSWER}),  # of what goes around, parts go with each branch
+    ],
+)
+def test_what_has_a_reason_of_its_own(
+    networks: ModuleType, capabilities: Capabilities, name: str, told: dict[str, str]
+) -> None:
+    assert whole(networks, capabilities, name, multiple_of=1) == told

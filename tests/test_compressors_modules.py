@@ -1,0 +1,162 @@
+"""Functions with weights become the modules that they are, and can be compressed like them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flyweight.compressors.modules import with_modules
+from flyweight.spaces.tracing import trace
+
+Function = Callable[[nn.Module, Tensor], Tensor]
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape) / 3)
+
+
+class Images(nn.Module):
+    """Two layers, and between them a function with weights on images."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.a, self.b, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Linear(16, 3)
+        self.weight, self.bias = parameter(16), parameter(16)
+        self.kernel, self.depth = parameter(16, 16, 3, 3), parameter(16, 1, 3, 3)
+        self.matrix = parameter(16, 16)
+        self.register_buffer("mean", torch.rand(16))
+        self.register_buffer("blur", torch.ones(16, 1, 2, 2) / 4)
+        self.register_buffer("variance", torch.rand(16) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 3, 6, 6]
+        return self.head(self.b(self.function(self, self.a(x).relu()).relu()).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Steps(nn.Module):
+    """The same on sequences."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.a, self.b, self.head = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.weight, self.bias, self.matrix = parameter(16), parameter(16), parameter(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 5, 6]
+        return self.head(self.b(self.function(self, self.a(x).relu()).relu()).mean(1))  # type: ignore[no-any-return]
+
+
+def standardized(m: Any, x: Tensor) -> Tensor:
+    """Qiao et al. 2019, "Weight standardization"."""
+    mean = m.kernel.mean((1, 2, 3), keepdim=True)
+    weight = (m.kernel - mean) / (m.kernel.var((1, 2, 3), keepdim=True) + 1e-5).sqrt()
+    return F.conv2d(x, weight, m.bias, padding=1)
+
+
+def channels_last(m: Any, x: Tensor) -> Tensor:
+    return F.layer_norm(x.permute(0, 2, 3, 1), (16,), m.weight, m.bias, 1e-6).permute(0, 3, 1, 2)
+
+
+IMAGES: dict[str, tuple[Any, int]] = {  # a function, and how many layers it is
+    "conv": (lambda m, x: F.conv2d(x, m.kernel, m.bias, padding=1), 1),
+    "strided": (lambda m, x: F.conv2d(x, weight=m.kernel, stride=2, dilation=2, padding=(2, 1)), 1),
+    "depthwise": (lambda m, x: F.conv2d(x, m.depth, None, 1, "same", 1, 16), 1),
+    "blurred": (lambda m, x: F.conv2d(x, m.blur, stride=2, groups=x.shape[1]), 1),
+    "standardized": (standardized, 1),
+    "einsum": (lambda m, x: torch.einsum("bchw, cd -> bdhw", x, m.matrix), 1),
+    "layer norm": (channels_last, 0),
+    "group norm": (lambda m, x: F.group_norm(x, 4, m.weight, m.bias), 0),
+    "batch norm": (lambda m, x: F.batch_norm(x, m.mean, m.variance, m.weight, m.bias), 0),
+}
+STEPS: dict[str, tuple[Any, int]] = {
+    "linear": (lambda m, x: F.linear(x, m.matrix, m.bias), 1),
+    "product": (lambda m, x: x @ m.matrix + m.bias, 1),
+    "transposed": (lambda m, x: torch.matmul(x, m.matrix.t()), 1),
+    "addmm": (lambda m, x: torch.addmm(m.bias, x.flatten(0, 1), m.matrix).view(-1, 5, 16), 1),
+    "einsum": (lambda m, x: torch.einsum("ntc,dc->ntd", x, m.matrix), 1),
+    "layer norm": (lambda m, x: F.layer_norm(x, [16], m.weight), 0),
+}
+CASES = [(Images, (3, 6, 6), *case) for case in IMAGES.values()]
+CASES += [(Steps, (5, 6), *case) for case in STEPS.values()]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "function", "layers"), CASES, ids=[*IMAGES, *(f"steps: {n}" for n in STEPS)]
+)
+def test_a_function_with_weights_is_compressed_as_the_module_that_it_is(
+    kind: Any, shape: tuple[int, ...], function: Function, layers: int
+) -> None:
+    model, example, more = kind(function).eval(), torch.rand(1, *shape), torch.rand(7, *shape)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    found = with_modules(model, example)
+    torch.testing.assert_close(found(more), model(more), rtol=1e-4, atol=1e-5)
+    network = trace(found, example)
+    assert len(network.layers) == 3 + layers
+    whole = [name for name, layer in network.layers.items() if layer.out_group is None]
+    assert whole == ["head"]
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
+class Padded(nn.Conv2d):
+    """A layer with a forward of its own, as TensorFlow pads."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(F.pad(input, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+class Normed(nn.LayerNorm):
+    def forward(self, input: Tensor) -> Tensor:
+        x = input.permute(0, 2, 3, 1)
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_its_name() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(Padded(3, 16, 2), Normed(16), nn.ReLU(), Padded(16, 16, 2, stride=2))
+    model = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)).eval()
+    network = trace(with_modules(model, torch.rand(1, 3, 6, 6)), torch.rand(1, 3, 6, 6))
+    assert list(network.layers) == ["0.0", "0.3", "3"]
+    assert list(network.groups) == ["0.0", "0.3"]
+    assert network.layers["0.3"].stride == (2, 2)
+
+
+class Twice(nn.Module):
+    """A weight that is read twice, and one that a layer has too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.mix, self.head = nn.Embedding(9, 8), parameter(8, 8), nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T]
+        x = self.words(x)
+        x = F.linear(F.linear(x, self.mix).relu(), self.mix)
+        return self.head(F.linear(x, self.words.weight).mean(1))  # type: ignore[no-any-return]
+
+
+def test_a_function_that_is_called_twice_is_one_layer() -> None:
+    model, words = Twice().eval(), torch.randint(0, 9, (1, 4))
+    found = with_modules(model, words)
+    torch.testing.assert_close(found(words), model(words))
+    network = trace(found, words)
+    assert list(network.layers) == ["mix_linear", "words.weight_linear", "head"]
+    assert len(network.uses["mix_linear"]) == 2
+
+
+def test_what_is_worked_out_from_a_request_is_no_weight() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.a(x))
+
+    model = Gated().eval()
+    assert with_modules(model, torch.rand(1, 4)) is model
