@@ -17,12 +17,17 @@ WRAPPERS: dict[type[nn.Module], str] = {  # by type the attribute that holds the
     nn.parallel.DistributedDataParallel: "module",
     OptimizedModule: "_orig_mod",  # what torch.compile gives
 }
+HARMLESS = {  # to override: neither what a module computes nor what it holds hangs on them
+    "__annotations__", "__doc__", "__firstlineno__", "__init__", "__module__", "__repr__",
+    "__static_attributes__", "extra_repr", "reset_parameters",
+}  # fmt: skip
 
 
 def unwrapped(model: nn.Module, whose: str) -> nn.Module:
     """A copy of ``model`` in eval mode in which modules that share a parameter have equal ones of
-    their own, weights are what their norm, mask or parametrization makes of them, and nothing
-    is compiled or spread over devices. It computes the same.
+    their own, weights are what their norm, mask or parametrization makes of them, a class that
+    computes what PyTorch's own does is that one, and nothing is compiled or spread over devices.
+    It computes the same.
 
     Raises BadInput for a module whose source is gone, and for weights that are not float32.
     """
@@ -33,6 +38,7 @@ def unwrapped(model: nn.Module, whose: str) -> nn.Module:
         )
     model = untied(bare(model)).eval()
     _make_weights_plain_(model)
+    _make_classes_plain_(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -99,3 +105,22 @@ def _make_weights_plain_(model: nn.Module) -> None:
                 nn.utils.remove_spectral_norm(module, old)
             elif isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]  # torch's
+
+
+def _make_classes_plain_(model: nn.Module) -> None:
+    """A subclass of PyTorch's that only begins or prints otherwise becomes the class it is of.
+
+    What tells layers apart goes by the class itself: a subclass may compute anything.
+    """
+    for module in model.modules():
+        own = type(module)
+        base = next(c for c in own.__mro__ if c.__module__.startswith("torch.nn"))
+        if base not in (own, nn.Module) and not _overrides(module, base):
+            module.__class__ = base
+
+
+def _overrides(module: nn.Module, base: type) -> bool:
+    """Whether the class of ``module`` puts something of its own where ``base`` looks."""
+    classes = type(module).__mro__
+    added = {name for c in classes[: classes.index(base)] for name in vars(c)}
+    return not added.isdisjoint({*dir(base)} - HARMLESS)

@@ -9,6 +9,8 @@ from ..spaces import Network, Space
 from ..spaces.label_rules import RULES
 from ..spaces.network import Op
 
+FUNCTIONAL = ("linear", "conv1d", "conv2d", "conv3d")  # torch.nn.functional's layers
+
 
 def left_whole(space: Space, student: str, model: nn.Module) -> dict[str, str]:
     """By name the layers of ``student`` that keep every output, and the modules with weights that
@@ -18,6 +20,8 @@ def left_whole(space: Space, student: str, model: nn.Module) -> dict[str, str]:
     for op in network.ops:
         if op.module and (kind := _unknown(model, op)):
             found[op.module] = f"a {kind} is not looked into, and stays in float"
+        if weight := _own_weight(network, model, op):
+            found[weight] = f"{op.detail} reads it outside of a torch.nn layer; it stays in float"
     for name, layer in network.layers.items():
         if layer.out_group is None:
             found[name] = _reason(network, name, model)
@@ -34,6 +38,21 @@ def _unknown(model: nn.Module, op: Op) -> str:
     module: Any = model.get_submodule(op.module)
     known = type(module) in RULES or not any(True for _ in module.parameters())
     return "" if known else type(module).__name__
+
+
+def _own_weight(network: Network, model: nn.Module, op: Op) -> str:
+    """The weight that ``op`` reads itself where that makes it a layer that nobody knows as one:
+    a subclass of a layer with a forward of its own is traced into."""
+    if op.detail not in FUNCTIONAL:
+        return ""
+    parameters = {name for name, value in model.named_parameters() if value.ndim > 1}
+    behind = list(op.inputs[1:])
+    for value in behind:  # grows: the weight may be made of a parameter
+        made = network.op[value]
+        if made.detail in parameters:
+            return made.detail
+        behind += [] if made.module else made.inputs
+    return ""
 
 
 def _reason(network: Network, layer: str, model: nn.Module) -> str:
