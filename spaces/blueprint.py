@@ -292,8 +292,9 @@ class Decisions:
 
         A value is quantized if an int8 layer reads it, or if an int8 layer makes it whose kernel
         exists only with a quantized output. An add whose inputs are all quantized runs in int8 too
-        where somebody reads its result in int8, and a concatenation likewise; an operation that
-        only moves values passes the scale on. The network's answer is never quantized.
+        where somebody reads its result in int8, if it is no sum of sums, and a concatenation
+        likewise; an operation that only moves values passes the scale on. The network's answer
+        is never quantized.
         """
         wanted: dict[str, Rows] = {op.name: 0 for op in self._network.ops}
         for run, rows in self.runs:
