@@ -1,6 +1,6 @@
 """Every technique against the plain one, at equal cost, over seeds.
 
-    python benchmarks/ablation.py [--networks resnet] [--families criteria ...] [--seeds 0 1 2]
+    python benchmarks/ablation.py [--networks resnet har vit] [--families NAME ...] [--seeds 0 1 2]
 
 A family is a question; its first choice is the plain one, and a difference is paired: the same
 seed, which draws the calibration items and the order of training. Metric and KL to the teacher are
@@ -16,15 +16,15 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from common import OUT, write
+from networks import NETWORKS, joined
 
-from flyweight.compressors import Prepared, Schedule, compress, load_task, prepare
+from flyweight.compressors import Prepared, Schedule, compress, prepare
 from flyweight.compressors.compress import _train as train
-from flyweight.compressors.data import CALIBRATION, Items, tree_map
+from flyweight.compressors.data import CALIBRATION
 from flyweight.compressors.distill import LOSSES, kl_divergence
 from flyweight.compressors.observe import ACTIVATION_RANGES
 from flyweight.compressors.parity import run_module, run_session
@@ -32,12 +32,9 @@ from flyweight.compressors.prune import CRITERIA
 from flyweight.kernels import make_runtime
 from flyweight.spaces import Distill, FlyweightError, Policy, Prune, Settings, Space
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (task, its arguments)
-    "resnet": ("fashion_mnist/task.py:FashionMnist", {"data": "embedded"}),
-}
 EPOCHS = 1.0  # of training, where a family trains
-RATE = 0.05
+RATES = {"resnet": 0.05}  # of learning
+RATE = 0.02  # of the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +49,16 @@ class Choice:
 Choices = dict[str, Choice]
 
 
+def distilled(space: Space, **how: Any) -> Distill:
+    return Distill(learning_rate=space.settings.learning_rate[0], **how)
+
+
 def pruned(space: Space, keep: float, **how: Any) -> Prune:
     return Prune(space.uniform(keep).prune.width, **how)
 
 
 def criteria(space: Space, how: dict[str, Any], rung: str) -> Choices:
-    trained = Distill(learning_rate=RATE) if rung != "recalibrate" else None
+    trained = distilled(space) if rung != "recalibrate" else None
     return {
         name: Choice(Policy(pruned(space, 0.5, criterion=name, **how), distill=trained), rung, 2.0)
         for name in CRITERIA
@@ -65,7 +66,7 @@ def criteria(space: Space, how: dict[str, Any], rung: str) -> Choices:
 
 
 def reconstruct(space: Space, rung: str) -> Choices:
-    trained = Distill(learning_rate=RATE) if rung != "recalibrate" else None
+    trained = distilled(space) if rung != "recalibrate" else None
     return {
         f"{keep:.0%}, {'reconstructed' if on else 'plain'}": Choice(
             Policy(pruned(space, keep, criterion="l1", reconstruct=on), distill=trained), rung, 2.0
@@ -88,7 +89,7 @@ def qat(space: Space, keep: float) -> Choices:
     prune = pruned(space, keep, criterion="l1", reconstruct=True)
     return {
         "qat off" if not on else "qat on": Choice(
-            Policy(prune, dataclasses.replace(quantize, qat=on), Distill(learning_rate=RATE)),
+            Policy(prune, dataclasses.replace(quantize, qat=on), distilled(space)),
             "full",
         )
         for on in (False, True)
@@ -100,7 +101,7 @@ def losses(prepared: Prepared, space: Space, keep: float) -> Choices:
     cost = seconds_a_sample(prepared, prune)
     return {
         name: Choice(
-            Policy(prune, distill=Distill(learning_rate=RATE, loss=name)),
+            Policy(prune, distill=distilled(space, loss=name)),
             "full",
             EPOCHS * cost["kl"] / cost[name],
         )
@@ -130,7 +131,7 @@ def sparsity(space: Space, pairs: list[tuple[float, float]], precision: str = "i
         quantize = dataclasses.replace(space.uniform(keep, precision).quantize, calibration="mse")
         prune = pruned(space, keep, criterion="l1", reconstruct=True, sparsity=share)
         out[f"{keep:.0%} of the channels, {share:.0%} zeros"] = Choice(
-            Policy(prune, dataclasses.replace(quantize, qat=True), Distill(learning_rate=RATE)),
+            Policy(prune, dataclasses.replace(quantize, qat=True), distilled(space)),
             "full",
         )
     return out
@@ -159,17 +160,12 @@ class Bench:
     """A network prepared once, scored on all of its validation data."""
 
     def __init__(self, name: str) -> None:
-        reference, arguments = NETWORKS[name]
-        task = load_task(reference, EXAMPLES, arguments)
-        self.prepared = prepare(task, make_runtime("onnxruntime", 1), Schedule(EPOCHS, 0.1))
-        self.space = Space(
-            self.prepared.network, self.prepared.runtime.capabilities, Settings(min_keep=0.01)
-        )
+        runtime, rate = make_runtime("onnxruntime", 1), RATES.get(name, RATE)
+        self.prepared = prepare(NETWORKS[name](), runtime, Schedule(EPOCHS, 0.1))
+        settings = Settings(min_keep=0.01, learning_rate=(rate, rate))
+        self.space = Space(self.prepared.network, runtime.capabilities, settings)
         splits = self.prepared.splits
-        self.validation = Items(
-            joined(splits.search.inputs, splits.selection.inputs),
-            joined(splits.search.targets, splits.selection.targets),
-        )
+        self.validation = joined([splits.search, splits.selection])
         self.answers = run_module(self.prepared.teacher, self.validation)
 
     def seeded(self, seed: int, epochs: float) -> Prepared:
@@ -209,20 +205,9 @@ class Bench:
         }
 
 
-def joined(one: Any, other: Any) -> Any:
-    flat = iter([t for t in _leaves(other)])
-    return tree_map(lambda t: torch.cat([t, next(flat)]), one)
-
-
-def _leaves(value: Any) -> list[Any]:
-    found: list[Any] = []
-    tree_map(found.append, value)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=["resnet"], choices=NETWORKS)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
@@ -267,7 +252,7 @@ def show(network: str, family: str, rows: list[dict[str, Any]]) -> None:
         gains = [row["metric"] - plain[row["seed"]] for row in good if row["seed"] in plain]
         print(
             f"| {label} | {spread([r['metric'] for r in good])} | {spread(gains, '+')} "
-            f"| {statistics.mean(r['loss'] for r in good):.3f} | {good[0]['epochs']:.2f} "
+            f"| {statistics.mean(r['loss'] for r in good):.3g} | {good[0]['epochs']:.2f} "
             f"| {statistics.mean(r['cpu_seconds'] for r in good):.1f} "
             f"| {statistics.mean(r['compressed_bytes'] for r in good) / 1e3:.0f} |"
         )

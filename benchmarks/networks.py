@@ -1,8 +1,7 @@
-"""The networks of the examples that run with what is installed here, as tasks.
+"""The networks of the examples, as tasks.
 
-HAR's data must be made first (examples/har/README.md); MiniLM needs three packages
-(examples/rotten_tomatoes/README.md). The networks of examples/imagenet need others and are not
-among these.
+HAR's data must be made first (examples/har/README.md); MiniLM and the networks of ImageNet need
+other packages (examples/rotten_tomatoes/README.md, examples/imagenet/README.md).
 """
 
 import dataclasses
@@ -15,6 +14,7 @@ import torch
 
 from flyweight.compressors import ClassificationTask, Prepared, load_task
 from flyweight.compressors.data import CALIBRATION, Items
+from flyweight.compressors.parity import INPUTS
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -31,8 +31,12 @@ def _article() -> ClassificationTask:
     return ClassificationTask(model.eval(), data["train"], data["val"], data["test"])
 
 
-def _example(folder: str, kind: str) -> Callable[[], Any]:
-    return lambda: load_task(f"task.py:{kind}", EXAMPLES / folder, {})
+def _example(folder: str, kind: str, **arguments: Any) -> Callable[[], Any]:
+    return lambda: load_task(f"task.py:{kind}", EXAMPLES / folder, arguments)
+
+
+# Crops enough for parity, and all photographs that nothing was chosen on.
+PHOTOGRAPHS = {"val": INPUTS, "tested": ("evaluation", "unseen")}
 
 
 NETWORKS: dict[str, Callable[[], Any]] = {
@@ -41,6 +45,10 @@ NETWORKS: dict[str, Callable[[], Any]] = {
     "har": _example("har", "Activities"),
     "article_cnn": _article,
     "minilm": _example("rotten_tomatoes", "RottenTomatoes"),
+    "mobilenet_v2": _example("imagenet", "ImageNet", network="mobilenet_v2", **PHOTOGRAPHS),
+    "efficientnet_lite0": _example(
+        "imagenet", "ImageNet", network="efficientnet_lite0", **PHOTOGRAPHS
+    ),
 }
 
 

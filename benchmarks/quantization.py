@@ -3,6 +3,7 @@
     pip install -c constraints.txt -e '.[dev,benchmarks]'
     python benchmarks/quantization.py resnet [vit har article_cnn minilm mobilenet_v2
         efficientnet_lite0] [--draws 5] [--ours minmax ...] [--theirs minmax ...]
+        [--tools nncf ...]
 
 All layers are int8; where the example has a policy in mixed precision (imagenet/NETWORK.json), that
 too. Each draw takes other calibration items, the same for everybody. Where a tool has several
@@ -29,8 +30,7 @@ import numpy as np
 import onnx
 import torch
 from common import versions, write
-from networks import NETWORKS as OTHERS
-from networks import joined
+from networks import EXAMPLES, NETWORKS, joined
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -39,7 +39,7 @@ from onnxruntime.quantization import (
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from flyweight.compressors import Candidate, Prepared, Schedule, compress, load_task, prepare
+from flyweight.compressors import Candidate, Prepared, Schedule, compress, prepare
 from flyweight.compressors.compress import quantize
 from flyweight.compressors.data import CALIBRATION, Items
 from flyweight.compressors.distill import kl_divergence
@@ -51,24 +51,14 @@ from flyweight.kernels import float_layers, int8_layers, make_runtime, time_sess
 from flyweight.spaces import Policy, Quantize
 from flyweight.spaces.tracing import trace_graph
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-PHOTOGRAPHS = {"val": INPUTS, "tested": ("evaluation", "unseen")}
-
-
-def _imagenet(network: str) -> Callable[[], Any]:
-    given = {"network": network, **PHOTOGRAPHS}
-    return lambda: load_task("task.py:ImageNet", EXAMPLES / "imagenet", given)
-
-
-IMAGENET = {name: _imagenet(name) for name in ("mobilenet_v2", "efficientnet_lite0")}
-NETWORKS: dict[str, Callable[[], Any]] = {**OTHERS, **IMAGENET}
 OURS = ("minmax", "percentile", "mse", "fitted")
 THEIRS = {
     "minmax": CalibrationMethod.MinMax,
     "percentile": CalibrationMethod.Percentile,
     "entropy": CalibrationMethod.Entropy,
 }
+OURSELVES = ("flyweight", "flyweight, mixed")
+TOOLS = ("onnxruntime, defaults", "onnxruntime", "nncf")  # of others
 CHUNK = 64  # items whose every value ONNX Runtime's calibration holds in memory at once
 
 
@@ -173,7 +163,9 @@ def interval(ours: np.ndarray, theirs: np.ndarray) -> list[float]:
     return [round(float(v), 3) for v in np.quantile(difference[picks].mean(1), [0.025, 0.975])]
 
 
-def measure(name: str, draws: int, ours: list[str], theirs: list[str]) -> dict[str, Any]:
+def measure(
+    name: str, draws: int, ours: list[str], theirs: list[str], tools: list[str]
+) -> dict[str, Any]:
     task = NETWORKS[name]()
     runtime = make_runtime("onnxruntime", 1)
     prepared = prepare(task, runtime, Schedule())
@@ -224,6 +216,8 @@ def measure(name: str, draws: int, ours: list[str], theirs: list[str]) -> dict[s
         if mixed is not None:
             makers["flyweight, mixed"] = functools.partial(_model, drawn, mixed)
         for method, make in makers.items():
+            if method not in OURSELVES and method not in tools:
+                continue
             began = time.process_time()
             models[method] = make()
             seconds.setdefault(method, []).append(time.process_time() - began)
@@ -266,10 +260,11 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--ours", nargs="+", choices=OURS, default=list(OURS))
     parser.add_argument("--theirs", nargs="+", choices=THEIRS, default=list(THEIRS))
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     given = parser.parse_args()
     torch.set_num_threads(1)
     for name in given.networks:
-        found = measure(name, given.draws, given.ours, given.theirs)
+        found = measure(name, given.draws, given.ours, given.theirs, given.tools)
         print(f"{name}: {found['metric']:.2f} on {found['items']} items; chosen {found['chosen']}")
         for method, row in found["rows"].items():
             print(

@@ -1,6 +1,7 @@
 """Reconstruction against plain removal at the recalibrate rung, on every example network.
 
-    python benchmarks/reconstruction.py [resnet vit har article_cnn minilm] [--seeds 5]
+    python benchmarks/reconstruction.py [resnet vit har article_cnn minilm mobilenet_v2 ...]
+        [--seeds 5]
 
 Each seed draws a policy at random (every group its own width, at least ``--keep`` of its channels)
 and the calibration items; for each criterion the same channels go with and without reconstruction.

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from flyweight.compressors import RUNGS, ClassificationTask, Prepared, Schedule, compress, prepare
+from flyweight.compressors import (
+    RUNGS,
+    Candidate,
+    ClassificationTask,
+    Prepared,
+    Schedule,
+    compress,
+    prepare,
+)
 from flyweight.compressors.parity import run_session
 from flyweight.kernels import float_layers, int8_layers, make_runtime
 from flyweight.spaces import Distill, Impossible, Policy, Prune, Quantize
@@ -229,3 +238,29 @@ def test_tiny_training_sets(size: int, networks: ModuleType) -> None:
     found = prepare(task, make_runtime("onnxruntime", 1), Schedule(2, 0.5, 32))
     how = Policy(Prune({"a": 8}), Quantize({"a": "int8", "b": "int8"}), Distill(learning_rate=1e-3))
     assert compress(found, how, "full").samples > 0
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values as ``x`` [A, B], in a memory that does not hold them in a row."""
+    spread = torch.zeros(x.shape[1], 2 * x.shape[0])
+    spread[:, ::2] = x.T
+    return spread[:, ::2].T
+
+
+def test_memory_that_is_not_contiguous_changes_nothing(networks: ModuleType) -> None:
+    torch.manual_seed(0)
+    inputs, classes = torch.randn(64, 12), torch.arange(64) % 4
+
+    def made(like: Callable[[Tensor], Tensor]) -> Candidate:
+        model, data = networks.make("mlp")[0], TensorDataset(like(inputs), classes)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.data = like(parameter.data)
+        assert model.a.weight.is_contiguous() == (like is torch.clone)
+        task = ClassificationTask(model, data, data)
+        found = prepare(task, make_runtime("onnxruntime", 1), Schedule(1, 0.5, 16))
+        quantize = Quantize({"a": "int8", "b": "int8"}, "fitted")
+        prune = Prune({"a": 8}, "taylor", reconstruct=True)
+        return compress(found, Policy(prune, quantize, Distill(learning_rate=0.01)), "full")
+
+    assert made(strided).model == made(torch.clone).model

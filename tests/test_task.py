@@ -247,6 +247,39 @@ def test_what_wraps_a_model_or_its_weights_is_taken_off(made: Any) -> None:
         )
 
 
+class Named(nn.Linear):
+    """A linear layer in all but its class: it begins and prints in its own way."""
+
+    def __init__(self, inputs: int, outputs: int, note: str = "mine") -> None:
+        super().__init__(inputs, outputs)
+        self.note = note
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.describe()}"
+
+    def describe(self) -> str:
+        return self.note
+
+
+class Doubled(nn.Linear):
+    """With a forward of its own: what it computes is a layer and a product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(("kind", "layers"), [(Named, 2), (Doubled, 2)])
+def test_a_subclass_of_a_layer_is_one(kind: Any, layers: int) -> None:
+    torch.manual_seed(0)
+    theirs = nn.Sequential(kind(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    x = torch.stack([x for x, _ in items()])
+    expected = theirs(x)
+    found = prepare(Mine(model=lambda: theirs), make_runtime("onnxruntime", 1), Schedule())
+    assert len(found.network.layers) == layers
+    assert type(theirs[0]) is kind
+    torch.testing.assert_close(found.teacher(x), expected)
+
+
 def test_a_task_that_lacks_something_is_told_what() -> None:
     class Bare:
         train = val = items()
