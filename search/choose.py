@@ -10,6 +10,7 @@ from typing import Any
 from ..spaces import BadInput
 from .run_files import RECORD, RESULT
 from .store import artifact_path, read_artifact
+from .words import milliseconds
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,11 @@ def choose(
         if within:
             return str(max(within, key=lambda e: (e["metric"], -e["latency_ms"]))["digest"])
         fastest = min((e["latency_ms"] for e in front), default=None)
-        there = "the front is empty" if fastest is None else f"the fastest takes {fastest:.4f} ms"
+        there = (
+            "the front is empty"
+            if fastest is None
+            else f"the fastest takes {milliseconds(fastest)} ms"
+        )
         raise BadInput(
             f"--max-latency-ms: nothing on the front takes at most {max_latency_ms:g} ms; {there}"
         )

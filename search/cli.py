@@ -199,6 +199,7 @@ def predict(
     it was when it was profiled.
     """
     from .predict import predict as run
+    from .words import milliseconds
 
     found = run(policies, profile_path, spec, allow_foreign=allow_foreign)
     if as_json:
@@ -206,7 +207,8 @@ def predict(
         return
     for path, case in zip(policies, found, strict=True):
         low, middle, high = case["predicted_latency_ms"]
-        click.echo(f"{path}: {middle:.4f} ms ({low:.4f} to {high:.4f})")
+        ends = f"{milliseconds(low)} to {milliseconds(high)}"
+        click.echo(f"{path}: {milliseconds(middle)} ms ({ends})")
 
 
 @main.command()

@@ -35,6 +35,7 @@ def deploy(
 ) -> None:  # fmt: skip
     """Verify an artifact of RUN_DIR in a clean process and register it under an alias."""
     from .deploy import deploy as run
+    from .words import milliseconds
 
     found = run(
         run_dir, digest=digest, max_latency_ms=max_latency_ms, alias=alias, folder=folder,
@@ -45,7 +46,7 @@ def deploy(
         return
     click.echo(f"{found.name} version {found.version} is {found.alias}: {found.digest[:12]}")
     here = found.verified_latency_ms
-    timed = f", {here:.4f} ms" if here and found.same_device else ""
+    timed = f", {milliseconds(here)} ms" if here and found.same_device else ""
     click.echo(f"Verified in a clean process: metric {found.metric:.2f}{timed}")
     if found.misses:
         click.echo(f"It misses limits of its search: {'; '.join(found.misses)}.")

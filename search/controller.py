@@ -25,7 +25,7 @@ from .record import Entry, Record, at_work
 from .strategies import Source
 
 REDUCTION = 2.0  # one in so many climbs from rung to rung
-HOPELESS = 8  # trials that failed, none of them having reached a result: the search ends
+HOPELESS = 8  # trials that failed at a rung that none has a result of: the search ends
 DEATHS = 2  # of its worker, and a policy is not tried again: it may be what kills them
 # How much of a death it is, by what was lost. That a node goes says little of the policy, but one
 # that takes eight along is not tried for ever. That a node was taken away, or that there was no
@@ -159,11 +159,13 @@ class Controller:
         return not self._again and (self.exhausted or len(self.trials) >= self.budget.trials)
 
     def hopeless(self) -> bool:
-        """Whether every trial so far failed, and enough did: all there are to be, or HOPELESS and
-        no fewer than are running, of whom one bad node that fails at once knows nothing."""
-        if any(t.results for t in self._reached[RUNGS[0]].values()):
+        """Whether every trial that came to some rung failed there, and enough did: all there are to
+        be, or HOPELESS and no fewer than are running, of whom one bad node that fails at once knows
+        nothing."""
+        rung = next((r for r in RUNGS if not self._reached[r]), None)
+        if rung is None:
             return False
-        ends = Counter(t.ended for t in self.trials.values())
+        ends = Counter(t.ended for t in self.trials.values() if t.next_rung == rung)
         enough = 1 if self.exhausted else min(HOPELESS, self.budget.trials)
         return ends["failed"] >= max(enough, ends[None])
 

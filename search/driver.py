@@ -168,7 +168,7 @@ class _Search:
         found |= {"mlflow_run_id": tracker.wait_run_id(FINISH_S)}
         written = self._written(controller, found)
         self._finish(tracker, controller)
-        failed = bool(controller.fatal) or controller.hopeless() or not written
+        failed = bool(controller.fatal or self._fruitless(controller)) or not written
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
 
     def close(self) -> None:
@@ -278,9 +278,9 @@ class _Search:
     def _note_end(self, controller: Controller) -> None:
         if controller.fatal:
             self.notes.append(f"The search could not go on: {controller.fatal}")
-        if controller.hopeless():
-            reasons = "; ".join(f"{n}x {text}" for text, n in failures(self.record.entries()))
-            self.notes.append(f"Every trial failed: {reasons}")
+        if reasons := self._fruitless(controller):
+            told = "; ".join(f"{n}x {text}" for text, n in reasons)
+            self.notes.append(f"No trial finished the full rung. Why trials failed: {told}")
         if self.nothing_left:
             self.notes.append(
                 f"All {self.spec.search.trials} trials had been had: only the front was made anew; "
@@ -300,6 +300,10 @@ class _Search:
                 f"The trials in progress took {late:.0f} s longer than the time budget: it is "
                 "short for a trial of this task"
             )
+
+    def _fruitless(self, controller: Controller) -> list[tuple[str, int]]:
+        """The commonest reasons of failure of a search that has no artifact for them."""
+        return [] if controller.results(RUNGS[-1]) else failures(self.record.entries())
 
     def _measure(self, controller: Controller, header: dict[str, Any]) -> dict[str, Any]:
         """Finalists, alone, in a process of its own; the front and result.json's content."""

@@ -27,6 +27,7 @@ from .storage import (
     write_whole,
 )
 from .store import compressed_bytes
+from .tracking import redact
 
 FREE_BYTES = 200_000_000  # what a run directory may come to need
 
@@ -54,7 +55,11 @@ def kept(spec: Spec, out: Path | None, resume: bool) -> Iterator[Kept]:
         held.callback(record.close)
         storage, mirror = storage_of(spec, run_dir), None
         if spec.storage:
-            hold = Hold(storage, f"the storage of {run_dir.name}")
+            try:
+                hold = Hold(storage, f"the storage of {run_dir.name}")
+            except OSError as error:
+                what = redact(f"{spec.storage} cannot be written: {error}", spec.storage)
+                raise BadInput(f"storage: {what}") from error
             record.holds(hold)
             mirror = Mirror(record.path, storage, hold.check)
             held.callback(mirror.close)

@@ -22,6 +22,7 @@ from .run_files import TEACHER
 from .spec import Spec
 from .storage import write_whole
 from .store import write_request
+from .words import milliseconds
 
 RECIPES = (0.5, 0.75, 1.0)  # shares of channels kept by the uniform recipes
 
@@ -148,8 +149,8 @@ def check_reachable(ready: Ready, bounds: Limits, cases: Sequence[Mapping[str, f
         if name == "latency_ms":
             asked = "speedup" if spec.objective.speedup else name
             missed.append(
-                f"{asked} {getattr(spec.objective, asked):g} means at most {most:.4f} ms, but the "
-                f"fastest policy of this space takes {least:.4f} ms"
+                f"{asked} {getattr(spec.objective, asked):g} means at most {milliseconds(most)} "
+                f"ms, but the fastest policy of this space takes {milliseconds(least)} ms"
             )
         else:
             missed.append(

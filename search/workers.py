@@ -3,7 +3,9 @@
 import contextlib
 import json
 import time
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,6 +83,10 @@ class CompressionTrial(tune.Trainable):
             return {"rung": rung, "unstored": f"{rung}: {error}"}
         except (Impossible, OSError) as error:
             return {"rung": rung, "error": f"{rung}: {error}"}
+        except Exception as error:  # of the task's own code, or of torch
+            if self.prepared.device.type != "cpu":  # it may be out of order: a new process
+                raise
+            return {"rung": rung, "error": f"{rung}: {_told(error)}"}
         if rung in KEPT:
             # Whatever keeps it from being written: without one the trial would begin anew.
             with contextlib.suppress(OSError, FlyweightError):
@@ -135,6 +141,13 @@ class CompressionTrial(tune.Trainable):
 
     def load_checkpoint(self, _: Any) -> None:
         return None
+
+
+def _told(error: Exception) -> str:
+    """What was raised, in one line, and where."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{what} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def trainable(job: Job) -> Any:

@@ -162,7 +162,7 @@ def test_the_best_is_chosen_else_what_was_asked_for(run: Run) -> None:
     [
         ("ffff", None, f"'ffff' is no artifact .* known: .*{GOOD.digest[:12]}"),
         ("", None, "several artifacts"),
-        (None, 0.05, r"at most 0.05 ms; the fastest takes 0.1000 ms"),
+        (None, 0.05, r"at most 0.05 ms; the fastest takes 0.100 ms"),
         ("ab", 1.0, "not both"),
     ],
 )

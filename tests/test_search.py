@@ -466,6 +466,28 @@ def test_ctrl_c_while_finalists_are_measured_is_an_interruption(
     assert json.loads((run / "result.json").read_text())["front"]
 
 
+def test_a_search_whose_trials_all_fail_ends_early_and_says_why(
+    starter: Path, tmp_path: Path
+) -> None:
+    (starter / "later.py").write_text(
+        "from task import Digits\n\n\nclass Later(Digits):\n"
+        "    def loss(self, output, target):\n"
+        "        if output.requires_grad and len(target) > 16:\n"
+        "            raise ValueError('no loss for a whole batch')\n"
+        "        return super().loss(output, target)\n"
+    )
+    how = {"trials": 500, "concurrency": 1, "strategy": "random"}
+    path = small(starter, "later.yaml", task="later.py:Later", search=how)
+    run = tmp_path / "run"
+    done = flyweight("search", path, "--out", run, cwd=starter)
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = " ".join(done.stdout.split())
+    assert "x short: ValueError: no loss for a whole batch (later.py, line 7)" in said
+    assert "Traceback" not in done.stdout + done.stderr
+    assert len(entries(run, "begin")) < 100
+    assert (run / "report.html").exists()
+
+
 def test_nothing_within_the_limits_is_the_last_word(starter: Path, tmp_path: Path) -> None:
     task = starter / "best.py"  # no student, which a worker scores, is as good as the teacher
     task.write_text(

@@ -288,21 +288,28 @@ def test_a_search_that_was_killed_goes_on(
 # Bad ends.
 
 
+@pytest.mark.parametrize("fails", RUNGS)
 @pytest.mark.parametrize("workers", [1, 4, 50])
-def test_a_search_whose_every_trial_fails_stops_early(toy: ModuleType, workers: int) -> None:
+def test_a_search_whose_every_trial_fails_stops_early(
+    toy: ModuleType, workers: int, fails: str
+) -> None:
     clock, record, reasons = Clock(), MemoryRecord(), itertools.cycle("abacbad")
 
-    def evaluate(_: Policy, rung: str) -> tuple[Entry | None, float]:
+    def evaluate(policy: Policy, rung: str) -> tuple[Entry | None, float]:
+        if rung != fails:
+            return toy.outcome(policy, rung), 1.0
         return {"error": f"{rung}: reason {next(reasons)}"}, 1.0
 
     control = controller(toy, record, clock, trials=500)
     simulate(control, evaluate, workers, clock)
     check_ends(control, record)
     assert control.hopeless()
-    assert len(control.trials) <= HOPELESS + 2 * workers
+    failed = sum(trial.ended == "failed" for trial in control.trials.values())
+    assert HOPELESS <= failed <= HOPELESS + 2 * workers
+    assert len(control.trials) < 500
     assert control.late() == 0.0
     told = failures(record.entries())
-    assert [text for text, _ in told] == [f"recalibrate: reason {r}" for r in "abc"]
+    assert [text for text, _ in told] == [f"{fails}: reason {r}" for r in "abc"]
     assert [n for _, n in told] == sorted((n for _, n in told), reverse=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
-from flyweight.search.opening import open_run
+from flyweight.search.opening import kept, open_run
 from flyweight.search.preflight import check_cluster
 from flyweight.search.run_files import RECORD
 from flyweight.search.spec import Resources
@@ -120,6 +120,21 @@ def test_a_storage_that_cannot_be_written_is_refused_before_any_cost(tmp_path: P
     )
     with pytest.raises(BadInput, match="cannot be written"):
         check_cluster(ready, Storage(tmp_path / "storage"), True, 0.0, print)
+
+
+@pytest.mark.parametrize("folder", ["/proc/nowhere", "{}/file/below"])
+def test_a_storage_that_cannot_be_made_is_refused_and_leaves_nothing(
+    tmp_path: Path, folder: str
+) -> None:
+    (tmp_path / "file").touch()
+    where = spec(tmp_path)
+    where.storage = folder.format(tmp_path)
+    with (
+        pytest.raises(BadInput, match=f"storage: {where.storage} cannot be (read|written)"),
+        kept(where, tmp_path / "run", resume=False),
+    ):
+        pass
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

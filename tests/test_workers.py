@@ -119,6 +119,24 @@ def test_a_checkpoint_that_cannot_be_written_fails_no_trial(
     assert [worker.step() for _ in RUNGS] == climbed
 
 
+def test_what_the_code_of_a_task_raises_fails_the_trial_alone(
+    prepared: Prepared, tmp_path: Path, climbed: list[dict[str, Any]], monkeypatch: Any
+) -> None:
+    """Its worker lives on: nothing is prepared anew, and no traceback is printed."""
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("shapes do\nnot match")
+
+    worker = Worker(prepared, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared.task, "loss", broken)
+        worker.begin("short")
+        (error,) = [worker.step()["error"]]
+    assert error.startswith("short: RuntimeError: shapes do not match (test_workers.py, line ")
+    worker.begin("short")
+    assert worker.step() == climbed[1]
+
+
 class Away(Storage):
     """A storage that is away when artifacts are written the first ``times`` times."""
 
