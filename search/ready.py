@@ -94,7 +94,7 @@ class Ready:
             ways.append("allow int8")
         if not space.depth and any(network.blocks for network in self.space.networks.values()):
             ways.append("set space.prune.depth: true")
-        return f"Ask for less, or {' or '.join(ways)}"
+        return f"Ask for less, or {', or '.join(ways)}"
 
     def smallest(self) -> list[Policy]:
         """The policies that can be expected to be fastest and smallest, in each precision."""
