@@ -9,7 +9,6 @@ from torch import Tensor, fx
 
 from ..kernels import Session
 from ..spaces import Blueprint, Impossible, Policy
-from .clip import clip_
 from .correct import correct_
 from .data import Items
 from .distill import distill, kl_divergence
@@ -37,9 +36,6 @@ QAT_SHARE = 0.25
 # within 4% of that with 8,192 (on one within 8%), for a tenth of the time.
 STATISTICS = 512
 EQUALIZED = 256  # items that channels are equalized on: a loud value missed is clipped behind ReLU6
-# Items that ranges are judged on, all at once: with 24 photographs MobileNetV2's logits on others
-# had 17% less squared error.
-CLIPPED = 24
 # Items that layers are fitted on, all at once: 3 GB for MobileNetV2 at 224 x 224.
 FITTED = 64
 
@@ -230,7 +226,6 @@ def quantize(
     del folded
     calibrate(quantized, items, how)
     if how == "fitted":
-        clip_(quantized, items.first(CLIPPED))
         correct_(quantized, items.first(FITTED))
     settle_biases(quantized, plan.network, plan)
     return quantized

@@ -61,14 +61,13 @@ def correct_(graph: fx.GraphModule, items: Items) -> None:
             rounded[node] = module(ours[0][0])
         else:
             same = all(rounded[n] is floats[n] for n in node.all_input_nodes)
-            floats[node] = run_node(graph, node, module, theirs)
-            rounded[node] = floats[node] if same else run_node(graph, node, module, ours)
+            floats[node] = _run(graph, node, module, theirs)
+            rounded[node] = floats[node] if same else _run(graph, node, module, ours)
         for gone in last.get(node, ()):
             del floats[gone], rounded[gone]
 
 
-def run_node(graph: fx.GraphModule, node: fx.Node, module: Any, given: Any) -> Any:
-    """What ``node`` makes of ``given``, its arguments; ``module``: what it calls, if it does."""
+def _run(graph: fx.GraphModule, node: fx.Node, module: Any, given: Any) -> Any:
     args, kwargs = given
     if module is not None:
         return module(*args, **kwargs)

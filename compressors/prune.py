@@ -15,20 +15,14 @@ from .data import Items
 
 # Importance of a channel from its weights in all layers of the group (and their gradients).
 # l1: Li et al. 2017, "Pruning filters for efficient convnets". taylor: Molchanov et al. 2019,
-# "Importance estimation for neural network pruning", first order. fisher: LeCun et al. 1989,
-# "Optimal brain damage", with the diagonal Fisher information for the curvature.
+# "Importance estimation for neural network pruning", first order.
 # median: He et al. 2019, "Filter pruning via geometric median": what others can stand in for goes.
 CRITERIA: dict[str, Callable[[], Any]] = {
     "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1, normalizer=None),
-    "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2, normalizer=None),
     "taylor": lambda: tp.importance.GroupTaylorImportance(normalizer=None),
-    "fisher": lambda: tp.importance.GroupHessianImportance(normalizer=None),
     "median": lambda: tp.importance.FPGMImportance(normalizer=None),
     "random": lambda: tp.importance.RandomImportance(),
 }
-# A batch's gradient squared is near the Fisher information only while the batch is small: the
-# gradients of many items cancel before they are squared.
-FISHER_BATCH = 8
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,9 +38,9 @@ def importance(
     if criterion not in CRITERIA:
         raise Impossible(f"no criterion {criterion!r}; {nearest(criterion, CRITERIA)}")
     model = copy.deepcopy(model).eval().requires_grad_()
-    if criterion in _GRADIENTS:
+    if criterion == "taylor":
         try:
-            _GRADIENTS[criterion](model, calibration, loss)
+            _mean_gradients(model, calibration, loss)
         except RuntimeError as error:  # say, a value that is needed is changed in place
             raise Impossible(f"criterion {criterion!r} needs gradients: {error}") from error
     score = CRITERIA[criterion]()
@@ -107,27 +101,6 @@ def _mean_gradients(
     for batch in items.chunks():
         value = loss(call(model, batch.inputs), batch.targets) * len(batch) / len(items)
         value.backward()  # type: ignore[no-untyped-call]
-
-
-def _mean_squares(model: nn.Module, items: Items, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Leaves in ``grad`` of every parameter the diagonal of the empirical Fisher information.
-
-    torch-pruning's own sum of squares keeps only the last batch (1.6.1: it looks parameters up by
-    name and files them by tensor).
-    """
-    squares = {p: torch.zeros_like(p) for p in model.parameters()}
-    for batch in items.batches(FISHER_BATCH):
-        value = loss(call(model, batch.inputs), batch.targets)
-        value.backward()  # type: ignore[no-untyped-call]
-        for parameter, square in squares.items():
-            if parameter.grad is not None:
-                square += parameter.grad**2 * len(batch) ** 2 / len(items)
-                parameter.grad = None
-    for parameter, square in squares.items():
-        parameter.grad = square
-
-
-_GRADIENTS = {"taylor": _mean_gradients, "fisher": _mean_squares}
 
 
 def kept_channels(

@@ -40,11 +40,6 @@ class ActivationQuantizer(nn.Module):
         self.scale.fill_(scale)
         self.zero.fill_(min(max(round(-low / scale), 0), 255))
 
-    def bounds(self) -> tuple[float, float]:
-        """The least and the largest value that is not clipped."""
-        scale, zero = self.scale.item(), self.zero.item()
-        return -zero * scale, (255 - zero) * scale
-
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
             self.observer.see(x)

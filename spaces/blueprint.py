@@ -189,7 +189,7 @@ class Decisions:
 
     def _work_out(self, alone: Mapping[str, Rows]) -> None:
         self.runs = self._fuse(alone)
-        self._carriers = [(r, rows) for r, rows in self.runs if self._carries(r)]
+        self._carriers = [(r, rows) for r, rows in self.runs if _carries(r, self._capabilities)]
         self.quantized = {value: rows for value, rows in self._quantize().items() if rows}
 
     def in_int8(self, run: Run, rows: Rows) -> Rows:
@@ -197,20 +197,9 @@ class Decisions:
         head, end = run[0], run[-1]
         if head.module in self._int8:
             return rows & self._int8[head.module]
-        if not self._carries(run):
+        if not _carries(run, self._capabilities):
             return 0
         return rows & _all(self.quantized, (*_values(self._network, head), end.name))
-
-    def _carries(self, run: Run) -> bool:
-        """Whether the kernel of ``run`` has no weights and is to run in int8 where it can.
-
-        Sums of sums stay in float: were each rounded, the errors would add up along the stream.
-        """
-        head = run[0]
-        if head.kind == "add":
-            in_int8 = "add" in self._capabilities.int8_ops
-            return in_int8 and head.name not in self._network.sums_of_sums
-        return head.kind in (*_PASSES, "concat")
 
     def scales(self) -> dict[str, str]:
         """Of the first policy: for each quantized value the first value, in execution order, of
@@ -292,9 +281,8 @@ class Decisions:
 
         A value is quantized if an int8 layer reads it, or if an int8 layer makes it whose kernel
         exists only with a quantized output. An add whose inputs are all quantized runs in int8 too
-        where somebody reads its result in int8, if it is no sum of sums, and a concatenation
-        likewise; an operation that only moves values passes the scale on. The network's answer
-        is never quantized.
+        where somebody reads its result in int8, and a concatenation likewise; an operation that
+        only moves values passes the scale on. The network's answer is never quantized.
         """
         wanted: dict[str, Rows] = {op.name: 0 for op in self._network.ops}
         for run, rows in self.runs:
@@ -346,6 +334,13 @@ def _ends_in_int8(network: Network, run: Run, capabilities: Capabilities) -> boo
         acts = [end, *(network.op[reader] for reader in network.consumers[end.name])]
         return any(op.kind == "act" for op in acts)
     return head.kind in capabilities.output_quantized
+
+
+def _carries(run: Run, capabilities: Capabilities) -> bool:
+    """Whether the kernel of ``run`` has no weights and still can run in int8."""
+    if run[0].kind == "add":
+        return "add" in capabilities.int8_ops
+    return run[0].kind in (*_PASSES, "concat")
 
 
 def _values(network: Network, head: Op) -> list[str]:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from flyweight.compressors.data import Items
 from flyweight.compressors.prune import (
     CRITERIA,
-    FISHER_BATCH,
     call,
     importance,
     kept_channels,
@@ -138,7 +137,7 @@ def rescaled(networks: ModuleType) -> tuple[Any, Any]:
     return model, twin
 
 
-@pytest.mark.parametrize(("criterion", "same"), [("taylor", True), ("fisher", True), ("l1", False)])
+@pytest.mark.parametrize(("criterion", "same"), [("taylor", True), ("l1", False)])
 def test_what_the_loss_decides_does_not_depend_on_the_scale_of_weights(
     networks: ModuleType, criterion: str, same: bool
 ) -> None:
@@ -153,30 +152,14 @@ def test_what_the_loss_decides_does_not_depend_on_the_scale_of_weights(
     assert torch.allclose(one, other, rtol=1e-3) == same
 
 
-def test_fisher_is_the_mean_of_squared_gradients(networks: ModuleType) -> None:
-    model: Any
-    model, example = networks.make("plain")
-    items = Items(batch_of(example, 2 * FISHER_BATCH), torch.arange(2 * FISHER_BATCH) % 5)
-    found = importance(model, networks.traced("plain"), "fisher", items, F.cross_entropy)
-    out, into = torch.zeros(16), torch.zeros(16)
-    for batch in items.batches(FISHER_BATCH):
-        loss = F.cross_entropy(model(batch.inputs), batch.targets)
-        ours, theirs = torch.autograd.grad(loss, [model.c1.weight, model.c2.weight])
-        out += (model.c1.weight * ours).detach().square().sum((1, 2, 3))
-        into += (model.c2.weight * theirs).detach().square().sum((0, 2, 3))
-    expected = (out + into) / (out + into).mean()
-    assert torch.allclose(found["c1"], expected, rtol=1e-4)
-
-
 def test_a_group_that_nothing_distinguishes_scores_1(networks: ModuleType) -> None:
     model: Any
     model, example = networks.make("plain")
     with torch.no_grad():
         model.l2.weight.zero_()  # nothing reaches the answer
     items = Items(batch_of(example, 8), torch.arange(8) % 5)
-    for criterion in ("taylor", "fisher"):
-        found = importance(model, networks.traced("plain"), criterion, items, F.cross_entropy)
-        assert torch.equal(found["c1"], torch.ones(16))
+    found = importance(model, networks.traced("plain"), "taylor", items, F.cross_entropy)
+    assert torch.equal(found["c1"], torch.ones(16))
 
 
 def test_taylor_leaves_out_what_the_answer_does_not_depend_on(networks: ModuleType) -> None:

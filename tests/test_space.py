@@ -295,12 +295,12 @@ TINY = [
     Settings(min_keep=0.5, criteria=("l1", "taylor"), reconstruct=(True, False)),
     Settings(min_keep=0.5, calibrations=("minmax", "mse"), qat=(True, False)),
     Settings(
-        min_keep=0.5, criteria=("l1", "l2"), calibrations=("minmax", "mse"), losses=("a", "b")
+        min_keep=0.5, criteria=("l1", "median"), calibrations=("minmax", "mse"), losses=("a", "b")
     ),
     Settings(min_keep=0.5, precisions=("int8",), calibrations=("minmax", "mse")),
-    Settings(min_keep=0.5, criteria=("l1", "l2"), students=("pruned", "tiny")),
+    Settings(min_keep=0.5, criteria=("l1", "median"), students=("pruned", "tiny")),
     Settings(min_keep=0.5, students=("tiny",), calibrations=("minmax", "mse")),
-    Settings(min_keep=0.5, criteria=("l1", "l2"), sparsity=(0.0, 0.5, 0.8)),
+    Settings(min_keep=0.5, criteria=("l1", "median"), sparsity=(0.0, 0.5, 0.8)),
     Settings(precisions=("fp32",), calibrations=("minmax", "mse")),
 ]
 
