@@ -26,7 +26,7 @@ from .task import metric_of
 
 RUNGS = ("recalibrate", "short", "full")
 # Training that takes a student this many times as far from the teacher as it was gives it up: of 33
-# recorded trials that the short rung harmed, the 30 harmed 19 times and more ended worse than
+# recorded trials that the short rung harmed, the 30 harmed 25 times and more ended worse than
 # untrained, the 3 harmed 1.3 times at most ended better (docs/benchmarks.md).
 HARMED = 2.0
 # Of the training, at the end, with quantizers in place. Half recovers more of what weights of 2
