@@ -70,7 +70,14 @@ def test_a_place_that_no_file_system_knows() -> None:
 def test_an_artifact_reaches_the_run_directory(storage: Storage, tmp_path: Path) -> None:
     policy = Policy()
     candidate: Any = SimpleNamespace(
-        policy=policy, model=b"model", rung="full", metric=1.0, loss=0.5, samples=3, parity=None
+        policy=policy,
+        model=b"model",
+        rung="full",
+        metric=1.0,
+        loss=0.5,
+        samples=3,
+        settled=False,
+        parity=None,
     )
     write_artifact(storage, candidate, {"seed": 3})
     fetch_artifact(storage, tmp_path / "run", policy.digest)
