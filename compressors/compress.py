@@ -97,7 +97,7 @@ def compress(
         assert previous is not None
         made, more = _trained(prepared, policy, plan, student, rung, seed)
         samples += more
-        if made.loss > previous.loss * (HARMED if rung == "short" else 1.0):
+        if _harmed(policy, rung, previous.loss, made.loss):
             settled, made = True, None
             student = _start(prepared, policy, plan, previous)
     made = made or _artifact(prepared, quantize(prepared, policy, plan, student))
@@ -127,6 +127,14 @@ def _start(
     if previous is None:
         return prune(prepared, policy, plan)
     return lay_out(copy.deepcopy(previous.student), torch.channels_last)
+
+
+def _harmed(policy: Policy, rung: str, before: float, after: float) -> bool:
+    """Whether training is given up. Where it was by the labels alone, nobody asked for a student
+    that is near to its teacher."""
+    if policy.distill is not None and policy.distill.alpha == 0:
+        return False
+    return after > before * (HARMED if rung == "short" else 1.0)
 
 
 @dataclass(frozen=True)

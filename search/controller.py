@@ -29,8 +29,9 @@ HOPELESS = 8  # trials that failed at a rung that none has a result of: the sear
 DEATHS = 2  # of its worker, and a policy is not tried again: it may be what kills them
 # How much of a death it is, by what was lost. That a node goes says little of the policy, but one
 # that takes eight along is not tried for ever. That a node was taken away, or that there was no
-# place to store a result, says nothing.
-LOSSES = {"worker": 1.0, "node": 0.25, "preempted": 0.0, "unstored": 0.0}
+# place to store a result, says nothing. A worker that died while it was idle says nothing either,
+# but a trial must not be begun for ever.
+LOSSES = {"worker": 1.0, "node": 0.25, "idle": 0.05, "preempted": 0.0, "unstored": 0.0}
 UNSTORED = 8  # results, one after another, that workers could not store: the search ends
 RECENT = 100  # newest results of a rung that say how long it takes
 SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
@@ -111,7 +112,7 @@ class Controller:
         while self._again and not self.over():
             trial = self._again.pop(0)
             over = trial.price.cost(self.limits) > 0  # a limit that was changed since
-            if not over and (not trial.results or self._in_time(trial.next_rung)):
+            if not over and (not trial.results or self._in_time(trial, trial.next_rung)):
                 return trial
             with self._lock:
                 self._end(trial, "over_limit" if over else "deadline")
@@ -223,7 +224,7 @@ class Controller:
             self._end(trial, "stopped")
         elif self.interrupted or self.fatal:
             self._end(trial, "interrupted")
-        elif not self._in_time(RUNGS[RUNGS.index(rung) + 1]):
+        elif not self._in_time(trial, RUNGS[RUNGS.index(rung) + 1]):
             self._end(trial, "deadline")
         return trial.ended is None
 
@@ -343,10 +344,11 @@ class Controller:
             over += not kept and then["loss"] <= entry["loss"]
         return over >= 2
 
-    def _in_time(self, rung: str) -> bool:
-        """Whether a trial that climbs to ``rung`` now will end near the deadline.
+    def _in_time(self, trial: Trial, rung: str) -> bool:
+        """Whether ``trial``, if it climbs to ``rung`` now, will end near the deadline.
 
         The first to arrive anywhere climbs on in any case: a search ends with something to show.
+        One that is settled is trained no more: only others that were say how long that takes.
         """
         if self.budget.seconds is None:
             return True
@@ -354,7 +356,11 @@ class Controller:
         needed = 0.0
         for each in ahead:
             newest = islice(reversed(self._reached[each].values()), RECENT)
-            durations = [t.results[each]["rung_seconds"] for t in newest if each in t.results]
+            before = RUNGS[RUNGS.index(each) - 1]
+            durations = [
+                t.results[each]["rung_seconds"] for t in newest
+                if each in t.results and _settled(t, before) == _settled(trial, before)
+            ]  # fmt: skip
             if not durations:
                 return self.remaining() > 0 or not self.results(RUNGS[-1])
             needed += statistics.median(durations)
@@ -412,7 +418,7 @@ class Controller:
             if (
                 trial.ended == "deadline"
                 and self.remaining() > 0
-                and self._in_time(trial.next_rung)
+                and self._in_time(trial, trial.next_rung)
             ):
                 trial.ended = None
         self._again = [t for t in self.trials.values() if not t.ended]
@@ -421,6 +427,11 @@ class Controller:
             now = list(trial.price.latency_ms) if RUNGS[-1] in trial.results else None
             if now != known["latency_ms"]:
                 self._append({"kind": "priced", **self._name(trial), "latency_ms": now})
+
+
+def _settled(trial: Trial, rung: str) -> bool:
+    """Whether ``trial`` came out of ``rung`` as it went in, to be trained no more."""
+    return bool(trial.results.get(rung, {}).get("settled"))
 
 
 def _price_of(entry: Entry) -> Price:

@@ -19,7 +19,7 @@ def finalists(results: Sequence[Entry], bounds: Limits) -> list[Entry]:
     loss and expected latency, at most 12; those within every limit first, then spread along
     latency. What is too large does not compete with what is not: its size is known, and neither
     metric nor latency makes up for it."""
-    unique = list({e["digest"]: e for e in results if e["rung"] == RUNGS[-1]}.values())
+    unique = list({_artifact(e): e for e in results if e["rung"] == RUNGS[-1]}.values())
     fits = [e for e in unique if bounds.cost(0.0, e["size_bytes"], e["compressed_bytes"]) <= 0]
     unique = fits or unique
     points = [(-e["metric"], e["latency_ms"][1]) for e in unique]
@@ -30,6 +30,14 @@ def finalists(results: Sequence[Entry], bounds: Limits) -> list[Entry]:
         ordered = spread_order(points, feasible) + spread_order(points, others)
         chosen = ordered[:FINALISTS]
     return [unique[i] for i in chosen]
+
+
+def _artifact(entry: Entry) -> tuple[Any, ...]:
+    """By which two artifacts are known to be one. What was not trained is the same by whatever
+    settings it was not trained: there its figures tell."""
+    if not entry.get("settled"):
+        return (entry["digest"],)
+    return entry["loss"], entry["metric"], entry["size_bytes"], *entry["latency_ms"]
 
 
 def _ahead(entries: Sequence[Mapping[str, Any]], latencies: Sequence[float]) -> list[int]:

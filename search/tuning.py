@@ -89,12 +89,14 @@ class ControlledScheduler(_Unpickled, FIFOScheduler):
         goes_on = self.searcher.controller.result(self.searcher.numbers[trial.trial_id], outcome)
         return str(TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP)
 
-    def on_trial_error(self, _: Any, trial: Any) -> None:
+    def on_trial_error(self, tuner: Any, trial: Any) -> None:
         number, controller = self.searcher.numbers[trial.trial_id], self.searcher.controller
         error = _error(trial)
         reason = (str(error).strip().splitlines() or ["its worker died or raised"])[-1]
         if isinstance(error, RayActorError) and not error.actor_init_failed:
-            controller.died(number, reason, _lost(error))
+            # It died while it was idle, before it began with this trial.
+            idle = trial in tuner._tune_controller._resetting_trials
+            controller.died(number, reason, "idle" if idle else _lost(error))
         else:
             controller.failed(number, reason)
 

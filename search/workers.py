@@ -119,6 +119,7 @@ class CompressionTrial(tune.Trainable):
             "compressed_bytes": compressed_bytes(candidate.model),
             "seconds": candidate.seconds,
             "samples": candidate.samples,
+            "settled": candidate.settled,
             "macs": candidate.plan.macs,
             "parity": None if candidate.parity is None else vars(candidate.parity),
             "artifact": artifact,

@@ -137,6 +137,13 @@ def test_what_is_lost_by_little_at_the_short_rung_may_come_back(prepared: Prepar
     assert compress(prepared, how, "short", near).settled
 
 
+def test_what_learns_from_labels_alone_need_not_be_near_the_teacher(prepared: Prepared) -> None:
+    how = policy(prepared, distill=Distill(alpha=0.0, learning_rate=0.02))
+    short = compress(prepared, how, "short")
+    near = dataclasses.replace(short, loss=short.loss / 10)
+    assert not compress(prepared, how, "full", near).settled
+
+
 def test_the_full_rung_keeps_what_it_came_from_where_it_ends_farther_away(
     prepared: Prepared,
 ) -> None:

@@ -240,6 +240,29 @@ def test_the_deadline_drains() -> None:
     assert all(t.ended for t in control.trials.values())
 
 
+def test_what_is_trained_no_more_is_no_measure_of_what_is() -> None:
+    clock = Clock()
+    control = controller(seconds=400.0, trials=10, clock=clock)
+
+    def climb(loss: float, settled: bool, full_s: float) -> str | None:
+        trial = control.propose()
+        assert trial is not None
+        for rung, seconds in zip(RUNGS, (1.0, 1.0, full_s), strict=True):
+            clock.now += seconds
+            found = outcome(trial.policy, rung, seconds) | {"loss": loss, "metric": 95 - loss}
+            if rung != RUNGS[0]:
+                found["settled"] = settled
+            if not control.result(trial.number, found):
+                break
+        return trial.ended
+
+    assert [climb(0.9, True, 1.0) for _ in range(3)] == ["finished"] * 3  # more of them
+    assert climb(0.8, False, 300.0) == "finished"
+    assert 20 < control.remaining() < 200
+    assert climb(0.7, False, 300.0) == "deadline"
+    assert climb(0.6, True, 1.0) == "finished"
+
+
 def test_one_trial_runs_if_what_came_before_took_all_the_time() -> None:
     clock, record = Clock(), MemoryRecord()
     record.append({"kind": "search", "time": clock.now})

@@ -127,3 +127,15 @@ def test_what_was_predicted_is_given_for_the_machine_as_fast_as_when_it_was_meas
     (row,) = final_front([entry], {}, 2.0, timings)
     assert row["latency_ms"] == 1.5
     assert row["predicted_latency_ms"] == [1.5 * ms for ms in (0.9, 1.0, 1.2)]
+
+
+def test_what_was_not_trained_is_one_finalist_whatever_its_settings() -> None:
+    def entry(digest: str, settled: bool) -> dict[str, Any]:
+        return {
+            "digest": digest, "rung": "full", "metric": 90.0, "loss": 0.1, "size_bytes": 5,
+            "compressed_bytes": 4, "latency_ms": [0.9, 1.0, 1.1], "constraint": 0.0,
+            "settled": settled,
+        }  # fmt: skip
+
+    assert len(finalists([entry("a", True), entry("b", True)], Limits(92.0))) == 1
+    assert len(finalists([entry("a", False), entry("b", False)], Limits(92.0))) == 2

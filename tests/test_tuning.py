@@ -151,3 +151,34 @@ def test_a_worker_is_started_once_for_each_place(
     assert {trial.ended for trial in control.trials.values()} <= {"finished", "stopped"}
     assert len(control.trials) == 30
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_worker_that_died_idle_is_no_fault_of_the_next_policy(
+    load: Callable[[str], ModuleType],
+) -> None:
+    from ray import tune
+
+    from flyweight.search.tuning import run_trials
+
+    class Leaves(tune.Trainable):
+        """Its worker is gone a moment after each trial."""
+
+        def setup(self, config: dict[str, Any]) -> None:
+            self.reset_config(config)
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self.rung = RUNGS.index(new_config["rung"])
+            return True
+
+        def step(self) -> dict[str, Any]:
+            self.rung += 1
+            if self.rung == len(RUNGS):
+                threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            return {"outcome": json.dumps(figures(RUNGS[self.rung - 1], 1.0))}
+
+    record = MemoryRecord()
+    control: Controller = load("tests/test_controller.py").controller(record, trials=6)
+    run_trials(control, Leaves, concurrency=2, resources={"cpu": 1})
+    assert {trial.ended for trial in control.trials.values()} <= {"finished", "stopped"}
+    died = [entry for entry in record.entries() if entry["kind"] == "died"]
+    assert {entry["lost"] for entry in died} <= {"idle"}
