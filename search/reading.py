@@ -27,7 +27,8 @@ Policy = Mapping[str, Any]
 @dataclass(frozen=True)
 class Row:
     """One artifact. predicted_ms: lower, mean, upper. spread: share of the latency. misses: the
-    limits that it breaks, in words. loss: KL to the teacher on search validation, in nats."""
+    limits that it breaks, in words. loss: KL to the teacher on search validation, in nats. settled:
+    it is what it was before some training that led it away from the teacher."""
 
     figures: Figures
     drop: float
@@ -39,6 +40,7 @@ class Row:
     mark: str = ""  # best or nearest miss
     misses: Sequence[str] = ()
     loss: float | None = None
+    settled: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ def _row(entry: record.Entry, summary: Summary) -> Row:
     return Row(
         figures, drop, predicted_ms=(low, mean, high), policy=entry.get("policy"),
         misses=summary.misses(figures), loss=entry.get("loss"),
+        settled=bool(entry.get("settled")),
     )  # fmt: skip
 
 
@@ -197,6 +200,7 @@ def _measured(
         marks.get(figures.digest, ""),
         summary.misses(figures),
         loss=model.get("loss"),
+        settled=figures.digest in known and known[figures.digest].settled,
     )
 
 

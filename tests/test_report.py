@@ -249,6 +249,13 @@ def test_front_table(page: Page) -> None:
     assert [row[0][:10] for row in page.table(FRONT)[2:]] == [digest(t)[:10] for t in (2, 1, 3)]
 
 
+def test_training_that_was_given_up_is_told(tmp_path: Path) -> None:
+    given_up = [e | {"settled": e["kind"] == "result" and e["trial"] == 1} for e in entries()]
+    found = page_of(run_directory(tmp_path, given_up, result()))
+    assert found.row(FRONT, digest(1)[:10])[-1] == "mse training given up"
+    assert found.row(FRONT, digest(3)[:10])[-1] == "mse trained with it"
+
+
 def test_everything_drawn_is_in_a_table(page: Page) -> None:
     others = [row[0][:10] for row in page.table(OTHERS)[2:]]
     assert sorted(others) == sorted(digest(t)[:10] for t in (4, 5))
