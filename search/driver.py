@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from .ready import (
     score,
     teacher_answers,
 )
+from .record import Entry
 from .report import FILES as REPORT
 from .report import write_report
 from .results import final_front, finalists, measured_entry, result
@@ -303,7 +304,9 @@ class _Search:
 
     def _fruitless(self, controller: Controller) -> list[tuple[str, int]]:
         """The commonest reasons of failure of a search that has no artifact for them."""
-        return [] if controller.results(RUNGS[-1]) else failures(self.record.entries())
+        if controller.results(RUNGS[-1]):
+            return []
+        return fruitless(self.record.entries(), controller.hopeless())
 
     def _measure(self, controller: Controller, header: dict[str, Any]) -> dict[str, Any]:
         """Finalists, alone, in a process of its own; the front and result.json's content."""
@@ -433,3 +436,13 @@ class _Search:
                 f"MLflow lacks {missing.entries} entries ({missing.reason}); the record has them "
                 f"all: `flyweight deliver {self.run_dir}` when the server is back"
             )
+
+
+def fruitless(entries: Sequence[Entry], hopeless: bool) -> list[tuple[str, int]]:
+    """The commonest reasons of failure where it is failures that left a search without a full
+    result: it is hopeless, or all that ended since it was last begun has failed."""
+    began = max((i for i, e in enumerate(entries) if e["kind"] == "search"), default=0)
+    ended = [e["reason"] for e in entries[began:] if e["kind"] == "end"]
+    if hopeless:
+        return failures(entries)
+    return failures(entries[began:]) if {*ended} == {"failed"} else []

@@ -27,7 +27,7 @@ class Hold:
     storage is away. locked: no other process of this machine can hold it.
 
     A process that gave no sign for long, its machine being suspended say, loses it to the next who
-    asks: ``check`` tells it so before it does harm.
+    asks: ``check`` and ``look`` tell it so before it does harm.
     """
 
     def __init__(self, storage: Storage, name: str, *, locked: bool = False) -> None:
@@ -42,21 +42,31 @@ class Hold:
                 f"{STALE_S:.0f} s after its last"
             )
         self._sign()
-        self._stop = threading.Event()
+        self._looked = time.time()
+        self._ends, self._wake = False, threading.Event()
         self._thread = threading.Thread(target=self._live, name="flyweight-hold", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raises OSError if another process took it meanwhile."""
-        if not self._lost and self._slept():
-            with contextlib.suppress(OSError):  # away: nobody else comes to it either
-                self._look()
+        """Raises OSError if another process is known to have taken it. Never waits for the storage:
+        after a sleep the thread is woken to look, unless it has tried since."""
+        if time.time() - self._looked > STALE_S - SIGN_S:
+            self._wake.set()
         if self._lost:
             raise OSError(f"{self._name} was taken over by {self._lost} while this one slept")
 
+    def look(self) -> None:
+        """The same, after a look at the storage where others may take this process for gone: for
+        who is about to write there and may wait."""
+        if not self._lost and self._slept():
+            with contextlib.suppress(OSError):  # away: nobody else comes to it either
+                self._look()
+        self.check()
+
     def close(self) -> None:
         """Gives it back."""
-        self._stop.set()
+        self._ends = True
+        self._wake.set()
         self._thread.join()
         with contextlib.suppress(OSError):
             self._look()
@@ -64,7 +74,12 @@ class Hold:
             self._storage.remove(FOLDER)  # where it cannot be removed it grows stale
 
     def _live(self) -> None:
-        while not self._lost and not self._stop.wait(SIGN_S):
+        while not self._lost:
+            self._wake.wait(SIGN_S)
+            if self._ends:
+                return
+            self._looked = time.time()
+            self._wake.clear()
             with contextlib.suppress(OSError):  # away for a while
                 self._look()
                 if not self._lost:

@@ -61,7 +61,7 @@ def kept(spec: Spec, out: Path | None, resume: bool) -> Iterator[Kept]:
                 what = redact(f"{spec.storage} cannot be written: {error}", spec.storage)
                 raise BadInput(f"storage: {what}") from error
             record.holds(hold)
-            mirror = Mirror(record.path, storage, hold.check)
+            mirror = Mirror(record.path, storage, hold.look)
             held.callback(mirror.close)
         yield Kept(run_dir, record, storage, mirror)
 

@@ -44,6 +44,7 @@ class ControlledSearcher(_Unpickled, Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         control = self.controller
+        self._handler = self._handler or signal.getsignal(signal.SIGINT)  # Tune's, until Ctrl-C
         trial = control.propose(BUSY_S if control.running() else IDLE_S)
         if trial is None:
             # What runs may come back: Tune asks again as long as it is not told that this is all.
@@ -57,9 +58,7 @@ class ControlledSearcher(_Unpickled, Searcher):
     def _interrupted(self) -> bool:
         """Whether Ctrl-C came while no trial ran. Tune (2.60) looks for that between two asks, but
         not while it waits for a first trial; its handler is gone once it was called."""
-        handler = signal.getsignal(signal.SIGINT)
-        self._handler = self._handler or handler
-        return handler is not self._handler
+        return signal.getsignal(signal.SIGINT) is not self._handler
 
     def on_trial_complete(self, *_: Any, **__: Any) -> None:
         return None

@@ -24,6 +24,8 @@ KEEPS = (1.0, 0.5, 0.25)  # shares of channels kept by the recipes that the solv
 DEPTH = 0.75
 # Octaves that are looked at beyond the fastest finished policy that keeps the limits.
 BEYOND = 0.25
+# Octaves that are looked at in any case: what lies at the very limit may be all that finished.
+NEAR = BEYOND / 2
 
 
 class WarmStart:
@@ -62,10 +64,11 @@ class WarmStart:
     def draw(self, rng: random.Random) -> dict[str, Any] | None:
         """The values of the axes of one more, for a limit at random and with harms as they might
         be, given the table and the results: Thompson sampling (Thompson 1933). Of several students
-        the one that so loses least within the limit, at the highest rung that any has reached."""
+        the one that so loses least within the limit, at the highest rung that all have reached:
+        of another's the scale of one is a guess. Where there is none, as the harms have it."""
         students = [*self._students.values()]
         limit = rng.choice(students).limit(rng, self._finished)
-        rungs = {rung for student in students for rung in student.learned.rungs()}
+        rungs = set.intersection(*(student.learned.rungs() for student in students))
         rung = max(rungs, key=RUNGS.index, default=None)
         found = [drawn for student in students if (drawn := student.draw(limit, rung, rng))]
         return min(found, key=lambda drawn: drawn[0])[1] if found else None
@@ -149,7 +152,7 @@ class _Student:
             kept, broke = ([math.log2(self._slowest / ms) for ms, k in finished if k == which]
                            for which in (True, False))  # fmt: skip
             far = max(kept) + BEYOND if kept else min(broke)
-            way = min(max(far / octaves, 0.0), 1.0)
+            way = min(max(far, NEAR) / octaves, 1.0)
         return self._limit(way * rng.random())
 
     def _limit(self, way: float) -> float:

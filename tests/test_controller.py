@@ -353,6 +353,39 @@ def test_tune_is_told_that_nothing_comes_any_more(room: int) -> None:
     assert control.fatal
 
 
+def test_a_ctrl_c_while_the_first_policy_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune's handler restores the one before it, and is gone when ``propose`` returns."""
+    from flyweight.search.tuning import ControlledSearcher
+
+    control, before = controller(), signal.getsignal(signal.SIGINT)
+
+    def interrupted(_: float) -> None:
+        signal.signal(signal.SIGINT, before)
+
+    monkeypatch.setattr(control, "propose", interrupted)
+    monkeypatch.setattr(control, "looking", lambda: True)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        assert ControlledSearcher(control).suggest("id") == ControlledSearcher.FINISHED
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_failures_are_told_where_they_left_a_search_with_nothing() -> None:
+    from flyweight.search.driver import fruitless
+
+    def end(reason: str) -> Entry:
+        return {"kind": "end", "reason": reason, "error": "boom"}
+
+    begin, failed, late = {"kind": "search"}, end("failed"), end("deadline")
+    assert fruitless([begin, failed, failed], hopeless=False) == [("boom", 2)]
+    assert fruitless([begin, failed, late], hopeless=False) == []
+    assert fruitless([begin, failed, begin], hopeless=False) == []
+    assert fruitless([begin, failed, begin, late], hopeless=False) == []
+    assert fruitless([begin, late, begin, failed], hopeless=False) == [("boom", 1)]
+    assert fruitless([begin, failed, begin], hopeless=True) == [("boom", 1)]
+
+
 def searched() -> list[Entry]:
     clock, record = Clock(), MemoryRecord()
     record.append({"kind": "search", "time": clock.now})

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -87,7 +88,6 @@ def test_who_slept_for_long_and_was_taken_for_gone_writes_nothing_any_more(
     record = FileRecord(tmp_path / "run" / "record.jsonl")
     far = hold.Hold(place, "the storage")
     record.holds(far)
-    monkeypatch.setattr(hold, "STALE_S", 0.0)  # every moment is long
     record.append({"kind": "begin", "trial": 0})  # nobody came
     place.write("record.jsonl", b"of the other\n")
     if ended:
@@ -95,12 +95,36 @@ def test_who_slept_for_long_and_was_taken_for_gone_writes_nothing_any_more(
     else:
         held_by(tmp_path / "storage", "another-machine", 77, 0)
     why = "which has ended" if ended else "process 77 on another-machine"
+    monkeypatch.setattr(hold, "STALE_S", 0.0)  # every moment is long
+    mirror = Mirror(record.path, place, far.look)
+    mirror.close()
+    assert "taken over" in str(mirror.failed)
     with pytest.raises(OSError, match=f"the storage was taken over by .*{why}"):
         record.append({"kind": "begin", "trial": 1})
     assert len(record.entries()) == len(record.path.read_text().splitlines()) == 1
-    mirror = Mirror(record.path, place, far.check)
-    mirror.close()
-    assert "taken over" in str(mirror.failed)
     assert place.read("record.jsonl") == b"of the other\n"
     record.close()
     assert (hold.read(place) is None) == ended  # the other's note stays
+
+
+def test_to_check_never_waits_for_the_storage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread alone looks; after a sleep ``check`` wakes it."""
+    far, readers = hold.Hold(Storage(tmp_path), "the storage"), set[str]()
+    looked, goes_on = threading.Event(), threading.Event()
+
+    def away(_: Storage) -> None:
+        readers.add(threading.current_thread().name)
+        looked.set()
+        goes_on.wait(30)
+        raise OSError("away")
+
+    monkeypatch.setattr(hold, "read", away)
+    monkeypatch.setattr(hold, "STALE_S", 0.0)
+    far.check()
+    assert looked.wait(10)
+    far.check()
+    assert readers == {"flyweight-hold"}
+    goes_on.set()
+    far.close()

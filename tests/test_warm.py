@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flyweight.search.limits import Limits
 from flyweight.search.sensitivity import Sensitivity, measure
-from flyweight.search.warm import BEYOND, WarmStart, coarse_first
+from flyweight.search.warm import BEYOND, NEAR, WarmStart, coarse_first
 from flyweight.spaces import Capabilities, Network, Policy, Settings, Space
 
 BOTH = ("fp32", "int8")
@@ -165,10 +165,12 @@ def test_draws_learn_what_training_makes_of_a_choice(space: Space, table: Sensit
     assert all(1.1 * Device(space).ms(space.policy(warm.draw(rng) or {})) <= 0.4 for _ in range(3))
 
 
+@pytest.mark.parametrize("climbs", [False, True])
 @pytest.mark.parametrize("good", ["pruned", "small"])
 def test_of_several_students_that_is_drawn_which_training_helps(
-    space: Space, table: Sensitivity, good: str
+    space: Space, table: Sensitivity, good: str, climbs: bool
 ) -> None:
+    """Also where the other is always stopped at short."""
     warm, rng = (
         WarmStart(space, table, Device(space), Limits(95.0, latency_ms=0.4)),
         random.Random(0),
@@ -178,8 +180,10 @@ def test_of_several_students_that_is_drawn_which_training_helps(
         policy = space.sample(rng)
         share = 0.01 if policy.student == good else 1.0
         warm.tell(policy, "short", share * harm(space, policy), True)
-    drawn = [space.policy(warm.draw(rng) or {}) for _ in range(10)]
-    assert sum(policy.student == good for policy in drawn) >= 9
+        if climbs and policy.student == good:
+            warm.tell(policy, "full", share * harm(space, policy), True)
+    drawn = [space.policy(warm.draw(rng) or {}) for _ in range(20)]
+    assert sum(policy.student == good for policy in drawn) >= 18
 
 
 def test_draws_go_as_far_as_the_limits_are_kept(space: Space, table: Sensitivity) -> None:
@@ -200,6 +204,18 @@ def test_draws_go_as_far_as_the_limits_are_kept(space: Space, table: Sensitivity
     assert 0.95 * little * at[0.6] <= fastest({0.6: True}) < at[0.6]
     assert 0.95 * at[0.6] <= fastest({0.6: False}) < slowest
     assert 0.95 * little * at[0.6] <= fastest({0.7: False, 0.6: True, 0.5: False}) < at[0.6]
+
+
+def test_one_at_the_limit_that_broke_another_leaves_draws_some_spread(
+    space: Space, table: Sensitivity
+) -> None:
+    device, policy = Device(space), space.uniform(0.6, "fp32")
+    slowest = 1.1 * device.ms(policy)
+    warm, rng = WarmStart(space, table, device, Limits(95.0, slowest)), random.Random(0)
+    warm.tell(policy, "full", 0.1, False)
+    student = warm._students["pruned"]
+    limits = [student.limit(rng, warm._finished) for _ in range(25)]
+    assert slowest * 2**-NEAR <= min(limits) < 0.95 * slowest
 
 
 def test_coarse_first() -> None:
