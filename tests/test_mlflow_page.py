@@ -34,11 +34,11 @@ class Shown:
     pieces: ModuleType
     runs: dict[str, str]  # ids, by name
 
-    def open(self, path: str, words: str) -> str:
+    def open(self, path: str, words: str | re.Pattern[str]) -> str:
         """What the page at ``path`` shows, once it shows ``words``."""
         self.page.goto("about:blank")  # a change behind the # loads nothing anew
         self.page.goto(f"{self.url}/#/{path}")
-        self.page.get_by_text(words, exact=True).first.wait_for(timeout=60_000)
+        self.page.get_by_text(words, exact=True).first.wait_for(timeout=120_000)
         return str(self.page.inner_text("body"))
 
 
@@ -89,6 +89,7 @@ def test_trials_sort_and_have_columns_for_what_is_compared(shown: Shown) -> None
     shown.open(f"experiments/{shown.runs['experiment']}/runs?{order}", "trial 2")
     page = shown.page
     page.get_by_text("Model training", exact=True).click()
+    page.get_by_text("trial 2", exact=True).wait_for(timeout=120_000)  # it loads them anew
     page.get_by_role("button", name="Columns").click()
     for name in ("Dataset", "Source", "Models", *COLUMNS):
         page.get_by_role("tree").get_by_text(name, exact=True).click()
@@ -107,8 +108,9 @@ def test_trials_sort_and_have_columns_for_what_is_compared(shown: Shown) -> None
 
 def test_trials_that_failed_are_found_with_their_reason(shown: Shown) -> None:
     where = "searchFilter=tags.%60flyweight.reason%60%20%3D%20%27failed%27"
-    text = shown.open(f"experiments/{shown.runs['experiment']}/runs?{where}", "matching runs")
-    assert "4 matching runs" in " ".join(text.split())  # three, and the search that they are of
+    # Three, and the search that they are of.
+    place = f"experiments/{shown.runs['experiment']}/runs?{where}"
+    shown.open(place, re.compile(r"^4\s+matching runs$"))
     text = shown.open(f"experiments/1/runs/{shown.runs['trial 12']}", "flyweight.error")
     assert "parity: 97.1% of predictions agree" in text
     assert "Failed" in text
