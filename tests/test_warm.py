@@ -181,7 +181,7 @@ def test_of_several_students_that_is_drawn_which_training_helps(
         share = 0.01 if policy.student == good else 1.0
         warm.tell(policy, "short", share * harm(space, policy), True)
         if climbs and policy.student == good:
-            warm.tell(policy, "full", share * harm(space, policy), True)
+            warm.tell(policy, "full", harm(space, policy), True)
     drawn = [space.policy(warm.draw(rng) or {}) for _ in range(20)]
     assert sum(policy.student == good for policy in drawn) >= 18
 
