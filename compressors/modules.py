@@ -61,8 +61,10 @@ def _replace(graph: fx.GraphModule, node: fx.Node, made: dict[Any, str]) -> None
     if node.op not in ("call_function", "call_method") or name not in MAKERS:
         return
     names, source_name, maker = MAKERS[name]
+    if len(node.args) > len(names):
+        return
     given: Given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    given = {k: _size(v) for k, v in given.items()}
+    given = {_KEYWORDS.get(k, k): _size(v) for k, v in given.items()}
     source = given.pop(source_name, None)
     held = {k: v for k, v in given.items() if isinstance(v, fx.Node)}
     if not isinstance(source, fx.Node) or _is_constant(source) or not shape_of(source):
@@ -75,6 +77,10 @@ def _replace(graph: fx.GraphModule, node: fx.Node, made: dict[Any, str]) -> None
     key = name, len(shape_of(source)), *((k, _identity(v)) for k, v in sorted(given.items()))
     if key not in made:
         weights = {k: _constant(graph, v) for k, v in held.items()}
+        if not all(isinstance(v, Tensor) and v.is_floating_point() for v in weights.values()):
+            return
+        if name in NEED_WEIGHT and "weight" not in weights:
+            return
         module = maker(given | weights, shape_of(source))
         if module is None:
             return
@@ -251,6 +257,8 @@ def _embedding(given: Given, _: tuple[int, ...]) -> nn.Module | None:
 
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _RUNNING = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_KEYWORDS = {"other": "weight", "mat2": "weight"}
+NEED_WEIGHT = {"linear", "matmul", "mm", "addmm", "einsum", "conv1d", "conv2d", "conv3d"}
 # By the name of a function or method: the names of its arguments, which of them it reads, and what
 # makes the module.
 MAKERS: dict[str, tuple[tuple[str, ...], str, Maker]] = {
