@@ -43,7 +43,10 @@ def with_modules(model: nn.Module, example: Any) -> nn.Module:
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()
-    return graph.eval() if _is_same(graph, model, example) else model
+    try:
+        return graph.eval() if _is_same(graph, model, example) else model
+    except Exception:  # the model as it was can be prepared, whatever went wrong here
+        return model
 
 
 def _is_same(graph: nn.Module, model: nn.Module, example: Any) -> bool:
@@ -244,7 +247,9 @@ def _batch_norm(given: Given, shape: tuple[int, ...]) -> nn.Module | None:
     kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
     if len(shape) not in kinds:
         return None
-    made: nn.Module = kinds[len(shape)](shape[1], given.get("eps", 1e-5), affine=affine)
+    made: nn.Module = kinds[len(shape)](
+        shape[1], given.get("eps", 1e-5), given.get("momentum", 0.1), affine
+    )
     return _filled(made, given, ("weight", "bias", "running_mean", "running_var"))
 
 

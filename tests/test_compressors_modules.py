@@ -172,3 +172,9 @@ def test_what_is_worked_out_from_a_request_is_no_weight() -> None:
 def test_products_without_a_weight_or_with_keywords_are_no_crash(function: Any) -> None:
     model, example = Steps(function).eval(), torch.rand(1, 5, 6)
     torch.testing.assert_close(with_modules(model, example)(example), model(example))
+
+
+def test_a_tied_decoder_leaves_the_model_as_it_was_or_computes_the_same() -> None:
+    model = Steps(lambda m, x: F.linear(F.linear(x, m.matrix[:8]).relu(), m.matrix[:8].t())).eval()
+    example = torch.rand(1, 5, 6)
+    torch.testing.assert_close(with_modules(model, example)(example), model(example))
