@@ -43,7 +43,10 @@ def with_modules(model: nn.Module, example: Any) -> nn.Module:
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
     graph.recompile()
-    return graph.eval() if _is_same(graph, model, example) else model
+    try:
+        return graph.eval() if _is_same(graph, model, example) else model
+    except Exception:  # the model as it was can be prepared, whatever went wrong here
+        return model
 
 
 def _is_same(graph: nn.Module, model: nn.Module, example: Any) -> bool:
@@ -61,8 +64,10 @@ def _replace(graph: fx.GraphModule, node: fx.Node, made: dict[Any, str]) -> None
     if node.op not in ("call_function", "call_method") or name not in MAKERS:
         return
     names, source_name, maker = MAKERS[name]
+    if len(node.args) > len(names):
+        return
     given: Given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    given = {k: _size(v) for k, v in given.items()}
+    given = {_KEYWORDS.get(k, k): _size(v) for k, v in given.items()}
     source = given.pop(source_name, None)
     held = {k: v for k, v in given.items() if isinstance(v, fx.Node)}
     if not isinstance(source, fx.Node) or _is_constant(source) or not shape_of(source):
@@ -75,6 +80,10 @@ def _replace(graph: fx.GraphModule, node: fx.Node, made: dict[Any, str]) -> None
     key = name, len(shape_of(source)), *((k, _identity(v)) for k, v in sorted(given.items()))
     if key not in made:
         weights = {k: _constant(graph, v) for k, v in held.items()}
+        if not all(isinstance(v, Tensor) and v.is_floating_point() for v in weights.values()):
+            return
+        if name in NEED_WEIGHT and "weight" not in weights:
+            return
         module = maker(given | weights, shape_of(source))
         if module is None:
             return
@@ -238,7 +247,9 @@ def _batch_norm(given: Given, shape: tuple[int, ...]) -> nn.Module | None:
     kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
     if len(shape) not in kinds:
         return None
-    made: nn.Module = kinds[len(shape)](shape[1], given.get("eps", 1e-5), affine=affine)
+    made: nn.Module = kinds[len(shape)](
+        shape[1], given.get("eps", 1e-5), given.get("momentum", 0.1), affine
+    )
     return _filled(made, given, ("weight", "bias", "running_mean", "running_var"))
 
 
@@ -251,6 +262,8 @@ def _embedding(given: Given, _: tuple[int, ...]) -> nn.Module | None:
 
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _RUNNING = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_KEYWORDS = {"other": "weight", "mat2": "weight"}
+NEED_WEIGHT = {"linear", "matmul", "mm", "addmm", "einsum", "conv1d", "conv2d", "conv3d"}
 # By the name of a function or method: the names of its arguments, which of them it reads, and what
 # makes the module.
 MAKERS: dict[str, tuple[tuple[str, ...], str, Maker]] = {

@@ -160,3 +160,21 @@ def test_what_is_worked_out_from_a_request_is_no_weight() -> None:
 
     model = Gated().eval()
     assert with_modules(model, torch.rand(1, 4)) is model
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda _, x: torch.einsum("bcd->bcd", x),
+        lambda m, x: torch.matmul(x, other=m.matrix),
+    ],
+)
+def test_products_without_a_weight_or_with_keywords_are_no_crash(function: Any) -> None:
+    model, example = Steps(function).eval(), torch.rand(1, 5, 6)
+    torch.testing.assert_close(with_modules(model, example)(example), model(example))
+
+
+def test_a_tied_decoder_leaves_the_model_as_it_was_or_computes_the_same() -> None:
+    model = Steps(lambda m, x: F.linear(F.linear(x, m.matrix[:8]).relu(), m.matrix[:8].t())).eval()
+    example = torch.rand(1, 5, 6)
+    torch.testing.assert_close(with_modules(model, example)(example), model(example))
