@@ -115,7 +115,12 @@ def run_quietly(runner: fx.Interpreter, inputs: Iterable[Any]) -> None:
 
 def doubled(inputs: Sequence[Any]) -> list[Any]:
     """Two requests in one batch."""
-    return [torch.cat((x, x)) if isinstance(x, Tensor) and x.ndim else x for x in inputs]
+    return repeated(inputs, 2)
+
+
+def repeated(inputs: Sequence[Any], times: int) -> list[Any]:
+    """As many requests in one batch."""
+    return [torch.cat([x] * times) if isinstance(x, Tensor) and x.ndim else x for x in inputs]
 
 
 def _where(

@@ -2,7 +2,7 @@
 
 The shape of a request is fixed, but for how many there are in one batch. So ``if x.shape[1] > 5``,
 ``assert``s, loops over steps and ``*x.shape`` are what they are for the example; what would be
-another for two requests in one batch, or hangs on values, is refused as torch.fx refuses it.
+another for several requests in one batch, or hangs on values, is refused as torch.fx refuses it.
 """
 
 import operator
@@ -21,7 +21,7 @@ SHAPES = {
 
 
 class Tracer(fx.Tracer):
-    """requests: what the model's forward is given, for one request and for two in one batch.
+    """requests: what the model's forward is given, for one request and for several in one batch.
     buffers: whether the model's buffers are noted where they are read, and not taken as they are.
     """
 
@@ -68,7 +68,7 @@ class Tracer(fx.Tracer):
         return super().to_bool(obj) if found is None else bool(found)
 
     def length(self, obj: fx.Proxy) -> int | None:
-        """How many parts ``obj`` has, if two requests in one batch have as many."""
+        """How many parts ``obj`` has, if several requests in one batch have as many."""
         try:
             counts = {len(value) for value in self._values(obj.node)}
         except Exception:  # whatever the model says; it will say so again when it runs

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from .errors import BadInput, Untraceable
-from .grouping import Found, doubled, find_blocks, run_quietly, trial_widths
+from .grouping import Found, doubled, find_blocks, repeated, run_quietly, trial_widths
 from .memory import Change, changes, versions, write_once
 from .network import Group, Layer, Network, Op
 from .operations import LAYERS, SHAPE, callee, operations, shape_of
@@ -22,6 +22,9 @@ from .surgery import operate_
 from .tracer import Tracer
 
 MAKERS = ("zeros", "ones", "full", "arange", "eye", "linspace")  # of tensors, from numbers alone
+# Requests in a batch by which it is told what hangs on how many there are, also on whether there
+# are many, and on whether their number is even.
+BATCHES = (1, 2, 67)
 _LIBRARY = (str(Path(torch.__file__).parent), "<eval_with_key>", str(Path(__file__).parent))
 
 
@@ -71,7 +74,7 @@ def _symbolic(model: nn.Module, bound: Sequence[Any], defaults: dict[str, Any]) 
     may decide what runs."""
 
     def traced(buffers: bool) -> fx.GraphModule:
-        tracer = Tracer([given(bound), given(doubled(bound))], buffers)
+        tracer = Tracer([given(repeated(bound, times)) for times in BATCHES], buffers)
         graph = tracer.trace(model, defaults or None)
         return fx.GraphModule(tracer.root, graph, type(model).__name__)
 

@@ -178,3 +178,15 @@ def test_a_tied_decoder_leaves_the_model_as_it_was_or_computes_the_same() -> Non
     model = Steps(lambda m, x: F.linear(F.linear(x, m.matrix[:8]).relu(), m.matrix[:8].t())).eval()
     example = torch.rand(1, 5, 6)
     torch.testing.assert_close(with_modules(model, example)(example), model(example))
+
+
+def test_a_layer_that_has_the_name_of_a_new_one_stays() -> None:
+    class Named(Steps):
+        def __init__(self) -> None:
+            super().__init__(lambda m, x: F.linear(m.matrix_linear(x), m.matrix))
+            self.matrix_linear = nn.Linear(16, 16)
+
+    model, example = Named().eval(), torch.rand(1, 5, 6)
+    found = with_modules(model, example)
+    torch.testing.assert_close(found(example), model(example))
+    assert len([m for m in found.modules() if isinstance(m, nn.Linear)]) == 5

@@ -363,6 +363,20 @@ def test_an_argument_may_have_the_name_of_a_module() -> None:
     assert trace(Named(), {"body": torch.rand(1, 4)}).inputs == ("body",)
 
 
+@pytest.mark.parametrize("decide", [lambda x: x.shape[0] > 4, lambda x: max(1, len(x) // 64) > 1])
+def test_what_hangs_on_how_many_requests_there_are_is_refused(decide: Any) -> None:
+    class Decides(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x * 0 if decide(x) else x)
+
+    with pytest.raises(Untraceable, match="how many requests are in a"):
+        trace(Decides(), torch.rand(1, 4))
+
+
 # -- the teacher stays as it is ------------------------------------------------------------------
 
 
