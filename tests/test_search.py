@@ -225,7 +225,9 @@ def parent(pid: int) -> int:
 @pytest.mark.parametrize("deaths", [1, 2])
 def test_a_worker_that_is_killed(starter: Path, tmp_path: Path, deaths: int) -> None:
     """Its trial goes on from its last rung on another, though it is the last one; not for ever."""
-    search, rungs = {"trials": 1, "concurrency": 1}, {"short": 0.1, "full_epochs": 60}
+    # At random, so that there is something to train.
+    search = {"trials": 1, "concurrency": 1, "strategy": "random"}
+    rungs = {"short": 0.1, "full_epochs": 60}
     path, run = small(starter, "died.yaml", search=search, rungs=rungs), tmp_path / "run"
     killed: set[int] = set()
     with started("search", path, "--out", run, "--json", cwd=starter) as process:
