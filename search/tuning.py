@@ -94,7 +94,7 @@ class ControlledScheduler(_Unpickled, FIFOScheduler):
         reason = (str(error).strip().splitlines() or ["its worker died or raised"])[-1]
         if isinstance(error, RayActorError) and not error.actor_init_failed:
             # It died while it was idle, before it began with this trial.
-            idle = trial in tuner._tune_controller._resetting_trials
+            idle = trial in tuner._resetting_trials
             controller.died(number, reason, "idle" if idle else _lost(error))
         else:
             controller.failed(number, reason)
