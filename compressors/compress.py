@@ -2,7 +2,7 @@
 
 import copy
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -98,6 +98,11 @@ def compress(
         made, more = _trained(prepared, policy, plan, student, rung, seed)
         samples += more
         if _harmed(policy, rung, previous.loss, made.loss):
+            if rung == "short":  # its figures are of the same items: nothing is to be built again
+                seconds += time.perf_counter() - began
+                return replace(
+                    previous, rung=rung, samples=samples, seconds=seconds, settled=True
+                )  # fmt: skip
             settled, made = True, None
             student = _start(prepared, policy, plan, previous)
     made = made or _artifact(prepared, quantize(prepared, policy, plan, student))
