@@ -43,6 +43,10 @@ class Solver:
         found = [point for point, ms in ends if ms <= limit_ms]
         return min(found, key=self.harm, default=None)
 
+    def fastest(self, starts: Sequence[Point]) -> float:
+        """The least latency that is found from any of ``starts``."""
+        return min(self._from(np.array(start), 0.0)[1] for start in starts)
+
     def _from(self, point: Point, limit_ms: float) -> tuple[Point, float]:
         reach, switches = REACH, sum(not ordered for ordered in self.ordered)
         ms = float(self._latency(point[None])[0])

@@ -113,3 +113,15 @@ def test_what_is_impossible_is_never_the_answer() -> None:
     found = Solver(solver.harms, latency, solver.ordered).solve(device(every).mean(), STARTS)
     assert found is not None
     assert (found != forbidden).any()
+
+
+def test_the_fastest_is_not_the_smallest_where_small_is_slow() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        alone = rng.uniform(0.5, 1.0, (AXES, CHOICES))  # in no order
+
+        def latency(points: NDArray[np.int64], alone: NDArray[np.float64] = alone) -> Any:
+            return alone[np.arange(AXES), points].sum(1)
+
+        solver = Solver([np.zeros(CHOICES)] * AXES, latency, [True] * AXES)
+        assert solver.fastest([np.zeros(AXES, int)]) == pytest.approx(alone.min(1).sum())

@@ -107,6 +107,23 @@ def test_the_sweep_goes_on_below_the_limit(space: Space, table: Sensitivity) -> 
     assert Counter(p.student for p in found[:2]) == {"pruned": 1, "small": 1}
 
 
+class Narrow(Device):
+    """Where every width is the least, all takes longer than at half the widths."""
+
+    def predict(self, points: NDArray[np.int64]) -> NDArray[np.float64]:
+        widths = [i for i, axis in enumerate(self.axes) if axis.name.startswith("width/")]
+        return super().predict(points) + 1.0 * (points[:, widths] == 0).any(1)[:, None]
+
+
+def test_the_sweep_goes_beyond_the_smallest_where_that_is_not_the_fastest(
+    space: Space, table: Sensitivity
+) -> None:
+    device = Narrow(space)
+    found = WarmStart(space, table, device, Limits(95.0, latency_ms=1.0)).sweep(4)
+    mine = [device.ms(p) for p in found if p.student == "pruned"]
+    assert min(mine) < 0.5 * max(mine)
+
+
 def test_without_a_latency_limit_it_begins_at_full_width_in_int8(
     space: Space, table: Sensitivity
 ) -> None:
