@@ -186,7 +186,7 @@ def _module(model: Any, what: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise BadInput(f"task: {what} must be a torch.nn.Module, but got {type(model).__name__}")
     whose = "the model" if what == "model()" else what
-    module = unwrapped(model, whose).requires_grad_(False)
+    module = unwrapped(model, whose)
     _check_values(module, whose)
     return module
 
@@ -232,7 +232,9 @@ def _start(model: nn.Module, example: Any) -> Start:
     except Exception:  # if it is not the layout, tracing will say what it is
         lay_out(model, torch.contiguous_format)
     try:
-        return _traced(with_modules(spelled_out(model, example), example), model, example)
+        start = _traced(with_modules(spelled_out(model, example), example), model, example)
+        start.model.requires_grad_(False)  # not before: it says what the user trains
+        return start
     except Untraceable as error:
         doubles = [t for t in (*args, *kwargs.values()) if getattr(t, "dtype", 0) == torch.float64]
         hint = "; its inputs are in float64, the model's weights in float32: give x.float()"
