@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from ..spaces import BadInput
-from .task import Dataset
+from .task import Dataset, describe
 
 # How many items a network runs at once where the number changes no result: what it computes should
 # stay in the cache. MobileNetV2 at 224 x 224 takes 16 ms an image by eights and 35 by 128, in ONNX
@@ -130,11 +130,6 @@ def _is_finite(tensor: Tensor) -> bool:
     torch.isfinite takes 27 times as long (240 MB of images: 10 ms for each of 0.26 s).
     """
     return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
-
-
-def describe(error: Exception) -> str:
-    """An exception of the user's code, for a message."""
-    return f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)

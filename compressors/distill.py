@@ -120,6 +120,9 @@ def distill(
     soft = LOSSES[settings.loss]
     student.to(device)
     parameters = [p for p in student.parameters() if p.requires_grad]
+    if not parameters:  # buffers alone
+        student.to(CPU)
+        return 0
     holds = masks(student) if hold_zeros else {}
 
     def objective(output: Tensor, items: Items, answers: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ..spaces.operations import shape_of
 from ..spaces.tracing import arguments, trace_graph
 
 TOLERANCE = 1e-4  # share of the largest answer: other orders of the same sums
+FIXED = "fixed"  # attribute of a module: which of its tensors no student trains
 
 Made = TypeVar("Made", bound=nn.Module)
 Given = dict[str, Any]  # the arguments of a call by name, weights as tensors
@@ -36,6 +37,8 @@ def with_modules(model: nn.Module, example: Any) -> nn.Module:
         graph = trace_graph(copy.deepcopy(model), example)
     except BadInput:  # whoever traces it next says so
         return model
+    if not any(p.requires_grad for p in graph.parameters()):
+        graph.requires_grad_()  # frozen as a whole, as some do with a model that is only run
     made: dict[Any, str] = {}
     try:
         for node in list(graph.graph.nodes):
@@ -86,6 +89,8 @@ def _replace(graph: fx.GraphModule, node: fx.Node, made: dict[Any, str]) -> None
         module = maker(given | weights, shape_of(source))
         if module is None:
             return
+        fixed = {k for k, v in held.items() if not _is_trained(graph, v)}
+        setattr(module, FIXED, frozenset(fixed))
         made[key] = _name(graph, node, held, type(module).__name__)
         graph.add_submodule(made[key], module.eval())
     with graph.graph.inserting_before(node):
@@ -130,6 +135,16 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 def _is_constant(node: fx.Node) -> bool:
     """Whether ``node`` is the same for every request: a weight, or worked out from weights."""
     return all(n.op != "placeholder" for n in _ancestors(node))
+
+
+def _is_trained(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` is worked out from a weight that is trained: a buffer is none."""
+    sources = (n for n in _ancestors(node) if n.op in ("get_attr", "call_module"))
+    for found in (operator.attrgetter(str(n.target))(graph) for n in sources):
+        held = found.parameters() if isinstance(found, nn.Module) else [found]
+        if any(value.requires_grad for value in held):
+            return True
+    return False
 
 
 def _constant(graph: fx.GraphModule, node: fx.Node) -> Any:

@@ -23,7 +23,7 @@ from ..spaces import (
     nearest,
 )
 from ..spaces.tracing import arguments, trace
-from .data import Items, Splits, describe, split
+from .data import Items, Splits, split
 from .distill import CPU, Epoch
 from .modules import with_modules
 from .outputs import OutputKind, kind_of
@@ -31,7 +31,7 @@ from .parity import run_module
 from .prune import importance, lay_out
 from .reconstruct import Moments, input_moments
 from .spelled_out import spelled_out
-from .task import Task, as_number
+from .task import Task, as_number, describe
 from .unwrapped import unwrapped
 
 KNOWN_BY = 512  # items of search validation by which the kind of the output is known
@@ -186,7 +186,7 @@ def _module(model: Any, what: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise BadInput(f"task: {what} must be a torch.nn.Module, but got {type(model).__name__}")
     whose = "the model" if what == "model()" else what
-    module = unwrapped(model, whose).requires_grad_(False)
+    module = unwrapped(model, whose)
     _check_values(module, whose)
     return module
 
@@ -232,7 +232,9 @@ def _start(model: nn.Module, example: Any) -> Start:
     except Exception:  # if it is not the layout, tracing will say what it is
         lay_out(model, torch.contiguous_format)
     try:
-        return _traced(with_modules(spelled_out(model, example), example), model, example)
+        start = _traced(with_modules(spelled_out(model, example), example), model, example)
+        start.model.requires_grad_(False)  # not before: it says what the user trains
+        return start
     except Untraceable as error:
         doubles = [t for t in (*args, *kwargs.values()) if getattr(t, "dtype", 0) == torch.float64]
         hint = "; its inputs are in float64, the model's weights in float32: give x.float()"
@@ -302,6 +304,7 @@ def _check(prepared: Prepared) -> None:
     except Exception as error:
         raise BadInput(
             f"task: loss or metric fails on output {tuple(output.shape)}: {error}"
+            f"{_hint(error, some.targets)}"
         ) from error
     if loss.ndim or not torch.isfinite(loss):
         raise BadInput(f"task: loss must be one finite number, but got {loss.tolist()}")
@@ -309,6 +312,20 @@ def _check(prepared: Prepared) -> None:
         raise BadInput("task: loss cannot be differentiated; compute it from output in torch")
     if not math.isfinite(as_number(metric)):
         raise BadInput(f"task: metric must be one finite number, but got {metric!r}")
+
+
+def _hint(error: Exception, targets: Any) -> str:
+    """What to do where targets are of another type than the loss takes."""
+    if not isinstance(targets, Tensor):
+        return ""
+    dtype = str(targets.dtype).removeprefix("torch.")
+    if targets.is_floating_point() and "Long" in str(error):
+        return (
+            f"; the targets are {dtype}, but labels of classes are whole numbers: give int(label)"
+        )
+    if not targets.is_floating_point() and re.search("Float|float", str(error)):
+        return f"; the targets are {dtype}, but this loss takes floats: give float(target)"
+    return ""
 
 
 def _leaves(item: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from ..spaces import Group, Impossible, Network, Prune, nearest
 from ..spaces.surgery import operate_
 from ..spaces.tracing import trace_graph
 from .data import Items
+from .modules import FIXED
 
 # Importance of a channel from its weights in all layers of the group (and their gradients).
 # l1: Li et al. 2017, "Pruning filters for efficient convnets". taylor: Molchanov et al. 2019,
@@ -127,10 +128,14 @@ def remove(
     drop: Iterable[str] = (),
 ) -> fx.GraphModule:
     """A copy of ``model`` without the channels that are not in ``kept`` and without the residual
-    branches ``drop``, as the graph of its operations."""
+    branches ``drop``, as the graph of its operations. What is to be trained requires gradients."""
     model = copy.deepcopy(model).eval()  # it runs once, and may write to its buffers
     student = operate_(trace_graph(model, example), network, kept, drop)
-    return student.eval().requires_grad_()
+    student.eval().requires_grad_()
+    for module in student.modules():
+        for attribute in getattr(module, FIXED, frozenset()) & module._parameters.keys():
+            getattr(module, attribute).requires_grad_(False)
+    return student
 
 
 def shaped(model: nn.Module, network: Network, example: Any, how: Prune) -> fx.GraphModule:

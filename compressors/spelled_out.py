@@ -102,9 +102,9 @@ class Attention(nn.Module):
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    made.weight = nn.Parameter(weight.detach().clone())
+    made.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone())
+        made.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     return made
 
 

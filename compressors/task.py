@@ -100,6 +100,31 @@ def as_batch(item: Any) -> Any:
     return torch.as_tensor(item)[None]
 
 
+def task_folder(reference: str, folder: Path) -> Path:
+    """The folder of the file that ``reference`` names; ``folder`` where that is not known."""
+    place = reference.rpartition(":")[0]
+    if place.endswith(".py"):
+        return (folder / place).resolve().parent
+    try:
+        found = importlib.util.find_spec(place)
+    except Exception:  # of a package of the user's: whoever loads the task says what it is
+        found = None
+    return Path(found.origin).resolve().parent if found and found.origin else folder
+
+
+def describe(error: Exception) -> str:
+    """An exception of the user's code, for a message."""
+    what = f"{type(error).__name__}: {error}"
+    place = Path(str(getattr(error, "filename", None) or "NAME"))
+    if not isinstance(error, FileNotFoundError) or place.is_absolute():
+        return what
+    return (
+        f"{what}. Workers run elsewhere, so a task's relative paths begin at its own folder, in "
+        f"every process: {Path.cwd()}; put the file there (Path(__file__).parent / "
+        f"{place.name!r}), or give its absolute path"
+    )
+
+
 def load_task(reference: str, folder: Path, arguments: Mapping[str, Any]) -> Any:
     """The task that ``reference`` names: "file.py:Name" relative to ``folder``, or "module:Name".
 
@@ -123,8 +148,7 @@ def load_task(reference: str, folder: Path, arguments: Mapping[str, Any]) -> Any
         given = dict(arguments)
         raise BadInput(f"task: {reference} does not take task_args {given}: {error}") from error
     except Exception as error:  # the user's code
-        what = f"{type(error).__name__}: {error}"
-        raise BadInput(f"task: {reference} cannot be made: {what}") from error
+        raise BadInput(f"task: {reference} cannot be made: {describe(error)}") from error
 
 
 def _from_file(path: Path) -> Any:
@@ -141,8 +165,7 @@ def _from_file(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise BadInput(f"task: {path} cannot be imported: {what}") from error
+        raise BadInput(f"task: {path} cannot be imported: {describe(error)}") from error
     return module
 
 
@@ -150,5 +173,4 @@ def _from_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise BadInput(f"task: module {name!r} cannot be imported: {what}") from error
+        raise BadInput(f"task: module {name!r} cannot be imported: {describe(error)}") from error

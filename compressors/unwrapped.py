@@ -74,7 +74,8 @@ def untied(model: nn.Module) -> nn.Module:
     for module in model.modules():  # a module with two names comes once
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in seen:
-                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+                copy_ = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                setattr(module, name, copy_)
             seen.add(parameter)
     return model
 
@@ -85,12 +86,13 @@ def _make_weights_plain_(model: nn.Module) -> None:
     for module in [*model.modules()]:
         if parametrize.is_parametrized(module):
             held: Any = module.parametrizations
-            weights = {name: getattr(module, name).detach().clone() for name in held}
+            weights = {name: getattr(module, name) for name in held}
             # torch's own way changes the class, which the user's module has too.
             module.__class__ = parametrize.type_before_parametrizations(module)
             del module.parametrizations
             for name, weight in weights.items():
-                module.register_parameter(name, nn.Parameter(weight))
+                own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                module.register_parameter(name, own)
         for hook in [*module._forward_pre_hooks.values()]:  # those of before parametrizations
             old: Any = getattr(hook, "name", None)
             if isinstance(hook, WeightNorm):

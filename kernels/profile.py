@@ -57,7 +57,10 @@ class DeviceProfile:
         try:
             lines = path.read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"no device profile at {path}: {error}") from error
+            raise BadInput(
+                f"no device profile at {path}: {error}; `flyweight profile --spec SPEC -o {path}` "
+                "makes one, and a search of 15 trials or more leaves RUN_DIR/profile.jsonl"
+            ) from error
         entries = []
         for number, line in enumerate(lines, 1):
             try:

@@ -80,9 +80,16 @@ def choose(
             f"--max-latency-ms: nothing on the front takes at most {max_latency_ms:g} ms; {there}"
         )
     if result["best"] is None:
-        miss = result.get("nearest_miss")
-        instead = f"; the nearest miss can be had with --digest {miss[:12]}" if miss else ""
-        raise BadInput(f"no artifact of {run_dir} is within the limits of its search{instead}")
+        if miss := result.get("nearest_miss"):
+            raise BadInput(
+                f"no artifact of {run_dir} is within the limits of its search; the nearest miss "
+                f"can be had with --digest {miss[:12]}"
+            )
+        raise BadInput(
+            f"{run_dir} has no artifact: no trial finished the full rung; its report.html says how "
+            "they ended. Let there be more search.trials or search.time_budget in search.yaml, and "
+            f"go on: flyweight search search.yaml --out {run_dir} --resume"
+        )
     return str(result["best"])
 
 

@@ -44,7 +44,12 @@ def deploy(
     if as_json:
         click.echo(json.dumps(vars(found), indent=2, default=str))
         return
-    click.echo(f"{found.name} version {found.version} is {found.alias}: {found.digest[:12]}")
+    before = (
+        "" if found.previous in (None, found.version) else f", in place of version {found.previous}"
+    )
+    click.echo(
+        f"{found.name} version {found.version} is {found.alias}{before}: {found.digest[:12]}"
+    )
     here = found.verified_latency_ms
     timed = f", {milliseconds(here)} ms" if here and found.same_device else ""
     click.echo(f"Verified in a clean process: metric {found.metric:.2f}{timed}")

@@ -43,7 +43,20 @@ SPEC_OPTION = click.option(
     "--spec", required=True, type=click.Path(path_type=Path), callback=_checked,
     help="The search.yaml.",
 )  # fmt: skip
-RUN_DIR = click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+
+
+def _found(context: click.Context, _parameter: click.Parameter, path: Path) -> Path:
+    """Refuses what is no folder, in our words."""
+    if not context.resilient_parsing and not path.is_dir():
+        what = "is no folder" if path.exists() else "is not there"
+        raise BadInput(
+            f"RUN_DIR {path} {what}; give the folder of a search: the one named with --out, else "
+            "runs/TASK-DATE where it was begun"
+        )
+    return path
+
+
+RUN_DIR = click.argument("run_dir", type=click.Path(path_type=Path), callback=_found)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import islice
 
 from ..compressors import RUNGS
-from ..spaces import Impossible, Policy
+from ..spaces import BadInput, Impossible, Policy
 from .finder import Finder, Price
 from .limits import Limits
 from .pareto import Point, by_chance, climbs
@@ -64,7 +64,8 @@ class Budget:
 
 class Controller:
     """Proposes policies, takes results, decides. Never raises into its caller: a record that
-    cannot be written, or a meter that is gone, ends the search with ``fatal`` set.
+    cannot be written, a meter that is gone, or a task that no worker can make, ends the search with
+    ``fatal`` set.
 
     look_ahead: see ``Finder``. reprice: what the record knows is priced anew, for a target or a
     profile that has changed.
@@ -87,7 +88,7 @@ class Controller:
         self.trials: dict[int, Trial] = {}
         self._reached: dict[str, dict[int, Trial]] = {rung: {} for rung in RUNGS}  # as they came
         self._price = price
-        self.fatal: OSError | None = None
+        self.fatal: OSError | BadInput | None = None
         self.exhausted = False
         self.interrupted = False
         self._clock, self._listen = clock, listen
@@ -197,6 +198,8 @@ class Controller:
             return False  # a result that arrives after the end of its trial changes nothing
         if outcome["rung"] != trial.next_rung:
             return True  # nor does one that comes twice
+        if "refused" in outcome:
+            return self._refused(trial, outcome["refused"])
         if "unstored" in outcome:
             self._unstored += 1
             if self._unstored >= UNSTORED:
@@ -227,6 +230,16 @@ class Controller:
         elif not self._in_time(trial, RUNGS[RUNGS.index(rung) + 1]):
             self._end(trial, "deadline")
         return trial.ended is None
+
+    def _refused(self, trial: Trial, error: str) -> bool:
+        """The worker cannot make the task. Where none has, none will: the search ends, and what
+        was tried may be tried again."""
+        if any(self._reached.values()):
+            self._end(trial, "failed", error)
+            return False
+        self.fatal = self.fatal or BadInput(error)
+        self._end(trial, "interrupted", error)
+        return False
 
     def failed(self, number: int, error: str) -> None:
         """The trial's worker raised."""

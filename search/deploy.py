@@ -174,8 +174,8 @@ def verify(artifact: Artifact, spec: Spec, timing: Timing | None = None) -> Veri
     Raises FlyweightError if its metric is not what metrics.json says, to ``TOLERANCE``, or if, on
     the device that it was measured on, it is slower than it was, by more than ``SLOWER``.
     """
-    task = spec.load_task()
-    selection = split(task).selection
+    with spec.loaded_task() as task:
+        selection = split(task).selection
     with tempfile.TemporaryDirectory(prefix="flyweight-verify-") as temporary:
         place = Path(temporary)
         np.savez(place / "inputs.npz", **feed(selection.inputs))  # type: ignore[arg-type]

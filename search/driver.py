@@ -19,10 +19,20 @@ from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed,
 from ..spaces import BadInput, FlyweightError
 from .cache import key_of
 from .controller import Budget, Controller, failures
+from .counting import telling
 from .explain import explanation
 from .limits import Limits
 from .local_ray import connected, terminable
-from .opening import Kept, asks_anew, changed_target, is_done, kept, opening_entry
+from .meter import Device
+from .opening import (
+    Kept,
+    asks_anew,
+    changed_target,
+    check_same,
+    is_done,
+    kept,
+    opening_entry,
+)
 from .placement import Place, place_of, trial_request
 from .predict import given_profile, predictor_of
 from .preflight import check_cluster
@@ -30,15 +40,9 @@ from .preparation import Preparation, worth_preparing
 from .pricing import Pricing, predicted, timed
 from .profiling import check_profile, empty_profile
 from .progress import Progress
-from .ready import (
-    Ready,
-    check_reachable,
-    facts_of,
-    ready,
-    score,
-    teacher_answers,
-)
-from .record import Entry
+from .reach import check_limits, check_without_ray
+from .ready import Ready, facts_of, ready, score, teacher_answers
+from .record import Entry, Record
 from .report import FILES as REPORT
 from .report import write_report
 from .results import final_front, finalists, measured_entry, result
@@ -86,20 +90,32 @@ def search(
     began = time.time()
     profile = given_profile(spec)
     with kept(spec, out, resume) as run:
-        say = console.print if console else print
-        say(f"Checking {spec.given_task} and tracing its model")
-        prepared = ready(spec, run.run_dir)
-        if profile is not None:
-            check_profile(profile, empty_profile(spec, prepared.prepared), device=False)
-        write_whole(run.run_dir / SPEC, spec.to_yaml().encode())
-        say("Starting Ray" if address is None else f"Joining the Ray cluster at {address}")
-        with connected(spec, address):
-            check_cluster(prepared, run.storage, address is None, wait_s, say)
-            place = place_of(prepared, profile, address is None, say)
-            say("Timing the teacher on the target")
-            whole = _Search(run, prepared, place, profile, began, console)
+        say, local = console.print if console else print, address is None
+        check_same(run.record, resolved_task=spec.task)
+        with telling(f"Checking {spec.given_task} and tracing its model", console):
+            prepared = _checked(spec, run.record, profile, local)
+            prepared.write(run.run_dir)
+        text = "Starting Ray" if local else f"Joining the Ray cluster at {address}"
+        with contextlib.ExitStack() as joined:
+            with telling(text, console):
+                joined.enter_context(connected(spec, address))
+            check_cluster(prepared, run.storage, local, wait_s, say)
+            place = place_of(prepared, profile, local, say)
+            whole = _Search(run, prepared, place, profile, began, console, local)
             with contextlib.closing(whole):
                 return whole.run()
+
+
+def _checked(spec: Spec, record: Record, profile: DeviceProfile | None, local: bool) -> Ready:
+    """All that can be refused without Ray, which takes seconds to start, is refused here."""
+    found = ready(spec)
+    device = Device.of(found.prepared.runtime)
+    check_same(record, data_digest=found.data_digest, capabilities=device.capabilities)
+    if profile is not None:
+        check_profile(profile, empty_profile(spec, found.prepared), device=False)
+    if asks_anew(spec, record):
+        check_without_ray(found, local)
+    return found
 
 
 class _Search:
@@ -113,7 +129,9 @@ class _Search:
         profile: DeviceProfile | None,
         began: float,
         console: Any,
+        local: bool,
     ) -> None:
+        self.local = local
         self.spec, self.ready, self.place = prepared.spec, prepared, place
         self.run_dir, self.record = run.run_dir, run.record
         self.storage, self.mirror = run.storage, run.mirror
@@ -126,18 +144,20 @@ class _Search:
         self.nothing_left = is_done(run.record, self.spec.search.trials)
 
     def run(self) -> Outcome:
-        header = opening_entry(self.ready, self.record, self.place.device, self.place.alone())
+        with telling("Timing the teacher on the target", self.console):
+            alone = self.place.alone()
+        header = opening_entry(self.ready, self.record, self.place.device, alone)
         teacher_ms = header["teacher"]["latency_ms"]
         limits = self.ready.limits(teacher_ms)
         price = timed(self.ready.prepared, self.place)
-        new_limits = asks_anew(header, self.record)
+        new_limits = not self.local and asks_anew(self.spec, self.record)
         if new_limits and self.place.there:
-            self._check_limits(price, limits)
+            check_limits(self.ready, limits, price)
         self.predictor = self._predictor(teacher_ms)
         if self.predictor is not None:
             price = predicted(self.ready.prepared, self.predictor, limits)
             if new_limits and not self.place.there:
-                self._check_limits(price, limits)
+                check_limits(self.ready, limits, price)
         elif changed_target(header, self.record):
             raise BadInput(
                 "--resume: the target has changed, and without a device profile of the new one "
@@ -153,9 +173,7 @@ class _Search:
             warm, interrupted = None, True
             if self.record.entries()[-1:] != [json.loads(json.dumps(header))]:
                 self.record.append(header)
-        torch.set_num_threads(os.cpu_count() or 1)
-        answers = {} if interrupted else teacher_answers(self.ready.prepared)
-        torch.set_num_threads(1)  # from here on the trials have the cores
+        answers = {} if interrupted else self._answers()
         tracker = self._tracker(header)
         controller = self._controller(limits, tracker, price, warm)
         if interrupted:
@@ -164,6 +182,9 @@ class _Search:
         else:
             self._trials(controller, header, answers)
         self.place.close()
+        if isinstance(controller.fatal, BadInput):
+            self._finish(tracker, controller)
+            raise controller.fatal
         self._note_end(controller)
         found = self._measure(controller, header)
         found |= {"mlflow_run_id": tracker.wait_run_id(FINISH_S)}
@@ -171,6 +192,13 @@ class _Search:
         self._finish(tracker, controller)
         failed = bool(controller.fatal or self._fruitless(controller)) or not written
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
+
+    def _answers(self) -> dict[int, Any]:
+        torch.set_num_threads(os.cpu_count() or 1)
+        with telling("The teacher answers the training data", self.console):
+            answers = teacher_answers(self.ready.prepared)
+        torch.set_num_threads(1)  # from here on the trials have the cores
+        return answers
 
     def close(self) -> None:
         """Ends its thread, also where the search was cut short."""
@@ -207,13 +235,6 @@ class _Search:
         table = self.preparation.table()
         return self.preparation.warm_start(table, self.predictor, limits)
 
-    def _check_limits(self, price: Pricing, limits: Limits) -> None:
-        cases: list[dict[str, float]] = []
-        for policy in self.ready.smallest() if limits.costs() else ():
-            found = price(policy)
-            cases.append(vars(found) | {"latency_ms": found.latency_ms[1]})
-        check_reachable(self.ready, limits, cases)
-
     def _tracker(self, header: dict[str, Any]) -> Tracker:
         tracking = self.spec.tracking
         if tracking is None:
@@ -243,10 +264,11 @@ class _Search:
 
         for entry in self.record.entries():  # of a resumed search also what came before
             listen(entry)
-        proposals = source(
-            search.strategy, self.ready.space, search.sampler, search.seed, search.trials,
-            warm, self.ready.recipes(), search.time_budget or math.inf,
-        )  # fmt: skip
+        with telling("Choosing the first policies", self.console):
+            proposals = source(
+                search.strategy, self.ready.space, search.sampler, search.seed, search.trials,
+                warm, self.ready.recipes(), search.time_budget or math.inf,
+            )  # fmt: skip
         budget = Budget(search.trials, search.time_budget)
         return Controller(
             proposals, price, limits, self.record, budget, listen=[listen, tidy], look_ahead=True,
@@ -257,7 +279,8 @@ class _Search:
         self, controller: Controller, header: dict[str, Any], answers: dict[int, Any]
     ) -> None:
         facts = facts_of(self.spec, header["target"]["fingerprint"])
-        job = Job(self.spec, self.storage, facts, self._inputs(header), answers)
+        inputs = self._inputs(header)
+        job = Job(self.spec, self.storage, facts, inputs, answers, self.ready.made)
         self.progress.spent_s = controller.elapsed()
         with self.progress, terminable():
             run_trials(
@@ -350,11 +373,10 @@ class _Search:
 
     def _timings(self, models: Mapping[str, bytes], teacher_ms: float) -> dict[str, Timing] | None:
         """The finalists, alone; None where they could not be measured."""
-        timings = None
-        if models:
-            self.progress.note(f"Measuring {len(models)} finalists, alone")
+        timings, text = None, f"Measuring {len(models)} finalists, alone"
         try:
-            timings = self.place.finalists(models, teacher_ms)
+            with telling(text, self.console) if models else contextlib.nullcontext():
+                timings = self.place.finalists(models, teacher_ms)
         except OSError as error:
             self.notes.append(f"The finalists could not be measured: {error}")
         if timings is None:

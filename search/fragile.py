@@ -18,25 +18,42 @@ Harms = Mapping[str, Mapping[str, float]]  # by axis, by choice as text
 
 
 def read_harms(run_dir: Path) -> Harms | None:
-    """The table of a run, None if it has none. Raises BadInput for what is no table."""
+    """The table of a run, None if it has none, or one in which nothing was judged: all in it is
+    assumed. Raises BadInput for what is no table."""
     path = run_dir / SENSITIVITY
     if not path.is_file():
         return None
     try:
-        harms = json.loads(path.read_text("utf-8"))["harm"]
+        table = json.loads(path.read_text("utf-8"))
+        harms = table["harm"]
+        if not table.get("judged", 1):
+            return None
         return {axis: {c: float(h) for c, h in known.items()} for axis, known in harms.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadInput(f"{path} is no sensitivity table: {error!r}") from error
+
+
+def how_judged(run_dir: Path) -> str:
+    """How much of the table of a run was judged, where that was not all; a sentence, or ""."""
+    try:
+        table = json.loads((run_dir / SENSITIVITY).read_text("utf-8"))
+        judged, choices = int(table["judged"]), int(table["choices"])
+    except (OSError, ValueError, TypeError, KeyError):  # of a run before these were counted
+        return ""
+    rest = "the rest is estimated from those"
+    return f"{judged} of {choices} choices were judged, {rest}." if judged < choices else ""
 
 
 def print_fragile(policy_path: Path, console: Console | None = None) -> None:
     """What the choices of a policy in the artifacts of a run harm; nothing for any other policy."""
     run = run_of(policy_path)
     harms = read_harms(run) if run else None
-    if harms is not None:
-        policy = read_policy(policy_path).to_dict()
+    if run is not None and harms is not None:
+        console, policy = console or Console(), read_policy(policy_path).to_dict()
         for sheet in (groups_sheet(harms, policy), layers_sheet(harms, policy)):
-            print_sheet(sheet, console or Console())
+            print_sheet(sheet, console)
+        if said := how_judged(run):
+            console.print(said, highlight=False, soft_wrap=True)
 
 
 def groups_sheet(harms: Harms, policy: Mapping[str, Any] | None) -> Sheet:

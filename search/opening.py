@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..spaces import BadInput
-from .cache import key_of
 from .hold import Hold
 from .meter import Device
 from .ready import Ready, facts_of, versions
 from .record import Entry, FileRecord, Record
-from .run_files import RECORD, REQUEST, SPEC, TEACHER
+from .run_files import PROFILE, RECORD, REQUEST, SENSITIVITY, SPEC, TEACHER
 from .spec import Spec
 from .storage import (
     Mirror,
@@ -51,7 +50,7 @@ def kept(spec: Spec, out: Path | None, resume: bool) -> Iterator[Kept]:
     run_dir = open_run(spec, out, resume)
     with contextlib.ExitStack() as held:
         record = FileRecord(run_dir / RECORD)
-        held.push(_refused(run_dir, record, fresh))
+        held.push(_refused(run_dir, record, fresh, spec.storage is not None))
         held.callback(record.close)
         storage, mirror = storage_of(spec, run_dir), None
         if spec.storage:
@@ -66,11 +65,13 @@ def kept(spec: Spec, out: Path | None, resume: bool) -> Iterator[Kept]:
         yield Kept(run_dir, record, storage, mirror)
 
 
-def _refused(run_dir: Path, record: FileRecord, fresh: bool) -> Callable[..., None]:
-    """What leaves nothing behind where bad input ends a search that had nothing yet."""
+def _refused(run_dir: Path, record: FileRecord, fresh: bool, copied: bool) -> Callable[..., None]:
+    """What leaves nothing behind where bad input ends a search that had nothing yet: no result, and
+    where a storage has a copy of its record, no entry."""
 
     def exits(kind: type[BaseException] | None, *_: object) -> None:
-        if fresh and kind and issubclass(kind, BadInput) and not record.entries():
+        bad = fresh and kind is not None and issubclass(kind, BadInput)
+        if bad and not any(copied or e["kind"] == "result" for e in record.entries()):
             unmake(run_dir)
 
     return exits
@@ -124,7 +125,7 @@ def open_run(spec: Spec, out: Path | None, resume: bool) -> Path:
 
 def unmake(run_dir: Path) -> None:
     """Removes what a search that was refused had put into a folder that was empty before."""
-    for name in (RECORD, SPEC, TEACHER, REQUEST):
+    for name in (RECORD, SPEC, TEACHER, REQUEST, PROFILE, SENSITIVITY):
         (run_dir / name).unlink(missing_ok=True)
     for folder in (run_dir / "teacher", run_dir):
         with contextlib.suppress(OSError):  # not there, or not empty
@@ -142,14 +143,32 @@ def _check_secrets(spec: Spec) -> None:
             )
 
 
+def check_same(record: Record, **found: str) -> None:
+    """Raises BadInput unless what is ``found`` of a search is what that of ``record`` began with,
+    if there is one."""
+    first = next(iter(_sessions(record)), None)
+    if first is None:
+        return
+    if "capabilities" not in first:
+        raise BadInput(
+            "--resume: an earlier flyweight wrote this record; begin a new search with another "
+            "--out"
+        )
+    for name, value in found.items():
+        if first[name] != value:
+            raise BadInput(
+                f"--resume: {name} is {value}, but the search began with {first[name]}; begin a "
+                "new search with another --out"
+            )
+
+
 def opening_entry(
     ready: Ready, record: Record, device: Device, latency_ms: float
 ) -> dict[str, Any]:
     """The entry that begins each session of a search whose target is ``device``; latency_ms: the
     teacher's there.
 
-    A resumed one keeps the teacher's figures, so that its limits stay what they were. Raises
-    BadInput if ``record`` is of another search.
+    A resumed one keeps the teacher's figures, so that its limits stay what they were.
     """
     spec, earlier = ready.spec, record.entries()
     runtime, network = ready.prepared.runtime, ready.prepared.network
@@ -168,7 +187,7 @@ def opening_entry(
         },
         "versions": versions(spec.target.runtime),
         "data_digest": ready.data_digest,
-        "capabilities": key_of(repr(runtime.capabilities)),
+        "capabilities": Device.of(runtime).capabilities,
         "groups": {name: group.width for name, group in network.groups.items()},
         "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
         "layers": len(network.layers),
@@ -180,14 +199,6 @@ def opening_entry(
     if not earlier:
         return entry
     first = earlier[0]
-    if "capabilities" not in first:
-        raise BadInput("--resume: an earlier flyweight wrote this record; begin a new search")
-    for key in ("resolved_task", "data_digest", "capabilities"):
-        if first[key] != entry[key]:
-            raise BadInput(
-                f"--resume: {key} is {entry[key]}, but the search began with {first[key]}; begin a "
-                "new search with another --out"
-            )
     for session in _sessions(record):
         if session["target"] == entry["target"]:
             entry["teacher"] = session["teacher"]
@@ -209,10 +220,10 @@ def is_done(record: Record, trials: int) -> bool:
     return len(begun) >= trials and begun <= {e["trial"] for e in ends}
 
 
-def asks_anew(entry: dict[str, Any], record: Record) -> bool:
-    """Whether a search that begins with ``entry`` has limits other than its last session's."""
+def asks_anew(spec: Spec, record: Record) -> bool:
+    """Whether ``spec`` has limits other than the last session of ``record``."""
     earlier = _sessions(record)
-    return not earlier or earlier[-1]["objective"] != entry["objective"]
+    return not earlier or earlier[-1]["objective"] != spec.objective.model_dump()
 
 
 def _sessions(record: Record) -> list[Entry]:

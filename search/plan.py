@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..compressors import RUNGS, compress
 from ..spaces import BadInput, Impossible, Policy, Space
@@ -21,6 +22,7 @@ from .whole import left_whole
 from .words import milliseconds, size
 
 LISTED = 4  # names of what stays whole for one reason
+SHOWN = 40  # groups, and layers of one choice of precisions; --json has all
 
 
 def make_plan(spec_path: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -118,6 +120,8 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         f"Space: {len(space['groups'])} groups, {len(space['layers'])} layers, "
         f"about 10^{space['size_log10']:.0f} policies"
     )
+    _print_groups(space["groups"], console)
+    _print_layers(space["layers"], console)
     for student, names in plan["left_whole"].items():
         _print_whole(student, names, console)
     table = Table(title="Untrained, timed on this machine")
@@ -148,6 +152,30 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         f"Cost: up to {cost['trials']} trials{budget}; one that climbs to the top trains on "
         f"{cost['samples_of_a_full_trial']:,} samples"
     )
+
+
+def _print_groups(groups: dict[str, list[int]], console: Console) -> None:
+    if not groups:
+        return
+    table = Table(title="Groups of channels that may be pruned")
+    for name in ("group", "channels", "at least", "choices"):
+        table.add_column(name, justify="left" if name == "group" else "right")
+    for name, widths in list(groups.items())[:SHOWN]:
+        row = [name, str(max(widths)), str(min(widths)), str(len(widths))]
+        table.add_row(*(Text(cell) for cell in row))  # Text: names are no markup
+    console.print(table)
+    if len(groups) > SHOWN:
+        console.print(f"and {len(groups) - SHOWN} more groups (--json lists all)")
+
+
+def _print_layers(layers: dict[str, list[str]], console: Console) -> None:
+    by_choice: dict[str, list[str]] = {}
+    for name, precisions in layers.items():
+        by_choice.setdefault(" or ".join(precisions), []).append(name)
+    for choice, names in by_choice.items():
+        rest = f" and {len(names) - SHOWN} more (--json lists all)" if len(names) > SHOWN else ""
+        line = f"Layers in {choice}: {', '.join(names[:SHOWN])}{rest}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_whole(student: str, names: dict[str, str], console: Console) -> None:

@@ -187,7 +187,8 @@ def facts(spec: Spec, storage: Storage | None = None, mark: str = "") -> dict[st
         # Artifacts are quantized, run and scored by workers: as the driver plans them.
         found["what the kernels can do (digest)"] = device.capabilities
         if storage is not None:
-            spec.load_task()
+            with spec.loaded_task():
+                pass
     except FlyweightError as error:
         found["problem"] = str(error)
     return found

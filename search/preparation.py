@@ -27,9 +27,10 @@ from .store import write_json
 from .warm import WarmStart
 
 WORTH = 15  # trials, from which on a search is worth preparing: fewer cost less themselves
-# Shares of the time budget that the profile and the table may take; seconds where there is none.
+# Shares of the time budget that the profile and the table may take, with what it takes to begin;
+# seconds where there is no budget.
 PROFILE_SHARE, PROFILE_S = 0.1, 300.0
-TABLE_SHARE, TABLE_S = 0.08, 300.0
+TABLE_SHARE, TABLE_S = 0.1, 300.0
 FOR_EACH = 4  # networks in the profile, for each trial
 
 

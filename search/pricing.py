@@ -8,13 +8,14 @@ from ..kernels import LatencyPredictor
 from ..spaces import Impossible, Policy
 from .finder import Price
 from .limits import Limits
+from .meter import Meter
 from .placement import Place
 from .store import compressed_bytes
 
 Pricing = Callable[[Policy], Price]
 
 
-def timed(prepared: Prepared, place: Place) -> Pricing:
+def timed(prepared: Prepared, place: Place | Meter) -> Pricing:
     """Timed untrained where it is to be measured. Raises OSError if what measures is lost."""
 
     def price(policy: Policy) -> Price:

@@ -16,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from .choose import is_measured
+from .counting import LINE_S, Ticker, has_bars
 from .mlflow_entries import RUNGS
 from .record import Entry
 from .summary import Summary, front_figures, is_sound
 from .words import clock_time, lost, milliseconds, one_line, size, speed
 
 PACE = 3  # trials that must have ended until their pace says how long the others will take
-LINE_S = 5.0  # between two summary lines where the output is not a terminal
 
 
 class Progress:
@@ -31,7 +31,7 @@ class Progress:
 
     console: None for standard output. trials, budget_s: what ends the search. clock: in seconds,
     monotonic. teacher, objective: as in the record's search entry, which replaces them.
-    ``entry`` and ``note`` are called from the search's thread.
+    ``entry`` is called from the search's thread.
     """
 
     def __init__(
@@ -52,7 +52,8 @@ class Progress:
         self._began = self._said = clock()
         self._ended_before = 0
         self._in = False
-        self._lock = threading.Lock()  # rich draws from a thread of its own
+        self._lock = threading.Lock()  # rich draws from a thread of its own, as the ticker tells
+        self._ticker = Ticker(self._tick)
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -62,6 +63,8 @@ class Progress:
         if self._live:
             # An error of the search must not leave the cursor hidden: Live restores it on exit.
             self._stack.enter_context(Live(console=self._console, get_renderable=self.panel))
+        else:
+            self._stack.enter_context(self._ticker)
         return self
 
     def __exit__(
@@ -75,7 +78,7 @@ class Progress:
 
     @property
     def _live(self) -> bool:
-        return self._console.is_terminal and not self._console.is_dumb_terminal
+        return has_bars(self._console)
 
     def entry(self, entry: Entry) -> None:
         """Takes an entry of the record and shows what changed."""
@@ -89,13 +92,6 @@ class Progress:
             self._say(event)
         elif self._clock() - self._said >= LINE_S:
             self._say(self.line())
-
-    def note(self, text: str) -> None:
-        """Shows a remark, such as that finalists are being measured."""
-        with self._lock:
-            self._last = one_line(text)
-        if not (self._live and self._in):
-            self._say(self._last)
 
     def line(self) -> str:
         """The state in one line."""
@@ -151,8 +147,14 @@ class Progress:
         title = f"flyweight, {clock_time(self._clock() - self._began)}"
         return Panel(grid, title=title, title_align="left", expand=False)
 
+    def _tick(self) -> None:
+        with self._lock:
+            text = self.line()
+        self._say(text)
+
     def _say(self, text: str) -> None:
         self._said = self._clock()
+        self._ticker.said()
         self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 

@@ -1,7 +1,6 @@
 """From a spec to a prepared task, its space and its teacher's figures; nothing is trained."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -13,26 +12,33 @@ import torch
 
 from ..compressors import Prepared, Schedule, compress, prepare
 from ..compressors.data import Items, tensors
+from ..compressors.made import Made, check_made, made_of
 from ..compressors.parity import feed, run_session
 from ..compressors.task import metric_of
 from ..kernels import make_runtime
 from ..spaces import BadInput, Policy, Space
 from .limits import Limits, limits
-from .run_files import TEACHER
+from .run_files import SPEC, TEACHER
 from .spec import Spec
 from .storage import write_whole
 from .store import write_request
-from .words import milliseconds
 
 RECIPES = (0.5, 0.75, 1.0)  # shares of channels kept by the uniform recipes
 
 
-def prepare_task(spec: Spec, answers: dict[int, torch.Tensor] | None = None) -> Prepared:
-    """The prepared task of ``spec`` on its target. answers: the teacher's, where they are known."""
+def prepare_task(
+    spec: Spec, answers: dict[int, torch.Tensor] | None = None, made: Made | None = None
+) -> Prepared:
+    """The prepared task of ``spec`` on its target. answers: the teacher's, where they are known.
+    made: what it was where the search began. Raises BadInput, also where it is another here."""
     runtime = make_runtime(spec.target.runtime, spec.target.threads)
     schedule = Schedule(full_epochs=spec.rungs.full_epochs, short=spec.rungs.short)
     device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
-    return prepare(spec.load_task(), runtime, schedule, answers, device)
+    with spec.loaded_task() as task:
+        prepared = prepare(task, runtime, schedule, answers, device)
+    if made is not None:
+        check_made(prepared, made)
+    return prepared
 
 
 def make_space(prepared: Prepared, spec: Spec) -> Space:
@@ -66,6 +72,11 @@ class Ready:
                 digest.update(torch.as_tensor(tensor).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    @cached_property
+    def made(self) -> Made:
+        """By which a worker knows whether it makes the same task."""
+        return made_of(self.prepared)
+
     def limits(self, latency_ms: float) -> Limits:
         """The limits of the spec for a teacher of this latency."""
         return limits(self.spec.objective.model_dump(), self.metric, latency_ms)
@@ -85,6 +96,12 @@ class Ready:
     def request(self) -> dict[str, np.ndarray[Any, Any]]:
         """One request of the target's batch size under the artifact's input names."""
         return request_of(self.spec, self.prepared)
+
+    def write(self, run_dir: Path) -> None:
+        """Writes what a run directory keeps of it: the spec, the teacher's artifact, a request."""
+        write_whole(run_dir / SPEC, self.spec.to_yaml().encode())
+        write_whole(run_dir / TEACHER, self.teacher)
+        write_request(run_dir, self.request())
 
     def advice(self) -> str:
         """What may be done where a limit is out of reach of the space."""
@@ -110,14 +127,11 @@ def request_of(spec: Spec, prepared: Prepared) -> dict[str, np.ndarray[Any, Any]
     return {k: np.repeat(v, spec.target.batch_size, axis=0) for k, v in one.items()}
 
 
-def ready(spec: Spec, run_dir: Path | None = None) -> Ready:
-    """Loads and checks everything; writes the teacher's artifact and a request. Raises BadInput."""
+def ready(spec: Spec) -> Ready:
+    """Loads and checks everything. Raises BadInput."""
     prepared = prepare_task(spec)
     space = make_space(prepared, spec)
     untouched = compress(prepared, Policy(), "recalibrate")
-    if run_dir is not None:
-        write_whole(run_dir / TEACHER, untouched.model)
-        write_request(run_dir, request_of(spec, prepared))
     model, splits = untouched.model, prepared.splits
     test = None if splits.test is None else score(prepared, model, splits.test)
     metric = score(prepared, model, splits.selection)
@@ -139,25 +153,6 @@ def score(prepared: Prepared, model: bytes, items: Items) -> float:
 def teacher_answers(prepared: Prepared) -> dict[int, Any]:
     """The teacher's answers to every variant of the training data, for all workers to share."""
     return {v: prepared.epoch(v).answers.numpy() for v in range(prepared.variants)}
-
-
-def check_reachable(ready: Ready, bounds: Limits, cases: Sequence[Mapping[str, float]]) -> None:
-    """Raises BadInput if even the smallest policies, ``cases``, miss a limit of ``COSTS``."""
-    missed, spec = [], ready.spec
-    for name, least in bounds.out_of_reach(cases).items():
-        most = getattr(bounds, name)
-        if name == "latency_ms":
-            asked = "speedup" if spec.objective.speedup else name
-            missed.append(
-                f"{asked} {getattr(spec.objective, asked):g} means at most {milliseconds(most)} "
-                f"ms, but the fastest policy of this space takes {milliseconds(least)} ms"
-            )
-        else:
-            missed.append(
-                f"{name} is {most}, but the smallest policy of this space has {least:.0f}"
-            )
-    if missed:
-        raise BadInput(f"objective: {'; '.join(missed)}. {ready.advice()}")
 
 
 def versions(runtime: str) -> dict[str, str]:

@@ -29,7 +29,8 @@ def registry_of(name: str, alias: str, uri: str | None) -> "Registry":
     if not uri:
         raise BadInput(
             f"where is {name!r} registered? Give --tracking-uri or set MLFLOW_TRACKING_URI: from "
-            "here it was deployed nowhere, or to an address with a password, which is not kept"
+            "here it was deployed nowhere, or to an address with a password, which is not kept; "
+            f"`flyweight deploy RUN_DIR --name {name}` registers an artifact"
         )
     return open_registry(name, alias, uri)
 

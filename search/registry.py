@@ -24,7 +24,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from ..spaces import BadInput, FlyweightError
+from ..spaces import BadInput, FlyweightError, nearest
 from .choose import Artifact
 from .mlflow_model import DIGEST, SHA256, TASK, log_model, tags
 from .registry_errors import reason
@@ -95,11 +95,15 @@ class Registry:
         with self._telling():
             current = self._current()
             if current is None:
-                raise BadInput(f"no version of {self.name!r} has the alias {self.alias!r}")
+                raise BadInput(self._unknown())
             version = self._client.get_model_version(self.name, current)
             before = version.tags.get(f"flyweight.previous.{self.alias}")
             if not before:
-                raise BadInput(f"{self.name!r}: {self.alias!r} had no version before {current}")
+                raise BadInput(
+                    f"{self.name!r}: {self.alias!r} had no version before {current}, so there is "
+                    f"none to go back to; `flyweight deploy RUN_DIR --alias {self.alias}` gives it "
+                    "to another"
+                )
             self._client.get_model_version(self.name, before)  # it may have been deleted
             self._client.set_registered_model_alias(self.name, self.alias, before)
         return Registered(str(before), str(current), True)
@@ -109,9 +113,7 @@ class Registry:
         with self._telling():
             version = self._current()
         if version is None:
-            raise BadInput(
-                f"no version of {self.name!r} has the alias {self.alias!r} at {redact(self.uri)}"
-            )
+            raise BadInput(self._unknown())
         return version
 
     def fetch(self, version: str) -> tuple[bytes, dict[str, Any]]:
@@ -146,6 +148,18 @@ class Registry:
         model = self._model()
         version = None if model is None else model.aliases.get(self.alias)
         return None if version is None else str(version)
+
+    def _unknown(self) -> str:
+        """That no version has the alias, and which there are."""
+        with self._telling():
+            model = self._model()
+            names = [m.name for m in self._client.search_registered_models()]
+        known = nearest(self.alias, model.aliases) if model else nearest(self.name, names)
+        return (
+            f"no version of {self.name!r} has the alias {self.alias!r} at {redact(self.uri)} "
+            f"({known}); `flyweight deploy RUN_DIR --name {self.name} --alias {self.alias}` "
+            "registers one"
+        )
 
     def _find(self, artifact: Artifact) -> ModelVersion | None:
         # The digest alone is of the policy: another seed gives another model.

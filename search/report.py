@@ -12,7 +12,7 @@ from . import beside, figures, words
 from .drawing import png, svg
 from .explained import AT_MOST, Sheet, bars_svg
 from .exports import as_csv, front_rows, trial_rows
-from .fragile import groups_sheet, layers_sheet
+from .fragile import groups_sheet, how_judged, layers_sheet
 from .mlflow_entries import RUNGS
 from .reading import Run, read_run, traits
 from .run_files import EXPLANATION, PAGE
@@ -82,6 +82,7 @@ def render(run: Run, compared: Sequence[Run] = ()) -> str:
         predicted_by=run.search.get("predicted_by"),
         strip=strip(run),
         fragile=_fragile(run),
+        judged=how_judged(run.folder),
         explanation=EXPLANATION,
         at_most=AT_MOST,
         **_growth(run),

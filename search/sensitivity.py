@@ -31,12 +31,14 @@ class Sensitivity:
     student otherwise untouched (but for statistics that are recomputed where channels go); 0 for
     what leaves it untouched. settings: the values of criterion,
     reconstruct and calibration that harmed least, with which all was judged. students: what each
-    student harms as it is. judged: how many policies were; the rest is interpolated."""
+    student harms as it is. judged: how many of the ``choices`` that are looked at alone were; the
+    rest is interpolated, or taken to be as usual."""
 
     harm: Mapping[str, Mapping[Any, float]]
     settings: Mapping[str, Any]
     students: Mapping[str, float]
     judged: int
+    choices: int
 
     def of(self, axis: Parameter) -> list[float]:
         """What each choice of ``axis`` harms."""
@@ -47,7 +49,7 @@ class Sensitivity:
         named = {a: {str(c): h for c, h in known.items()} for a, known in self.harm.items()}
         return {
             "harm": named, "settings": dict(self.settings), "students": dict(self.students),
-            "judged": self.judged,
+            "judged": self.judged, "choices": self.choices,
         }  # fmt: skip
 
 
@@ -63,13 +65,10 @@ def measure(space: Space, judge: Judge) -> Sensitivity:
     small change does (Taylor, second order: the teacher is a minimum of the KL to itself), and
     never to shrink.
     """
-    judged = 0
+    choices = 0
 
     def ask(values: Sequence[Mapping[str, Any]], recalibrated: bool = False) -> list[float | None]:
-        nonlocal judged
-        found = list(judge([space.policy(v) for v in values], recalibrated))
-        judged += sum(f is not None for f in found)
-        return found
+        return list(judge([space.policy(v) for v in values], recalibrated))
 
     settings = _settings(space, ask)
     names = list(space.networks)
@@ -87,6 +86,7 @@ def measure(space: Space, judge: Judge) -> Sensitivity:
             for choice in _choices(axis, level)
             if plain[axis.student or names[0]] is not None
         ]
+        choices += len(wanted)
         values = [
             {**settings, "student": a.student or names[0], a.name: choice} for a, choice in wanted
         ]
@@ -99,7 +99,8 @@ def measure(space: Space, judge: Judge) -> Sensitivity:
                 known.setdefault(axis.name, {})[choice] = max(0.0, found - (base or 0.0))
     harm = {axis.name: _filled(space, axis, known) for axis in axes_of(space)}
     students = {name: base for name, base in plain.items() if base is not None}
-    return Sensitivity(harm, settings, students, judged)
+    judged = sum(map(len, known.values()))
+    return Sensitivity(harm, settings, students, judged, choices)
 
 
 def _settings(space: Space, ask: Callable[..., list[float | None]]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """search.yaml: read, validated, resolved. Every error names the key, the rule and the value."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -208,13 +210,21 @@ class Spec(Section):
         out._live = live
         return out
 
-    def load_task(self) -> Any:
-        """The task. Raises BadInput."""
-        if self._live is not None:
-            return self._live.load()
-        from ..compressors.task import load_task  # with torch
+    @contextlib.contextmanager
+    def loaded_task(self) -> Iterator[Any]:
+        """The task, whose own folder is the working directory as long as it is made and read: the
+        same relative paths lead to the same files here and in workers, which Ray runs elsewhere.
+        Raises BadInput."""
+        from ..compressors.task import load_task, task_folder  # with torch
 
-        return load_task(self.task, self.folder, self.task_args)
+        place = self.folder if self._live else task_folder(self.task, self.folder)
+        # It may not be there: a task of a notebook travels without it, and a file may be missing.
+        with contextlib.chdir(place) if place.is_dir() else contextlib.nullcontext():
+            yield (
+                self._live.load()
+                if self._live
+                else load_task(self.task, self.folder, self.task_args)
+            )
 
     def to_yaml(self) -> str:
         """The spec with every default written out and no secrets: what a run directory keeps."""

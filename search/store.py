@@ -154,7 +154,10 @@ def read_policy(path: Path) -> Policy:
     try:
         return Policy.from_json(path.read_text())
     except OSError as error:
-        raise BadInput(f"no policy at {path}: {error.strerror}") from error
+        raise BadInput(
+            f"no policy at {path}: {error.strerror}; `flyweight sample` writes some, and a run has "
+            "those of its artifacts, artifacts/DIGEST/policy.json"
+        ) from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not a policy: {error}") from error
     except BadInput as error:

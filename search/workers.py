@@ -14,7 +14,8 @@ import torch
 from ray import tune
 
 from ..compressors import RUNGS, Candidate, Prepared, compress, load_candidate
-from ..spaces import FlyweightError, Impossible, Policy
+from ..compressors.made import Made
+from ..spaces import BadInput, FlyweightError, Impossible, Policy
 from .ready import prepare_task
 from .spec import Spec
 from .storage import Storage
@@ -32,13 +33,15 @@ PAUSES_S = (1.0, 5.0, 20.0)
 @dataclass(frozen=True)
 class Job:
     """What all trials of a search share. inputs: digest of all that a candidate depends on besides
-    its policy and rung. answers: the teacher's, per variant of the data."""
+    its policy and rung. answers: the teacher's, per variant of the data. made: by which a worker
+    knows whether it makes the same task."""
 
     spec: Spec
     storage: Storage
     facts: dict[str, Any]
     inputs: str
     answers: dict[int, np.ndarray[Any, Any]]
+    made: Made | None = None
 
 
 class Unstored(FlyweightError):
@@ -49,6 +52,7 @@ class CompressionTrial(tune.Trainable):
     """One policy climbing the rungs: each step is a rung, the scheduler says whether to go on."""
 
     prepared: Prepared | None = None
+    refused: str | None = None  # why the task cannot be made here
 
     def setup(self, config: dict[str, Any], job: Job | None = None) -> None:
         assert job is not None
@@ -56,7 +60,10 @@ class CompressionTrial(tune.Trainable):
         spec = job.spec
         torch.set_num_threads(max(1, int(spec.resources.cpus)))
         answers = {k: torch.from_numpy(np.array(v)) for k, v in job.answers.items()}
-        self.prepared = prepare_task(spec, answers)
+        try:
+            self.prepared = prepare_task(spec, answers, job.made)
+        except BadInput as error:  # an error of Ray's would tell it in forty lines, for each worker
+            self.refused = str(error)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -70,8 +77,10 @@ class CompressionTrial(tune.Trainable):
         return {"outcome": json.dumps(self._climb() | _where())}
 
     def _climb(self) -> dict[str, Any]:
-        assert self.prepared is not None
         rung = RUNGS[self.rung]
+        if self.refused is not None:
+            return {"rung": rung, "refused": self.refused}
+        assert self.prepared is not None
         seed, note = self.job.spec.search.seed, None
         try:
             if self.candidate is None and self.rung:

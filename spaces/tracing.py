@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,10 @@ from .operations import LAYERS, SHAPE, callee, operations, shape_of
 from .surgery import operate_
 from .tracer import Tracer
 
+NUMPY = (
+    "; what passes through numpy can be neither traced nor deployed: compute it in torch, or in "
+    "__init__ where it is the same for every request"
+)
 MAKERS = ("zeros", "ones", "full", "arange", "eye", "linspace")  # of tensors, from numbers alone
 # Requests in a batch by which it is told what hangs on how many there are, also on whether there
 # are many, and on whether their number is even.
@@ -62,6 +67,8 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
         raise Untraceable(
             f"the model cannot be traced at {_where(error)}: {error}{_advice(error)}"
         ) from error
+    if any(node.op == "call_method" and node.target == "numpy" for node in graph.graph.nodes):
+        raise Untraceable(f"the model calls .numpy() in its forward{NUMPY}")
     _drop_defaults(graph, [n in defaults for n in inspect.signature(model.forward).parameters])
     write_once(graph, note_shapes(graph, bound))
     graph.graph.eliminate_dead_code()  # not before: it would drop changes whose result is not used
@@ -196,6 +203,8 @@ def _where(error: BaseException) -> str:
 
 
 def _advice(error: Exception) -> str:
+    if re.search(r"numpy|ndarray|ufunc|__array", str(error)) or ".numpy(" in _where(error):
+        return NUMPY
     if not isinstance(error, fx.proxy.TraceError) and "symbolic" not in str(error):
         return ""
     return (

@@ -72,6 +72,18 @@ def test_bad_input_is_one_line_and_code_2(tmp_path: Path) -> None:
         assert "Traceback" not in found.output
 
 
+@pytest.mark.parametrize("command", ["report", "deploy", "deliver", "measure"])
+def test_a_run_that_is_not_there_is_one_line_with_what_to_give(
+    command: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for place, what in ((tmp_path / "no", "is not there"), (tmp_path / "file", "is no folder")):
+        found = run(command, place)
+        assert found.exit_code == 2
+        (line,) = found.output.splitlines()
+        assert line.startswith(f"flyweight: RUN_DIR {place} {what}; give the folder of a search")
+
+
 def test_a_task_that_cannot_be_loaded(tmp_path: Path) -> None:
     spec = tmp_path / "search.yaml"
     spec.write_text("task: task.py:T\nobjective: {max_drop: 1}\n")

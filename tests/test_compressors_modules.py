@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flyweight.compressors import ClassificationTask, Schedule, compress, prepare
 from flyweight.compressors.modules import with_modules
+from flyweight.kernels import make_runtime
+from flyweight.spaces import Distill, Policy, Prune
 from flyweight.spaces.tracing import trace
 
 Function = Callable[[nn.Module, Tensor], Tensor]
@@ -190,3 +193,44 @@ def test_a_layer_that_has_the_name_of_a_new_one_stays() -> None:
     found = with_modules(model, example)
     torch.testing.assert_close(found(example), model(example))
     assert len([m for m in found.modules() if isinstance(m, nn.Linear)]) == 5
+
+
+class Filtered(nn.Module):
+    """A filter bank that is a buffer, a projection that is frozen, and weights that are trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.register_buffer("bank", torch.randn(16, 6))
+        self.projection, self.matrix = parameter(16, 16), parameter(16, 16)
+        self.projection.requires_grad_(False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 6]
+        x = F.linear(x, self.bank).relu()
+        x = (x @ self.projection).relu()
+        return self.head((x @ (2 * self.matrix)).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("frozen", "trained"),
+    [
+        (False, {"matrix_linear.weight", "head.weight", "head.bias"}),
+        # Frozen as a whole, as some leave a model that is only run: that says nothing.
+        (True, {"projection_linear.weight", "matrix_linear.weight", "head.weight", "head.bias"}),
+    ],
+)
+def test_a_buffer_and_a_frozen_weight_are_not_trained(frozen: bool, trained: set[str]) -> None:
+    model = Filtered()
+    if frozen:
+        model.requires_grad_(False)
+    data = [(torch.randn(6), i % 3) for i in range(40)]
+    task = ClassificationTask(model, data, data)
+    prepared = prepare(task, make_runtime("onnxruntime", 1), Schedule(2, 0.5, 8))
+    assert not any(p.requires_grad for p in prepared.teacher.parameters())
+    policy = Policy(Prune({"matrix_linear": 8}), distill=Distill(learning_rate=0.05))
+    first = compress(prepared, policy, "recalibrate")
+    then = compress(prepared, policy, "short", first)
+    before = dict(first.student.named_parameters())
+    moved = {n for n, p in then.student.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == trained

@@ -27,6 +27,7 @@ from flyweight.search.proposals import Proposals
 from flyweight.search.record import Entry, MemoryRecord
 from flyweight.search.results import at_full
 from flyweight.spaces import (
+    BadInput,
     Capabilities,
     Group,
     Impossible,
@@ -121,6 +122,36 @@ def run(control: Controller, clock: Clock | None = None) -> None:
 
 def kinds(record: MemoryRecord, kind: str) -> list[Entry]:
     return [e for e in record.entries() if e["kind"] == kind]
+
+
+def test_a_task_that_no_worker_can_make_ends_the_search_with_one_message() -> None:
+    record = MemoryRecord()
+    control = controller(record)
+    first, second = control.propose(), control.propose()
+    assert first is not None
+    assert second is not None
+    for trial in (first, second):  # each worker says the same
+        refused = {"rung": RUNGS[0], "refused": "task: model() fails: gone"}
+        assert not control.result(trial.number, refused)
+    assert control.propose() is None
+    control.close()
+    assert isinstance(control.fatal, BadInput)
+    assert str(control.fatal) == "task: model() fails: gone"
+    assert {e["reason"] for e in kinds(record, "end")} == {"interrupted"}  # both can be resumed
+    assert control.proposals.running() == 0
+
+
+def test_a_worker_that_cannot_make_the_task_where_others_did_fails_its_trial() -> None:
+    record = MemoryRecord()
+    control = controller(record)
+    good, bad = control.propose(), control.propose()
+    assert good is not None
+    assert bad is not None
+    control.result(good.number, outcome(good.policy, RUNGS[0]))
+    assert not control.result(bad.number, {"rung": RUNGS[0], "refused": "task: no file"})
+    assert control.fatal is None
+    assert bad.ended == "failed"
+    assert control.propose() is not None
 
 
 @pytest.mark.parametrize("look_ahead", [False, True])

@@ -1,11 +1,14 @@
 """The live display: what it knows, what it says where, what it says in the end."""
 
 import math
+import time
+from collections.abc import Callable
 from io import StringIO
 
 import pytest
 from rich.console import Console
 
+from flyweight.search import counting
 from flyweight.search.progress import Progress, closing_sentence, closing_table
 from flyweight.search.summary import Summary
 from flyweight.search.words import clock_time, lost, size
@@ -44,6 +47,15 @@ def summary(*entries: dict, objective: dict = OBJECTIVE) -> Summary:
     for entry in ({**SEARCH, "objective": objective}, *entries):
         out.add(entry)
     return out
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Waits for another thread."""
+    for _ in range(2000):
+        time.sleep(0.01)
+        if true():
+            return
+    raise AssertionError("it does not come")
 
 
 class Clock:
@@ -203,22 +215,52 @@ def test_plain_lines() -> None:
                 result(second - 1 if second else 0, "short", 0.4, 92.8)
             )
         display.entry(result(3, "full", 0.4, 92.8))
-        display.note("measuring 1 finalist")
     lines = out.getvalue().splitlines()
-    assert len(lines) == 4  # at 5 s, at 10 s, the full rung, the note; none is wrapped
+    assert len(lines) == 3  # at 5 s, at 10 s, the full rung; none is wrapped
     assert lines[0].startswith("0:05  recalibrate 0, short 3, full 0; ")
     assert lines[0].endswith("best none yet: no trial has finished the full rung; 3:55 left")
     assert lines[1].startswith("0:10  ")
     assert lines[2] == "trial 3, full: 0000000000, 2.50 times faster, 0.20 points lost"
-    assert lines[3] == "measuring 1 finalist"
 
 
 def test_plain_has_no_control_codes_whatever_a_user_s_code_says() -> None:
     display, out, _ = plain()
     with display:
         display.entry(SEARCH)
-        display.note("\x1b[31mred\x1b[0m [bold]x[/bold] :smile:\r\nnext")
-    assert out.getvalue() == "[31mred [0m [bold]x[/bold] :smile: next\n"
+        note = "\x1b[31mred\x1b[0m [bold]x[/bold] :smile:\r\nnext"
+        display.entry(result(0, "full", 0.4, 92.8) | {"note": note})
+    assert out.getvalue().endswith("([31mred [0m [bold]x[/bold] :smile: next)\n")
+
+
+def test_a_line_comes_also_where_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "LINE_S", 0.02)
+    monkeypatch.setattr(counting, "LOOK_S", 0.001)
+    display, out, _ = plain()
+    with display:
+        display.entry(SEARCH)
+        until(lambda: "recalibrate 0, short 0, full 0" in out.getvalue())
+    out = StringIO()
+    with counting.counting("Judging", 9, Console(file=out, width=100)) as told:
+        told(3)
+        until(lambda: "Judging: 3 of 9, 0:0" in out.getvalue())
+        told(7)
+    assert out.getvalue().splitlines()[-1].startswith("Judging: 7 of 9, ")
+    out = StringIO()
+    with counting.telling("Timing [it]", Console(file=out, width=100)):
+        until(lambda: out.getvalue().startswith("Timing [it]\nTiming [it], 0:0"))
+
+
+def test_while_there_is_enough_to_say_nothing_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "LOOK_S", 0.001)
+    out = StringIO()
+    with counting.telling("Checking", Console(file=out, width=100)):
+        until(lambda: True)
+    assert out.getvalue() == "Checking\n"
+    terminal = Console(file=out, force_terminal=True, width=100, _environ={"TERM": "xterm"})
+    monkeypatch.setattr(counting, "LINE_S", 0.0)
+    with counting.telling("On a terminal", terminal):
+        until(lambda: True)
+    assert out.getvalue().count("On a terminal") == 1
 
 
 def test_entries_before_the_beginning_are_counted_and_not_shown() -> None:

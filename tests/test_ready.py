@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from flyweight.search.ready import ready
 from flyweight.search.spec import load_spec
@@ -45,6 +47,29 @@ def test_a_limit_in_points_that_limits_nothing_is_refused(tmp_path: Path) -> Non
         ready(spec)
     found = ready(load_spec(write(tmp_path, "objective: {max_drop: 0.01}")))
     assert found.metric == 0.97
+
+
+def test_relative_paths_of_a_task_begin_at_its_folder_wherever_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers run elsewhere: what is found here is found there."""
+    spec = write(tmp_path, "objective: {max_drop: 0.01}")
+    made = "nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1))"
+    loaded = f"m = {made}\n        m.load_state_dict(torch.load('weights.pt'))\n        return m"
+    (tmp_path / "task.py").write_text(TASK.replace(f"return {made}", loaded))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1))
+    torch.save(model.state_dict(), elsewhere / "weights.pt")
+    with pytest.raises(BadInput) as refused:
+        ready(load_spec(spec))
+    for words in ("'weights.pt'", "Workers run elsewhere", "Path(__file__).parent / 'weights.pt'"):
+        assert words in str(refused.value)
+    (elsewhere / "weights.pt").rename(tmp_path / "weights.pt")
+    found = ready(load_spec(spec)).prepared.teacher.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    assert Path.cwd() == elsewhere
 
 
 def test_a_loss_of_classes_is_refused_where_there_are_none(tmp_path: Path) -> None:

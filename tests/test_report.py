@@ -616,6 +616,26 @@ def test_what_is_fragile(tmp_path: Path) -> None:
     assert layers.rows == [["body.1", "kept", "0.4"], ["body.0.c1", "int8", "0.002"]]
 
 
+def test_a_table_in_which_nothing_was_judged_is_not_shown(tmp_path: Path) -> None:
+    run_directory(tmp_path, entries(), result())
+    table = {"harm": HARMS, "judged": 0, "choices": 8}
+    (tmp_path / "sensitivity.json").write_text(json.dumps(table))
+    page = write_report(tmp_path).read_text()
+    assert "What is fragile" not in page
+    assert "Width harms" not in page
+
+
+@pytest.mark.parametrize(("judged", "said"), [(3, "3 of 8 choices were judged"), (8, "")])
+def test_it_is_told_how_much_of_a_table_was_judged(tmp_path: Path, judged: int, said: str) -> None:
+    run_directory(tmp_path, entries(), result())
+    table = {"harm": HARMS, "judged": judged, "choices": 8}
+    (tmp_path / "sensitivity.json").write_text(json.dumps(table))
+    page = write_report(tmp_path).read_text()
+    assert "What is fragile" in page
+    assert ("choices were judged" in page) == bool(said)
+    assert said in page
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"harm": {"width/a": 3}}', "{"])
 def test_a_damaged_sensitivity_table_is_named(tmp_path: Path, content: str) -> None:
     run_directory(tmp_path, entries(), result())

@@ -515,6 +515,8 @@ def test_a_plan_out_of_reach_is_code_1(starter: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert done.stdout.count("OUT OF REACH of this space") == 2
     assert "Left whole: 12 (its outputs are the answer)" in done.stdout
+    assert "Groups of channels that may be pruned" in done.stdout
+    assert "Layers in fp32 or int8: 0, 3, 7, 12" in done.stdout
     assert flyweight("plan", small(starter, "near.yaml"), cwd=starter).returncode == 0
 
 
@@ -605,3 +607,20 @@ def test_a_search_interrupted_before_its_trials_can_go_on(starter: Path, tmp_pat
     done = flyweight("search", path, "--out", run, "--resume", cwd=starter)
     assert done.returncode == 0, done.stderr
     assert json.loads((run / "result.json").read_text())["trials"]["recalibrate"] == 16
+
+
+def test_a_task_that_workers_make_otherwise_is_refused_with_one_line(
+    starter: Path, tmp_path: Path
+) -> None:
+    (starter / "anew.py").write_text(
+        "import torch\nfrom task import Digits, network\n\n\nclass Anew(Digits):\n"
+        "    def model(self):\n        torch.seed()\n        return network()\n"
+    )
+    how = {"trials": 4, "concurrency": 2}
+    path, run = small(starter, "anew.yaml", task="anew.py:Anew", search=how), tmp_path / "run"
+    done = flyweight("search", path, "--out", run, cwd=starter)
+    assert done.returncode == 2, done.stdout + done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("flyweight: task: model() must be the same each time that the task is")
+    assert "Traceback" not in done.stdout
+    assert not run.exists()

@@ -164,6 +164,11 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"metric": lambda *_: torch.rand(3)}, r"metric must be one finite number, but got tensor"),
     ({"metric": lambda *_: None}, "metric must be one finite number, but got None"),
     ({"metric": lambda *_: "good"}, "metric must be one finite number, but got 'good'"),
+    ({"val": Data((x, float(y)) for x, y in items())}, r"float64, but labels .* give int\(label\)"),
+    (
+        {"loss": lambda o, y: nn.functional.binary_cross_entropy(o.sigmoid()[:, 0], y)},
+        r"the targets are int64, but this loss takes floats: give float\(target\)",
+    ),
 ]
 
 

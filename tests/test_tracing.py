@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -534,6 +535,15 @@ class Stars(Small):
         return self.b(x[0])
 
 
+class Numpy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(np.tanh(self.a(x).detach().numpy()))
+
+
 class Weightless(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x)
@@ -555,6 +565,7 @@ class Weightless(nn.Module):
         (Clash(), r"does not run on example_input\(\): 'add' fails: The size of tensor"),
         (Steps(), "Proxy object cannot be iterated"),
         (Stars(), r"forward must name its arguments, but has \*x"),
+        (Numpy(), r"tanh.*; what passes through numpy can be neither traced nor deployed: compute"),
         (Weightless(), "no convolution and no linear layer: nothing to compress"),
     ],
 )

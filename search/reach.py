@@ -1,0 +1,64 @@
+"""Whether the limits of a search can be reached at all, found out before it costs anything."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from ..compressors import untrained
+from ..spaces import BadInput, Policy
+from .finder import Price
+from .limits import Limits
+from .meter import Meter
+from .pricing import Pricing, timed
+from .ready import Ready
+from .store import compressed_bytes
+from .words import milliseconds
+
+
+def check_without_ray(ready: Ready, local: bool) -> None:
+    """Raises BadInput for a limit that is out of reach, as far as this process can tell: sizes, and
+    latencies where it is this machine that they are measured on (``local``)."""
+    if not ready.limits(1.0).costs():
+        return
+    if local:
+        target = ready.spec.target
+        meter = Meter(target.runtime, target.threads, ready.teacher, ready.request())
+        check_limits(ready, ready.limits(meter.alone()), timed(ready.prepared, meter))
+    else:
+        check_limits(ready, replace(ready.limits(1.0), latency_ms=None), _sizes(ready))
+
+
+def _sizes(ready: Ready) -> Pricing:
+    def price(policy: Policy) -> Price:
+        model = untrained(ready.prepared, policy)
+        return Price((math.nan,) * 3, len(model), compressed_bytes(model))
+
+    return price
+
+
+def check_limits(ready: Ready, bounds: Limits, price: Pricing) -> None:
+    """Raises BadInput if even the smallest policies miss a limit of ``COSTS``."""
+    cases: list[Mapping[str, float]] = []
+    for policy in ready.smallest() if bounds.costs() else ():
+        found = price(policy)
+        cases.append(vars(found) | {"latency_ms": found.latency_ms[1]})
+    check_reachable(ready, bounds, cases)
+
+
+def check_reachable(ready: Ready, bounds: Limits, cases: Sequence[Mapping[str, float]]) -> None:
+    """Raises BadInput if even the smallest policies, ``cases``, miss a limit of ``COSTS``."""
+    missed, spec = [], ready.spec
+    for name, least in bounds.out_of_reach(cases).items():
+        most = getattr(bounds, name)
+        if name == "latency_ms":
+            asked = "speedup" if spec.objective.speedup else name
+            missed.append(
+                f"{asked} {getattr(spec.objective, asked):g} means at most {milliseconds(most)} "
+                f"ms, but the fastest policy of this space takes {milliseconds(least)} ms"
+            )
+        else:
+            missed.append(
+                f"{name} is {most}, but the smallest policy of this space has {least:.0f}"
+            )
+    if missed:
+        raise BadInput(f"objective: {'; '.join(missed)}. {ready.advice()}")

@@ -1,0 +1,105 @@
+"""What a search refuses before Ray, which takes seconds, is started."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flyweight.search import driver
+from flyweight.search.run_files import RECORD, SPEC
+from flyweight.search.spec import load_spec
+from flyweight.spaces import BadInput
+
+TASK = """
+import torch
+from torch import nn
+from flyweight.compressors import ClassificationTask
+
+class Patterns(ClassificationTask):
+    def __init__(self, seed=0):
+        torch.manual_seed(seed)
+        self.train = self.val = [(torch.randn(6), i % 3) for i in range(60)]
+
+    def model(self):
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 3))
+
+class Others(Patterns):
+    pass
+"""
+
+
+class Started(Exception):
+    """Ray was."""
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def connected(*_: Any) -> Any:
+        raise Started
+        yield
+
+    monkeypatch.setattr(driver, "connected", connected)
+
+
+def search(folder: Path, address: str | None = None, **changes: Any) -> None:
+    values = {"task": "task.py:Patterns", "objective": {"speedup": 1.01}, "tracking": None}
+    folder.mkdir(exist_ok=True)
+    (folder / "task.py").write_text(TASK)
+    (folder / "search.yaml").write_text(json.dumps(values | changes))
+    resume = (folder / "run" / RECORD).exists()
+    driver.search(load_spec(folder / "search.yaml"), folder / "run", resume=resume, address=address)
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ({"speedup": 10000}, "the fastest policy of this space takes"),
+        ({"latency_ms": 1e-9}, "the fastest policy of this space takes"),
+        ({"size_bytes": 10}, "the smallest policy of this space has"),
+    ],
+)
+def test_a_limit_that_nothing_reaches(tmp_path: Path, objective: Any, words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        search(tmp_path, objective=objective)
+    assert not (tmp_path / "run").exists()
+
+
+def test_on_a_cluster_only_what_this_machine_can_tell(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="the smallest policy of this space has"):
+        search(tmp_path, "auto", objective={"size_bytes": 10, "speedup": 1.01})
+    with pytest.raises(Started):
+        search(tmp_path, "auto", objective={"speedup": 10000})
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [({"task": "task.py:Others"}, "resolved_task"), ({"task_args": {"seed": 5}}, "data_digest")],
+)
+def test_a_resume_with_another_task_leaves_the_run_as_it_is(
+    tmp_path: Path, changes: dict[str, Any], name: str
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(Started):
+        search(tmp_path)
+    ours = load_spec(tmp_path / "search.yaml")
+    from flyweight.search.meter import Device
+    from flyweight.search.ready import ready
+
+    found = ready(ours)
+    header = {
+        "kind": "search", "resolved_task": ours.task, "data_digest": found.data_digest,
+        "capabilities": Device.of(found.prepared.runtime).capabilities,
+        "objective": ours.objective.model_dump(), "time": 0.0,
+    }  # fmt: skip
+    (run / RECORD).write_text(json.dumps(header) + "\n")
+    kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert run / SPEC in kept
+    with pytest.raises(BadInput, match=f"--resume: {name} is .* begin a new search"):
+        search(tmp_path, **changes)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
+    with pytest.raises(Started):
+        search(tmp_path)
