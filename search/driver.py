@@ -273,8 +273,8 @@ class _Search:
     def _inputs(self, header: dict[str, Any]) -> str:
         """A digest of what candidates depend on besides policy and rung: what has changed since a
         search was cut off must not go on from what it had."""
-        inputs = [header[name] for name in ("seed", "data_digest", "versions")]
-        return key_of(*inputs, self.ready.teacher, self.spec.rungs.model_dump())
+        inputs = [header[name] for name in ("seed", "data_digest", "versions", "rungs")]
+        return key_of(*inputs, self.ready.teacher)
 
     def _note_end(self, controller: Controller) -> None:
         if controller.fatal:

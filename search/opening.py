@@ -30,6 +30,11 @@ from .store import compressed_bytes
 from .tracking import redact
 
 FREE_BYTES = 200_000_000  # what a run directory may come to need
+# What a search is for good: results of another seed, teacher or length of a rung stand for nothing
+# beside those that it has.
+LASTING = (
+    "resolved_task", "seed", "rungs", "teacher_digest", "data_digest", "capabilities"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,23 @@ def _check_secrets(spec: Spec) -> None:
             )
 
 
+def check_same(record: Record, **found: Any) -> None:
+    """Raises BadInput unless what is ``found`` of a search is what that of ``record`` began with,
+    if there is one, as far as its first entry has it."""
+    first = next(iter(_sessions(record)), None)
+    if first is None:
+        return
+    if "capabilities" not in first:
+        raise BadInput("--resume: an earlier flyweight wrote this record; begin a new search")
+    for name, value in found.items():
+        if name in first and first[name] != value:  # an earlier flyweight wrote fewer
+            raise BadInput(
+                f"--resume: {name} must be what the search began with, {first[name]}, or its "
+                f"results could not be compared, but is {value}; set it back, or begin a new "
+                "search with another --out"
+            )
+
+
 def opening_entry(
     ready: Ready, record: Record, device: Device, latency_ms: float
 ) -> dict[str, Any]:
@@ -167,6 +189,8 @@ def opening_entry(
             "compressed_bytes": compressed_bytes(ready.teacher),
         },
         "versions": versions(spec.target.runtime),
+        "rungs": spec.rungs.model_dump(),
+        "teacher_digest": ready.teacher_digest,
         "data_digest": ready.data_digest,
         "capabilities": key_of(repr(runtime.capabilities)),
         "groups": {name: group.width for name, group in network.groups.items()},
@@ -180,14 +204,7 @@ def opening_entry(
     if not earlier:
         return entry
     first = earlier[0]
-    if "capabilities" not in first:
-        raise BadInput("--resume: an earlier flyweight wrote this record; begin a new search")
-    for key in ("resolved_task", "data_digest", "capabilities"):
-        if first[key] != entry[key]:
-            raise BadInput(
-                f"--resume: {key} is {entry[key]}, but the search began with {first[key]}; begin a "
-                "new search with another --out"
-            )
+    check_same(record, **{name: entry[name] for name in LASTING})
     for session in _sessions(record):
         if session["target"] == entry["target"]:
             entry["teacher"] = session["teacher"]
