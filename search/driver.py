@@ -16,14 +16,14 @@ import torch
 
 from ..compressors import RUNGS
 from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
-from ..spaces import BadInput, FlyweightError
+from ..spaces import BadInput, FlyweightError, Impossible
 from .cache import key_of
 from .controller import Budget, Controller, failures
 from .explain import explanation
 from .limits import Limits
 from .local_ray import connected, terminable
 from .opening import Kept, asks_anew, changed_target, is_done, kept, opening_entry
-from .placement import Place, place_of, trial_request
+from .placement import Place, of_finalists, place_of, trial_request
 from .predict import given_profile, predictor_of
 from .preflight import check_cluster
 from .preparation import Preparation, worth_preparing
@@ -313,28 +313,35 @@ class _Search:
         entries = finalists(controller.results(RUNGS[-1]), controller.limits)
         if self.mirror:
             self._fetch(controller, {entry["digest"] for entry in entries})
-        models = {}
-        for entry in entries:
-            try:
-                models[entry["digest"]] = read_artifact(self.run_dir, entry["digest"])
-            except FlyweightError as error:
-                self.notes.append(str(error))
-        entries = [e for e in entries if e["digest"] in models]
+        models, tests = self._tested([entry["digest"] for entry in entries])
         timings = self._timings(models, header["teacher"]["latency_ms"])
+        left = models if timings is None else timings
+        entries = [entry for entry in entries if entry["digest"] in left]
         teacher = dict(header["teacher"])
-        prepared, test = self.ready.prepared, self.ready.prepared.splits.test
-        tests = {
-            digest: None if test is None else score(prepared, model, test)
-            for digest, model in models.items()
-        }
         if timings is not None:
             teacher |= {"latency_ms": timings["teacher"].median_ms}
-            for digest in models:
+            for digest in [entry["digest"] for entry in entries]:
                 self._append(measured_entry(digest, timings, self.place.device, tests[digest]))
             self._feed_back(controller, timings)
         counts = Counter(rung for t in controller.trials.values() for rung in t.results)
         rows = final_front(entries, tests, header["teacher"]["latency_ms"], timings)
         return result(header, counts, rows, teacher, time.time() - self.began, None)
+
+    def _tested(self, digests: list[str]) -> tuple[dict[str, bytes], dict[str, float | None]]:
+        """The models of finalists and their metrics on test. One that is damaged, or that the
+        runtime refuses, is left out: it must not cost the end of the search, and of each later."""
+        prepared, test = self.ready.prepared, self.ready.prepared.splits.test
+        models, tests = {}, {}
+        for digest in digests:
+            try:
+                model = read_artifact(self.run_dir, digest)
+                tests[digest] = None if test is None else score(prepared, model, test)
+                models[digest] = model
+            except Impossible as error:
+                self.notes.append(f"Finalist {digest[:12]} is left out: {error}")
+            except FlyweightError as error:
+                self.notes.append(str(error))
+        return models, tests
 
     def _fetch(self, controller: Controller, kept: set[str]) -> None:
         """Brings the artifacts into the run directory; the storage keeps those of finalists."""
@@ -349,19 +356,25 @@ class _Search:
                 self.storage.remove(f"artifacts/{digest}")
 
     def _timings(self, models: Mapping[str, bytes], teacher_ms: float) -> dict[str, Timing] | None:
-        """The finalists, alone; None where they could not be measured."""
+        """The finalists, alone, but for those that the runtime refuses or dies of; None where they
+        could not be measured."""
         timings = None
         if models:
             self.progress.note(f"Measuring {len(models)} finalists, alone")
         try:
-            timings = self.place.finalists(models, teacher_ms)
-        except OSError as error:
+            timings = of_finalists(self.place, models, teacher_ms)
+        except (FlyweightError, OSError) as error:
             self.notes.append(f"The finalists could not be measured: {error}")
         if timings is None:
             self.notes.append(
                 "The latencies of the front are predicted; on the device that will run the model, "
                 f"`flyweight measure {self.run_dir}` measures them"
             )
+        refused = [] if timings is None else [digest for digest in models if digest not in timings]
+        self.notes += [
+            f"Finalist {digest[:12]} is left out: the target's runtime refuses it, or dies of it"
+            for digest in refused
+        ]
         return timings
 
     def _feed_back(self, controller: Controller, timings: Mapping[str, Timing]) -> None:
@@ -387,6 +400,7 @@ class _Search:
         """Whether result.json and the report could be written; each is whole or not there."""
         try:
             write_json(self.run_dir / RESULT, found)
+            self._append({"kind": "done"})  # the report, for one, asks whether the search runs
             self._explain(controller, found)
             write_report(self.run_dir)
         except OSError as error:

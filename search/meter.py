@@ -1,5 +1,6 @@
 """Measures latency: provisional while trials run, and of finalists alone."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -9,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from ..kernels import MeasuringProcess, Runtime, Timing, disturbed, make_runtime, time_sessions
+from ..spaces import Impossible
 from .cache import key_of
 
 Feed = dict[str, np.ndarray[Any, Any]]
@@ -84,9 +86,15 @@ class Meter:
         The teacher is the sentinel: while it takes longer than ``alone_ms``, what it took alone
         before the search, something else runs here, and a sibling thread of the core slows int8
         and float differently. Then it is measured again, a little later; the quietest counts.
+
+        A model that the runtime refuses is left out.
         """
         sessions = {"teacher": self._teacher}
-        sessions |= {name: self._runtime.load(model) for name, model in models.items()}
+        for name, model in models.items():
+            with contextlib.suppress(Impossible):
+                session = self._runtime.load(model)
+                session.run(self._feed)
+                sessions[name] = session
         tries = []
         for attempt in range(AGAIN):
             time.sleep(attempt)

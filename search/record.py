@@ -21,8 +21,9 @@ SYNCED = ("search", "result", "measured")
 
 class Record(Protocol):
     """Where results are appended as they come. Entries are JSON objects with a ``kind``:
-    search, begin, result, died, end, rejected, priced, measured. priced: what an artifact of an
-    earlier session is predicted to take on this one's target; null where that cannot run it."""
+    search, begin, result, died, end, rejected, priced, measured, done. priced: what an artifact of
+    an earlier session is predicted to take on this one's target; null where that cannot run it.
+    done: result.json is that of the session."""
 
     def append(self, entry: Entry) -> None:
         """Adds one entry; a process that dies after this has lost nothing. Raises OSError, also
