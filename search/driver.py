@@ -38,7 +38,7 @@ from .ready import (
     score,
     teacher_answers,
 )
-from .record import Entry
+from .record import NOT_FOR_GOOD, Entry
 from .report import FILES as REPORT
 from .report import write_report
 from .results import final_front, finalists, measured_entry, result
@@ -237,10 +237,6 @@ class _Search:
                 tracker.record(entry)
             self.progress.entry(entry)
 
-        def tidy(entry: dict[str, Any]) -> None:
-            if entry["kind"] == "end" and entry["reason"] != "interrupted":
-                self.janitor.submit(remove_checkpoints, self.storage, entry["digest"])
-
         for entry in self.record.entries():  # of a resumed search also what came before
             listen(entry)
         proposals = source(
@@ -249,9 +245,14 @@ class _Search:
         )  # fmt: skip
         budget = Budget(search.trials, search.time_budget)
         return Controller(
-            proposals, price, limits, self.record, budget, listen=[listen, tidy], look_ahead=True,
-            reprice=self.predictor is not None,
+            proposals, price, limits, self.record, budget, listen=[listen, self._tidy],
+            look_ahead=True, reprice=self.predictor is not None,
         )  # fmt: skip
+
+    def _tidy(self, entry: dict[str, Any]) -> None:
+        """Removes the checkpoints of a trial that ended for good."""
+        if entry["kind"] == "end" and entry["reason"] not in NOT_FOR_GOOD:
+            self.janitor.submit(remove_checkpoints, self.storage, entry["digest"])
 
     def _trials(
         self, controller: Controller, header: dict[str, Any], answers: dict[int, Any]
@@ -267,7 +268,8 @@ class _Search:
                 resources=trial_request(self.spec.resources),
             )
         self.janitor.shutdown()
-        if not (controller.interrupted or controller.fatal):
+        waits = any(trial.ended in NOT_FOR_GOOD for trial in controller.trials.values())
+        if not (waits or controller.fatal):
             remove_checkpoints(self.storage)
 
     def _inputs(self, header: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from .cache import key_of
 from .hold import Hold
 from .meter import Device
 from .ready import Ready, facts_of, versions
-from .record import Entry, FileRecord, Record
+from .record import NOT_FOR_GOOD, Entry, FileRecord, Record
 from .run_files import RECORD, REQUEST, SPEC, TEACHER
 from .spec import Spec
 from .storage import (
@@ -220,9 +220,9 @@ def changed_target(entry: dict[str, Any], record: Record) -> bool:
 
 
 def is_done(record: Record, trials: int) -> bool:
-    """Whether a record holds ``trials`` trials, all of which have ended."""
+    """Whether a record holds ``trials`` trials, all of which have ended for good."""
     begun = {e["trial"] for e in record.entries() if e["kind"] == "begin"}
-    ends = (e for e in record.entries() if e["kind"] == "end" and e["reason"] != "interrupted")
+    ends = (e for e in record.entries() if e["kind"] == "end" and e["reason"] not in NOT_FOR_GOOD)
     return len(begun) >= trials and begun <= {e["trial"] for e in ends}
 
 

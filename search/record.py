@@ -19,6 +19,10 @@ Entry = dict[str, Any]
 SYNCED = ("search", "result", "measured")
 
 
+# Why a trial ended that a later session goes on with, if there is time then.
+NOT_FOR_GOOD = ("interrupted", "deadline")
+
+
 class Record(Protocol):
     """Where results are appended as they come. Entries are JSON objects with a ``kind``:
     search, begin, result, died, end, rejected, priced, measured, done. priced: what an artifact of

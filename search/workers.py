@@ -73,10 +73,10 @@ class CompressionTrial(tune.Trainable):
         assert self.prepared is not None
         rung = RUNGS[self.rung]
         seed, note = self.job.spec.search.seed, None
+        began = time.perf_counter()  # what has to be worked out again is part of what a rung takes
         try:
             if self.candidate is None and self.rung:
                 self.candidate, note = self._resumed(self.prepared, RUNGS[self.rung - 1])
-            began = time.perf_counter()
             candidate = compress(self.prepared, self.policy, rung, self.candidate, seed)
             outcome = self._outcome(candidate)
         except Unstored as error:

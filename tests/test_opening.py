@@ -1,15 +1,21 @@
 """What a search that goes on may change, and what it may not."""
 
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from flyweight.search import driver
 from flyweight.search.meter import Device
-from flyweight.search.opening import opening_entry
+from flyweight.search.opening import is_done, opening_entry
 from flyweight.search.ready import ready
 from flyweight.search.record import MemoryRecord
-from flyweight.search.spec import load_spec
+from flyweight.search.spec import Resources, Search, load_spec
+from flyweight.search.storage import Storage
+from flyweight.search.store import checkpoint_folder
 from flyweight.spaces import BadInput
 
 TASK = """
@@ -76,3 +82,38 @@ def test_a_record_of_an_earlier_flyweight_is_asked_for_what_it_has(tmp_path: Pat
     opened(tmp_path, MemoryRecord([first]), "rungs: {short: 0.3}")
     with pytest.raises(BadInput, match="--resume: seed must be"):
         opened(tmp_path, MemoryRecord([first]), "search: {seed: 3}")
+
+
+@pytest.mark.parametrize(
+    ("reason", "done"),
+    [("finished", True), ("stopped", True), ("interrupted", False), ("deadline", False)],
+)
+def test_a_trial_that_more_time_lets_go_on_is_not_done(reason: str, done: bool) -> None:
+    begin, end = {"kind": "begin", "trial": 0}, {"kind": "end", "trial": 0, "reason": reason}
+    assert is_done(MemoryRecord([begin, end]), 1) == done
+
+
+def test_a_trial_that_more_time_lets_go_on_keeps_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons = ("finished", "stopped", "failed", "deadline")
+    storage = Storage(tmp_path)
+    for reason in reasons:  # the policies are called by how their trials end
+        storage.write(f"{checkpoint_folder(reason)}/short.safetensors", b"")
+    controller: Any = SimpleNamespace(trials={}, elapsed=lambda: 0.0, fatal=None)
+    search: Any = object.__new__(driver._Search)
+    search.storage, search.janitor = storage, ThreadPoolExecutor(1)
+
+    def run_trials(*_: Any, **__: Any) -> None:
+        for number, reason in enumerate(reasons):
+            controller.trials[number] = SimpleNamespace(ended=reason)
+            search._tidy({"kind": "end", "reason": reason, "digest": reason})
+
+    monkeypatch.setattr(driver, "run_trials", run_trials)
+    monkeypatch.setattr(driver, "trainable", lambda job: job)
+    monkeypatch.setattr(driver, "facts_of", lambda *_: {})
+    search.spec = SimpleNamespace(search=Search(), resources=Resources())
+    search.progress, search._inputs = contextlib.nullcontext(SimpleNamespace()), str
+    header = {"target": {"fingerprint": "f"}}
+    search._trials(controller, header, {})
+    assert [place.name for place in (tmp_path / checkpoint_folder()).iterdir()] == ["deadline"]

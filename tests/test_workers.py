@@ -91,6 +91,23 @@ def test_a_trial_goes_on_elsewhere_as_if_nothing_had_happened(
     assert asked == ["full", "recalibrate", "short", "full"]
 
 
+def test_what_is_worked_out_again_is_part_of_the_time_of_its_rung(
+    prepared: Prepared, tmp_path: Path, monkeypatch: Any
+) -> None:
+    now = [0.0]
+
+    def takes_a_second(*arguments: Any) -> Any:
+        now[0] += 1
+        return compress(*arguments)
+
+    monkeypatch.setattr("flyweight.search.workers.compress", takes_a_second)
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("flyweight.search.workers.time", clock)
+    worker = Worker(prepared, tmp_path)
+    worker.begin("full")  # its checkpoint is lost
+    assert json.loads(worker.trial.step()["outcome"])["rung_seconds"] == 2.0
+
+
 @pytest.mark.parametrize("how", ["damaged", "missing", "of other inputs"])
 def test_without_a_checkpoint_it_begins_anew_and_says_so(
     how: str, prepared: Prepared, tmp_path: Path, climbed: list[dict[str, Any]]
