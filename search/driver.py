@@ -21,7 +21,7 @@ from .cache import key_of
 from .controller import Budget, Controller, failures
 from .explain import explanation
 from .limits import Limits
-from .local_ray import connected, terminable
+from .local_ray import check_no_ray, connected, terminable
 from .opening import Kept, asks_anew, changed_target, is_done, kept, opening_entry
 from .placement import Place, of_finalists, place_of, trial_request
 from .predict import given_profile, predictor_of
@@ -84,6 +84,7 @@ def search(
     """Runs the search that ``spec`` describes. Raises BadInput before anything is spent.
     wait_s: for a node that can run its trials to come, where the cluster has none."""
     began = time.time()
+    check_no_ray()  # before anything is spent
     profile = given_profile(spec)
     with kept(spec, out, resume) as run:
         say = console.print if console else print
