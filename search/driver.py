@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 
 from ..compressors import RUNGS
 from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
+from ..kernels.cores import cores
 from ..spaces import BadInput, FlyweightError, Impossible
 from .cache import key_of
 from .controller import Budget, Controller, failures
@@ -154,7 +154,7 @@ class _Search:
             warm, interrupted = None, True
             if self.record.entries()[-1:] != [json.loads(json.dumps(header))]:
                 self.record.append(header)
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(cores())
         answers = {} if interrupted else teacher_answers(self.ready.prepared)
         torch.set_num_threads(1)  # from here on the trials have the cores
         tracker = self._tracker(header)

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from ..kernels.cores import cores
 from ..spaces import BadInput, FlyweightError
 from .spec import Spec
 
@@ -61,7 +62,7 @@ def started(cpus: int, address: str | None) -> Iterator[None]:
     if address is None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     local: dict[str, Any] = {
-        "num_cpus": max(os.cpu_count() or 1, cpus),
+        "num_cpus": max(cores(), cpus),
         "include_dashboard": False,
     }
     here = Path.cwd()
