@@ -35,6 +35,33 @@ def test_what_the_runtime_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch) -
     assert found.keys() == {"teacher", "good"}
 
 
+@pytest.mark.parametrize(("takes_s", "tries"), [(1.0, meter.AGAIN), (25.0, 3), (70.0, 1)])
+def test_a_machine_that_is_never_quiet_is_given_about_a_minute(
+    takes_s: float, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, teacher_ms = [0.0], iter([9.0, 7.0, 8.0, *range(10, 20)])
+
+    def busy(*_: Any, **__: Any) -> dict[str, Timing]:
+        now[0] += takes_s
+        return {"teacher": Timing((float(next(teacher_ms)),))}
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(meter, "time_sessions", busy)
+    monkeypatch.setattr(meter, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
+    found = Meter("onnxruntime", 1, TEACHER, FEED).finalists({}, 1.0)
+    assert found["teacher"].median_ms == (9.0 if tries == 1 else 7.0)  # the quietest
+    left = len(list(teacher_ms))
+    assert 13 - left == tries
+
+
+def test_a_clock_that_sees_no_call_is_replaced_by_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter.time, "thread_time_ns", lambda: 0)
+    low, middle, high = Meter("onnxruntime", 1, TEACHER, FEED).provisional(OTHER)
+    assert 0 < low <= middle <= high
+
+
 class Target:
     """A place whose runtime refuses what begins with "refused" and dies of what begins with
     "deadly"."""

@@ -207,7 +207,7 @@ def test_a_missing_artifact_is_left_out_and_told(run: Run) -> None:
 
 
 def test_ctrl_c_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> Any:
+    def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flyweight.search.meter.time_sessions", interrupted)
