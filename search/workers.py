@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ class CompressionTrial(tune.Trainable):
         self.job = job
         spec = job.spec
         torch.set_num_threads(max(1, int(spec.resources.cpus)))
-        answers = {k: torch.from_numpy(np.array(v)) for k, v in job.answers.items()}
+        answers = {variant: _shared(array) for variant, array in job.answers.items()}
         self.prepared = prepare_task(spec, answers)
         self.reset_config(config)
 
@@ -142,6 +143,14 @@ class CompressionTrial(tune.Trainable):
 
     def load_checkpoint(self, _: Any) -> None:
         return None
+
+
+def _shared(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The same memory as a tensor: the object store's, which all workers of a node share. Nothing
+    may be written there; training takes rows by their index, which are copies."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def _told(error: Exception) -> str:
