@@ -38,7 +38,7 @@ from .ready import (
     score,
     teacher_answers,
 )
-from .record import NOT_FOR_GOOD, Entry
+from .record import NOT_FOR_GOOD, Entry, at_work
 from .report import FILES as REPORT
 from .report import write_report
 from .results import final_front, finalists, measured_entry, result
@@ -119,6 +119,7 @@ class _Search:
         self.run_dir, self.record = run.run_dir, run.record
         self.storage, self.mirror = run.storage, run.mirror
         self.console, self.began = console, began
+        self.earlier_s = next(reversed(at_work(run.record.entries())), 0.0)  # of its sessions
         self.notes: list[str] = []
         self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
         self.profile = profile
@@ -328,7 +329,8 @@ class _Search:
             self._feed_back(controller, timings)
         counts = Counter(rung for t in controller.trials.values() for rung in t.results)
         rows = final_front(entries, tests, header["teacher"]["latency_ms"], timings)
-        return result(header, counts, rows, teacher, time.time() - self.began, None)
+        wall_s = self.earlier_s + time.time() - self.began
+        return result(header, counts, rows, teacher, wall_s, None)
 
     def _tested(self, digests: list[str]) -> tuple[dict[str, bytes], dict[str, float | None]]:
         """The models of finalists and their metrics on test. One that is damaged, or that the

@@ -116,7 +116,9 @@ def test_a_search_ends_with_what_can_be_measured(
     search.ready = SimpleNamespace(prepared=SimpleNamespace(splits=SimpleNamespace(test=True)))
     search.run_dir, search.place, search.record = tmp_path, Target(), MemoryRecord()
     search.mirror = search.profile = None
-    search.notes, search.began, search.progress = [], 0.0, SimpleNamespace(note=print)
+    search.notes, search.progress = [], SimpleNamespace(note=print)
+    search.began, search.earlier_s = 10.0, 5.0
+    monkeypatch.setattr(driver, "time", SimpleNamespace(time=lambda: 30.0))
     controller = SimpleNamespace(results=lambda _: known, limits=Limits(93.0), trials={})
     header = {
         "flyweight": "0", "task": "t", "seed": 0, "objective": {"max_drop": 9}, "target": {},
@@ -126,6 +128,7 @@ def test_a_search_ends_with_what_can_be_measured(
     assert [row["digest"] for row in found["front"]] == [GOOD]
     assert found["front"][0]["metric_test"] == 89.0
     assert [e["digest"] for e in search.record.entries()] == [GOOD]
+    assert found["wall_s"] == 25.0  # of all sessions
     told = "\n".join(search.notes)
     assert len(search.notes) == 3
     assert all(
