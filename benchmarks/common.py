@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flyweight.compressors import Prepared, harm
+from flyweight.kernels.cores import cores
 from flyweight.search.sensitivity import Judge
 from flyweight.spaces import Impossible, Policy
 
@@ -18,7 +19,7 @@ LIBRARIES = ("flyweight", "torch", "onnxruntime", "openvino", "ray", "optuna", "
 
 def machine() -> dict[str, Any]:
     """The processor's name, its cores, and the load over the last minute: processes that run."""
-    return {"name": _processor(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)}
+    return {"name": _processor(), "cores": cores(), "load": round(os.getloadavg()[0], 2)}
 
 
 def _processor() -> str:

@@ -8,13 +8,13 @@ may lean on that of another device, whose networks then stand in the file too.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from ..spaces.errors import BadInput
+from .files import write_whole
 from .signature import Signature
 
 VERSION, LEANING = 1, 2  # of a file; the second holds another device's networks too
@@ -108,9 +108,7 @@ class DeviceProfile:
             head |= {"version": LEANING, "like": other}
             entries = [*(_plain(t) | {"like": True} for t in self.like.timed), *entries]
         lines = [json.dumps(head), *(json.dumps(entry) for entry in entries)]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(partial, path)
+        write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
     def append(self, path: Path, timed: Timed) -> None:
         """Adds a network here and at the end of ``path``. Raises OSError."""

@@ -1,6 +1,5 @@
 """The narrow seam to whatever runs a model: a runtime loads it, a session answers with it."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 
 from ..spaces.capabilities import Capabilities
 from ..spaces.errors import BadInput, nearest
+from .cores import cores
 
 Array = NDArray[Any]
 Inputs = Mapping[str, Array]
@@ -104,8 +104,7 @@ def make_runtime(name: str, threads: int) -> Runtime:
     """
     if name not in RUNTIMES:
         raise BadInput(f"target.runtime: unknown runtime {name!r}; {nearest(name, RUNTIMES)}")
-    cores = os.cpu_count() or 1
-    if not 1 <= threads <= cores:
-        rule = "1 <= target.threads <= cores of this machine must hold"
-        raise BadInput(f"{rule}, but got threads={threads}, cores={cores}")
+    if not 1 <= threads <= cores():
+        rule = "1 <= target.threads <= cores that this process may use must hold"
+        raise BadInput(f"{rule}, but got threads={threads}, cores={cores()}")
     return RUNTIMES[name](threads)

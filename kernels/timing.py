@@ -9,6 +9,7 @@ scheduler's slice (3 ms): measured so, a model of 7 ms seemed to take 16, its ra
 doubled, and the rounds agreed to 0.2%. Hence ``waiting``, which spread cannot replace.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from .runtime import Inputs, Session
 Clock = Callable[[], int]  # nanoseconds
 
 LEAST_CALLS = 3
+LEAST_ROUNDS = 5  # of fewer, quartiles say little
 TEACHER = "teacher"
 # A median of 15 rounds has a standard error of about a quarter of the inter-quartile range, so
 # 0.1 means about 2.5% on the teacher, half of what a reported speed-up may be off.
@@ -83,6 +85,12 @@ def calls_within(visit_ms: float, call_ms: float, repeats: int) -> int:
     return min(repeats, max(LEAST_CALLS, fit))
 
 
+def rounds_within(most_ms: float, round_ms: float, rounds: int) -> int:
+    """Rounds of ``round_ms`` that fit into ``most_ms``: at most ``rounds``, at least 5 of them."""
+    fit = rounds if round_ms * rounds <= most_ms else int(most_ms / round_ms)
+    return min(rounds, max(LEAST_ROUNDS, fit))
+
+
 def time_sessions(
     sessions: Mapping[str, Session],
     inputs: Inputs,
@@ -90,6 +98,7 @@ def time_sessions(
     repeats: int = 20,
     warmup: int = 1,
     visit_ms: float = 50.0,
+    most_ms: float = math.inf,
     clock: Clock = time.perf_counter_ns,
     cpu_clock: Clock | None = None,
     on_round: Callable[[int], None] | None = None,
@@ -98,9 +107,10 @@ def time_sessions(
 
     A round visits every session once: ``warmup`` calls, then ``repeats`` calls, of which the
     fastest counts. A slow model gets fewer calls, so that they last about ``visit_ms``, but never
-    fewer than 3. cpu_clock: the time that the calling thread was on the CPU, for ``waiting``; the
-    thread's own, or ``clock`` where that is not the real one. on_round: told how many rounds are
-    done. Raises ValueError for counts below 1 (``warmup``: 0).
+    fewer than 3. most_ms: where all rounds would take longer, there are fewer, but never fewer than
+    5. cpu_clock: the time that the calling thread was on the CPU, for ``waiting``; the thread's
+    own, or ``clock`` where that is not the real one. on_round: told how many rounds are done.
+    Raises ValueError for counts below 1 (``warmup``: 0).
     """
     if rounds < 1 or repeats < 1 or warmup < 0:
         rule = "rounds >= 1, repeats >= 1 and warmup >= 0 must hold"
@@ -109,12 +119,14 @@ def time_sessions(
         cpu_clock = time.thread_time_ns if clock is time.perf_counter_ns else clock
     names = list(sessions)
     calls: dict[str, int] = {}
+    round_ms = 0.0
     for name in names:  # the first calls of a session allocate, so they only size its visits
         first = min(LEAST_CALLS, repeats)
         call_ms, _ = _visit(sessions[name], inputs, warmup, first, clock, cpu_clock)
         calls[name] = calls_within(visit_ms, call_ms, repeats)
+        round_ms += (warmup + calls[name]) * call_ms
     visits: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for round_ in range(rounds):
+    for round_ in range(rounds_within(most_ms, round_ms, rounds)):
         for place in visiting_order(len(names), round_):
             name = names[place]
             seen = _visit(sessions[name], inputs, warmup, calls[name], clock, cpu_clock)

@@ -193,7 +193,7 @@ def predict(
     """Predict the latency of each POLICY (a JSON file) with its 90% interval; builds nothing.
 
     --json: a list in the order of the policies, predicted_latency_ms being lower end, middle and
-    upper end.
+    upper end, or null for a policy with work that the runtime died of.
 
     On the profile's own device the teacher is timed first, since a device is not always as fast as
     it was when it was profiled.
@@ -206,6 +206,9 @@ def predict(
         click.echo(json.dumps(found, indent=2))
         return
     for path, case in zip(policies, found, strict=True):
+        if case["predicted_latency_ms"] is None:
+            click.echo(f"{path}: the runtime died of networks with work that this policy has")
+            continue
         low, middle, high = case["predicted_latency_ms"]
         ends = f"{milliseconds(low)} to {milliseconds(high)}"
         click.echo(f"{path}: {milliseconds(middle)} ms ({ends})")

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,14 +15,14 @@ import torch
 
 from ..compressors import RUNGS
 from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
-from ..spaces import BadInput, FlyweightError
+from ..kernels.cores import cores
+from ..spaces import BadInput, FlyweightError, Impossible
 from .cache import key_of
 from .controller import Budget, Controller, failures
 from .counting import telling
 from .explain import explanation
 from .limits import Limits
-from .local_ray import connected, terminable
-from .meter import Device
+from .local_ray import check_no_ray, connected, terminable
 from .opening import (
     Kept,
     asks_anew,
@@ -31,9 +30,10 @@ from .opening import (
     check_same,
     is_done,
     kept,
+    lasting,
     opening_entry,
 )
-from .placement import Place, place_of, trial_request
+from .placement import Place, of_finalists, place_of, trial_request
 from .predict import given_profile, predictor_of
 from .preflight import check_cluster
 from .preparation import Preparation, worth_preparing
@@ -42,7 +42,7 @@ from .profiling import check_profile, empty_profile
 from .progress import Progress
 from .reach import check_limits, check_without_ray
 from .ready import Ready, facts_of, ready, score, teacher_answers
-from .record import Entry, Record
+from .record import NOT_FOR_GOOD, Entry, Record, at_work
 from .report import FILES as REPORT
 from .report import write_report
 from .results import final_front, finalists, measured_entry, result
@@ -88,6 +88,7 @@ def search(
     """Runs the search that ``spec`` describes. Raises BadInput before anything is spent.
     wait_s: for a node that can run its trials to come, where the cluster has none."""
     began = time.time()
+    check_no_ray()  # before anything is spent
     profile = given_profile(spec)
     with kept(spec, out, resume) as run:
         say, local = console.print if console else print, address is None
@@ -109,8 +110,7 @@ def search(
 def _checked(spec: Spec, record: Record, profile: DeviceProfile | None, local: bool) -> Ready:
     """All that can be refused without Ray, which takes seconds to start, is refused here."""
     found = ready(spec)
-    device = Device.of(found.prepared.runtime)
-    check_same(record, data_digest=found.data_digest, capabilities=device.capabilities)
+    check_same(record, **lasting(found))
     if profile is not None:
         check_profile(profile, empty_profile(spec, found.prepared), device=False)
     if asks_anew(spec, record):
@@ -136,6 +136,7 @@ class _Search:
         self.run_dir, self.record = run.run_dir, run.record
         self.storage, self.mirror = run.storage, run.mirror
         self.console, self.began = console, began
+        self.earlier_s = next(reversed(at_work(run.record.entries())), 0.0)  # of its sessions
         self.notes: list[str] = []
         self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
         self.profile = profile
@@ -194,7 +195,7 @@ class _Search:
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
 
     def _answers(self) -> dict[int, Any]:
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(cores())
         with telling("The teacher answers the training data", self.console):
             answers = teacher_answers(self.ready.prepared)
         torch.set_num_threads(1)  # from here on the trials have the cores
@@ -258,10 +259,6 @@ class _Search:
                 tracker.record(entry)
             self.progress.entry(entry)
 
-        def tidy(entry: dict[str, Any]) -> None:
-            if entry["kind"] == "end" and entry["reason"] != "interrupted":
-                self.janitor.submit(remove_checkpoints, self.storage, entry["digest"])
-
         for entry in self.record.entries():  # of a resumed search also what came before
             listen(entry)
         with telling("Choosing the first policies", self.console):
@@ -271,9 +268,14 @@ class _Search:
             )  # fmt: skip
         budget = Budget(search.trials, search.time_budget)
         return Controller(
-            proposals, price, limits, self.record, budget, listen=[listen, tidy], look_ahead=True,
-            reprice=self.predictor is not None,
+            proposals, price, limits, self.record, budget, listen=[listen, self._tidy],
+            look_ahead=True, reprice=self.predictor is not None,
         )  # fmt: skip
+
+    def _tidy(self, entry: dict[str, Any]) -> None:
+        """Removes the checkpoints of a trial that ended for good."""
+        if entry["kind"] == "end" and entry["reason"] not in NOT_FOR_GOOD:
+            self.janitor.submit(remove_checkpoints, self.storage, entry["digest"])
 
     def _trials(
         self, controller: Controller, header: dict[str, Any], answers: dict[int, Any]
@@ -290,14 +292,15 @@ class _Search:
                 resources=trial_request(self.spec.resources),
             )
         self.janitor.shutdown()
-        if not (controller.interrupted or controller.fatal):
+        waits = any(trial.ended in NOT_FOR_GOOD for trial in controller.trials.values())
+        if not (waits or controller.fatal):
             remove_checkpoints(self.storage)
 
     def _inputs(self, header: dict[str, Any]) -> str:
         """A digest of what candidates depend on besides policy and rung: what has changed since a
         search was cut off must not go on from what it had."""
-        inputs = [header[name] for name in ("seed", "data_digest", "versions")]
-        return key_of(*inputs, self.ready.teacher, self.spec.rungs.model_dump())
+        inputs = [header[name] for name in ("seed", "data_digest", "versions", "rungs")]
+        return key_of(*inputs, self.ready.teacher)
 
     def _note_end(self, controller: Controller) -> None:
         if controller.fatal:
@@ -336,28 +339,36 @@ class _Search:
         entries = finalists(controller.results(RUNGS[-1]), controller.limits)
         if self.mirror:
             self._fetch(controller, {entry["digest"] for entry in entries})
-        models = {}
-        for entry in entries:
-            try:
-                models[entry["digest"]] = read_artifact(self.run_dir, entry["digest"])
-            except FlyweightError as error:
-                self.notes.append(str(error))
-        entries = [e for e in entries if e["digest"] in models]
+        models, tests = self._tested([entry["digest"] for entry in entries])
         timings = self._timings(models, header["teacher"]["latency_ms"])
+        left = models if timings is None else timings
+        entries = [entry for entry in entries if entry["digest"] in left]
         teacher = dict(header["teacher"])
-        prepared, test = self.ready.prepared, self.ready.prepared.splits.test
-        tests = {
-            digest: None if test is None else score(prepared, model, test)
-            for digest, model in models.items()
-        }
         if timings is not None:
             teacher |= {"latency_ms": timings["teacher"].median_ms}
-            for digest in models:
+            for digest in [entry["digest"] for entry in entries]:
                 self._append(measured_entry(digest, timings, self.place.device, tests[digest]))
             self._feed_back(controller, timings)
         counts = Counter(rung for t in controller.trials.values() for rung in t.results)
         rows = final_front(entries, tests, header["teacher"]["latency_ms"], timings)
-        return result(header, counts, rows, teacher, time.time() - self.began, None)
+        wall_s = self.earlier_s + time.time() - self.began
+        return result(header, counts, rows, teacher, wall_s, None)
+
+    def _tested(self, digests: list[str]) -> tuple[dict[str, bytes], dict[str, float | None]]:
+        """The models of finalists and their metrics on test. One that is damaged, or that the
+        runtime refuses, is left out: it must not cost the end of the search, and of each later."""
+        prepared, test = self.ready.prepared, self.ready.prepared.splits.test
+        models, tests = {}, {}
+        for digest in digests:
+            try:
+                model = read_artifact(self.run_dir, digest)
+                tests[digest] = None if test is None else score(prepared, model, test)
+                models[digest] = model
+            except Impossible as error:
+                self.notes.append(f"Finalist {digest[:12]} is left out: {error}")
+            except FlyweightError as error:
+                self.notes.append(str(error))
+        return models, tests
 
     def _fetch(self, controller: Controller, kept: set[str]) -> None:
         """Brings the artifacts into the run directory; the storage keeps those of finalists."""
@@ -372,18 +383,24 @@ class _Search:
                 self.storage.remove(f"artifacts/{digest}")
 
     def _timings(self, models: Mapping[str, bytes], teacher_ms: float) -> dict[str, Timing] | None:
-        """The finalists, alone; None where they could not be measured."""
+        """The finalists, alone, but for those that the runtime refuses or dies of; None where they
+        could not be measured."""
         timings, text = None, f"Measuring {len(models)} finalists, alone"
         try:
             with telling(text, self.console) if models else contextlib.nullcontext():
-                timings = self.place.finalists(models, teacher_ms)
-        except OSError as error:
+                timings = of_finalists(self.place, models, teacher_ms)
+        except (FlyweightError, OSError) as error:
             self.notes.append(f"The finalists could not be measured: {error}")
         if timings is None:
             self.notes.append(
                 "The latencies of the front are predicted; on the device that will run the model, "
                 f"`flyweight measure {self.run_dir}` measures them"
             )
+        refused = [] if timings is None else [digest for digest in models if digest not in timings]
+        self.notes += [
+            f"Finalist {digest[:12]} is left out: the target's runtime refuses it, or dies of it"
+            for digest in refused
+        ]
         return timings
 
     def _feed_back(self, controller: Controller, timings: Mapping[str, Timing]) -> None:
@@ -409,6 +426,7 @@ class _Search:
         """Whether result.json and the report could be written; each is whole or not there."""
         try:
             write_json(self.run_dir / RESULT, found)
+            self._append({"kind": "done"})  # the report, for one, asks whether the search runs
             self._explain(controller, found)
             write_report(self.run_dir)
         except OSError as error:

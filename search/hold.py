@@ -8,6 +8,7 @@ and again as a sign of life. One that was not for long is of a process that is g
 import contextlib
 import json
 import os
+import secrets
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ FOLDER = "held"
 NAME = f"{FOLDER}/by.json"
 SIGN_S = 20.0  # between two signs of life
 STALE_S = 120.0  # the clocks of machines differ
+_TOKEN = secrets.token_hex(8)  # of this process: host and pid may be another container's too
 
 
 class Hold:
@@ -92,25 +94,32 @@ class Hold:
 
     def _look(self) -> None:
         holder = read(self._storage)
-        if holder and (holder["host"], holder["pid"]) != (socket.gethostname(), os.getpid()):
+        if holder and _who() != {name: holder[name] for name in _who()}:
             self._lost = told(holder)
         elif holder is None and self._slept():
             self._lost = f"{told(None)}, which has ended"
 
     def _sign(self) -> None:
         now = time.time()
-        who = {"host": socket.gethostname(), "pid": os.getpid(), "time": now}
-        self._storage.write(NAME, json.dumps(who).encode())
+        self._storage.write(NAME, json.dumps(_who() | {"time": now}).encode())
         self._signed = now
 
 
+def _who() -> dict[str, Any]:
+    """This process, as it is known to others."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "token": _TOKEN}
+
+
 def read(storage: Storage) -> dict[str, Any] | None:
-    """Who says that they hold the run: host, pid and the time of their last sign; None if nobody
-    does. Raises OSError if the storage is away."""
+    """Who says that they hold the run: host, pid, token and the time of their last sign; None if
+    nobody does. Raises OSError if the storage is away."""
     try:
         found = json.loads(storage.read(NAME))
-        return {"host": str(found["host"]), "pid": int(found["pid"]), "time": float(found["time"])}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return {
+            "host": str(found["host"]), "pid": int(found["pid"]),
+            "token": str(found.get("token", "")), "time": float(found["time"]),
+        }  # fmt: skip
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -124,7 +133,9 @@ def _lives(holder: dict[str, Any]) -> bool:
         return False
     if holder["host"] != socket.gethostname():
         return True
-    if holder["pid"] == os.getpid():  # the run directory may lie in the storage
+    # This process, whose run directory may lie in the storage; or one in its place before, as in a
+    # container that was begun anew. One in another container that lives is told by the token.
+    if holder["pid"] == os.getpid():
         return False
     try:
         os.kill(holder["pid"], 0)

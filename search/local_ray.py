@@ -5,12 +5,14 @@ import logging
 import os
 import secrets
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from ..kernels.cores import cores
 from ..spaces import BadInput, FlyweightError
 from .spec import Spec
 
@@ -19,7 +21,12 @@ from .spec import Spec
 def terminable() -> Iterator[None]:
     """SIGTERM (a job that is stopped) ends a search as Ctrl-C does: with the best so far. Tune
     (2.60) takes Ctrl-C for itself and keeps it unless it came: it is given back here, so that one
-    that comes later, while finalists are measured, is an interruption."""
+    that comes later, while finalists are measured, is an interruption.
+
+    Signals are the main thread's: a search in another one leaves them alone, as Tune does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     interrupt = signal.getsignal(signal.SIGINT)
     before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     try:
@@ -27,6 +34,17 @@ def terminable() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, interrupt)
+
+
+def check_no_ray() -> None:
+    """Raises BadInput where this process has a Ray already. It would end with the search, and may
+    be of other settings: its workers ask for no token, say."""
+    if ray.is_initialized():
+        raise BadInput(
+            "this process is connected to a Ray, but a search needs one of its own, which ends "
+            "with it; call ray.shutdown() first, or run the search in another process (`flyweight "
+            "search`, with --address for a cluster)"
+        )
 
 
 @contextlib.contextmanager
@@ -39,11 +57,12 @@ def connected(spec: Spec, address: str | None) -> Iterator[None]:
 @contextlib.contextmanager
 def started(cpus: int, address: str | None) -> Iterator[None]:
     """Ray, local with at least ``cpus`` CPUs unless an address is given, protected by a token in
-    either case."""
+    either case. Raises BadInput, also where there is a Ray already."""
+    check_no_ray()
     if address is None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     local: dict[str, Any] = {
-        "num_cpus": max(os.cpu_count() or 1, cpus),
+        "num_cpus": max(cores(), cpus),
         "include_dashboard": False,
     }
     here = Path.cwd()

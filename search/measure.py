@@ -55,6 +55,14 @@ def measure(run_dir: Path, say: Callable[[str], None] = print) -> Measured:
         meter = Meter(target["runtime"], target["threads"], teacher, read_request(run_dir))
         say(f"Measuring {len(models)} finalists on this device ({device.fingerprint})")
         timings = meter.finalists(models, meter.alone())
+        if refused := [e["digest"][:12] for e in present if e["digest"] not in timings]:
+            notes.append(f"The runtime here refuses {', '.join(refused)}: left out")
+        present = [e for e in present if e["digest"] in timings]
+        if not present:
+            raise BadInput(
+                f"the runtime here refuses all finalists of {run_dir}; measure on a device like "
+                "the one that was searched for"
+            )
         if disturbed(timings):
             notes.append("Something else ran on this device: measure again when it is quiet")
         if header.get("capabilities") != device.capabilities:
@@ -65,7 +73,7 @@ def measure(run_dir: Path, say: Callable[[str], None] = print) -> Measured:
         tests = {e["digest"]: e["metric_test"] for e in entries if "metric_test" in e}
         rows = final_front(present, tests, header["teacher"]["latency_ms"], timings)
         new = remeasured(result, rows, timings["teacher"].median_ms, device.fingerprint)
-        for digest in models:
+        for digest in [e["digest"] for e in present]:
             record.append(measured_entry(digest, timings, device, tests.get(digest)))
     finally:
         record.close()

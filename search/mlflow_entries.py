@@ -54,7 +54,9 @@ def _search(entry: dict[str, Any]) -> Update:
     tags |= {f"flyweight.versions.{name}": str(v) for name, v in entry["versions"].items()}
     metrics, odd = _finite({f"teacher_{k}": v for k, v in entry["teacher"].items()})
     params = {"task": str(entry["task"]), "seed": str(entry["seed"])}
-    params |= {f"target.{name}": str(value) for name, value in target.items()}
+    facts = {f"target.{name}": str(value) for name, value in target.items()}
+    params |= facts
+    tags |= {f"flyweight.{name}": v for name, v in facts.items()}  # a later session may change them
     return Update(
         None, float(entry["time"]), metrics=metrics, params=params, tags=tags, not_finite=odd
     )

@@ -57,6 +57,7 @@ class _Open:
     run_id: str
     artifact_uri: str
     tags: dict[str, str]
+    params: set[str]  # their names: what one is cannot be changed
     status: str
     found: float = -math.inf  # _UP_TO when it was found
     has_policy: bool = False
@@ -68,6 +69,7 @@ class _Open:
             run.info.run_id,
             run.info.artifact_uri,
             tags,
+            set(run.data.params),
             run.info.status,
             found=float(tags.get(_UP_TO, "-inf")),
             has_policy="flyweight.rung" in tags,
@@ -154,7 +156,9 @@ class Runs:
         if policy is not None and not run.has_policy:
             self._store_policy(run, policy)
         tags = run.tags_after(new, complete)
-        params = {k: v for u in new for k, v in u.params.items()}  # each key once in a batch
+        # Each once, as it was first: one that is given another value has the whole batch refused.
+        given = ((k, v) for u in reversed(new) for k, v in u.params.items())
+        params = {k: v for k, v in given if k not in run.params}
         self._ask(
             self._client.log_batch,
             run.run_id,
@@ -167,6 +171,7 @@ class Runs:
             tags=[RunTag(k, self._short(v)) for k, v in tags.items()],
         )
         run.tags |= tags
+        run.params |= params.keys()
         for update in reversed(new):
             if update.status is not None:
                 self._end(run, update.status, update.time)

@@ -14,7 +14,7 @@ from ..spaces import BadInput
 from .hold import Hold
 from .meter import Device
 from .ready import Ready, facts_of, versions
-from .record import Entry, FileRecord, Record
+from .record import NOT_FOR_GOOD, Entry, FileRecord, Record
 from .run_files import PROFILE, RECORD, REQUEST, SENSITIVITY, SPEC, TEACHER
 from .spec import Spec
 from .storage import (
@@ -143,9 +143,9 @@ def _check_secrets(spec: Spec) -> None:
             )
 
 
-def check_same(record: Record, **found: str) -> None:
+def check_same(record: Record, **found: Any) -> None:
     """Raises BadInput unless what is ``found`` of a search is what that of ``record`` began with,
-    if there is one."""
+    if there is one, as far as its first entry has it."""
     first = next(iter(_sessions(record)), None)
     if first is None:
         return
@@ -155,11 +155,26 @@ def check_same(record: Record, **found: str) -> None:
             "--out"
         )
     for name, value in found.items():
-        if first[name] != value:
+        if name in first and first[name] != value:  # an earlier flyweight wrote fewer
             raise BadInput(
-                f"--resume: {name} is {value}, but the search began with {first[name]}; begin a "
-                "new search with another --out"
+                f"--resume: {name} must be what the search began with, {first[name]}, or its "
+                f"results could not be compared, but is {value}; set it back, or begin a new "
+                "search with another --out"
             )
+
+
+def lasting(ready: Ready) -> dict[str, Any]:
+    """What a search is for good: results of another seed, teacher or length of a rung stand for
+    nothing beside those that it has."""
+    spec = ready.spec
+    return {
+        "resolved_task": spec.task,
+        "seed": spec.search.seed,
+        "rungs": spec.rungs.model_dump(),
+        "teacher_digest": ready.teacher_digest,
+        "data_digest": ready.data_digest,
+        "capabilities": Device.of(ready.prepared.runtime).capabilities,
+    }
 
 
 def opening_entry(
@@ -171,12 +186,12 @@ def opening_entry(
     A resumed one keeps the teacher's figures, so that its limits stay what they were.
     """
     spec, earlier = ready.spec, record.entries()
-    runtime, network = ready.prepared.runtime, ready.prepared.network
+    network = ready.prepared.network
     entry = {
         "kind": "search",
         "flyweight": version("flyweight"),
         **facts_of(spec, device.fingerprint),
-        "resolved_task": spec.task,
+        **lasting(ready),
         "objective": spec.objective.model_dump(),
         "teacher": {
             "metric": ready.metric,
@@ -186,8 +201,6 @@ def opening_entry(
             "compressed_bytes": compressed_bytes(ready.teacher),
         },
         "versions": versions(spec.target.runtime),
-        "data_digest": ready.data_digest,
-        "capabilities": Device.of(runtime).capabilities,
         "groups": {name: group.width for name, group in network.groups.items()},
         "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
         "layers": len(network.layers),
@@ -214,9 +227,9 @@ def changed_target(entry: dict[str, Any], record: Record) -> bool:
 
 
 def is_done(record: Record, trials: int) -> bool:
-    """Whether a record holds ``trials`` trials, all of which have ended."""
+    """Whether a record holds ``trials`` trials, all of which have ended for good."""
     begun = {e["trial"] for e in record.entries() if e["kind"] == "begin"}
-    ends = (e for e in record.entries() if e["kind"] == "end" and e["reason"] != "interrupted")
+    ends = (e for e in record.entries() if e["kind"] == "end" and e["reason"] not in NOT_FOR_GOOD)
     return len(begun) >= trials and begun <= {e["trial"] for e in ends}
 
 

@@ -32,9 +32,13 @@ LOOK_S = 10.0  # between two looks whether there is one
 Say = Callable[[str], None]
 
 
+class Died(OSError):
+    """The process that measured has died, perhaps of what it ran."""
+
+
 class Place(Protocol):
-    """Where to measure. Methods raise OSError where what measures is lost, Impossible for a model
-    that the runtime does not take."""
+    """Where to measure. Methods raise OSError where what measures is lost (``Died`` if its process
+    died), Impossible for a model that the runtime does not take."""
 
     device: Device
     there: bool  # whether models can be timed at all
@@ -48,13 +52,26 @@ class Place(Protocol):
     def finalists(
         self, models: Mapping[str, bytes], alone_ms: float, /
     ) -> dict[str, Timing] | None:
-        """See ``Meter.finalists``; None where they cannot be measured."""
+        """See ``Meter.finalists`` and ``of_finalists``; None where they cannot be measured."""
 
     def process(self) -> AbstractContextManager[Any]:
         """Something with the ``time`` of a ``MeasuringProcess``."""
 
     def close(self) -> None:
         """Ends what measures."""
+
+
+def of_finalists(
+    place: Place, models: Mapping[str, bytes], alone_ms: float
+) -> dict[str, Timing] | None:
+    """What ``Place.finalists`` says, also where its process dies of some of them: those are left
+    out as if the runtime had refused them. Raises OSError, FlyweightError."""
+    try:
+        return place.finalists(models, alone_ms)
+    except Died:
+        with place.process() as process:  # which outlives what it dies of, and says which
+            found = process.time(models)
+        return place.finalists({n: m for n, m in models.items() if found[n]}, alone_ms)
 
 
 def place_of(ready: Ready, profile: DeviceProfile | None, local: bool, say: Say) -> Place:
@@ -98,8 +115,10 @@ class Here(ThisMachine):
     def finalists(self, models: Mapping[str, bytes], alone_ms: float) -> dict[str, Timing] | None:
         self.close()
         meter = self._start()
-        found: dict[str, Timing] = _get(meter.finalists.remote(models, alone_ms))
-        ray.kill(meter)
+        try:
+            found: dict[str, Timing] = _get(meter.finalists.remote(models, alone_ms))
+        finally:
+            ray.kill(meter)
         return found
 
     def close(self) -> None:
@@ -280,7 +299,7 @@ def _get(answer: Any) -> Any:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         # Of an actor that could not begin, the last line is what it raised.
         reason = lines[-1 if getattr(error, "actor_init_failed", False) else 0]
-        raise OSError(f"what measured was lost: {reason}") from error
+        raise Died(f"what measured was lost: {reason}") from error
 
 
 def trial_request(resources: Resources) -> dict[str, float]:

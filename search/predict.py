@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
 from ..compressors import Prepared, untrained
 from ..kernels import DeviceProfile, LatencyPredictor, predictor_for
+from ..kernels.predictor import enough
 from ..spaces import BadInput, Impossible, Policy
 from .counting import counting
 from .meter import Meter
@@ -58,7 +60,7 @@ def predict(
     paths: Sequence[Path], profile_path: Path, spec_path: Path, *, allow_foreign: bool = False
 ) -> list[dict[str, Any]]:
     """The predicted latency of each policy, in order: lower end, middle and upper end of the 90%
-    interval. Raises BadInput."""
+    interval; None for one with work that the runtime is known to die of. Raises BadInput."""
     policies = [read_policy(path) for path in paths]
     spec = load_spec(spec_path)
     found = DeviceProfile.load(profile_path)
@@ -71,17 +73,26 @@ def predict(
         except Impossible as error:
             raise BadInput(f"{path}: {error}") from error
     return [
-        {"policy": str(path), "digest": policy.digest, "predicted_latency_ms": ends}
-        for path, policy, ends in zip(
-            paths, policies, predictor.predict(plans).tolist(), strict=True
-        )
-    ]
+        {
+            "policy": str(path), "digest": policy.digest,
+            "predicted_latency_ms": ends.tolist() if np.isfinite(ends).all() else None,
+        }
+        for path, policy, ends in zip(paths, policies, predictor.predict(plans), strict=True)
+    ]  # fmt: skip
 
 
 def given_profile(spec: Spec) -> DeviceProfile | None:
-    """The device profile that ``spec`` names, None if it names none. Raises BadInput."""
+    """The device profile that ``spec`` names, None if it names none. Raises BadInput, also where it
+    has too few networks to predict from."""
     path = spec.target.profile
-    return None if path is None else DeviceProfile.load(Path(path))
+    if path is None:
+        return None
+    found = DeviceProfile.load(Path(path))
+    try:
+        enough(found)
+    except BadInput as error:
+        raise BadInput(f"target.profile: {path}: {error}") from error
+    return found
 
 
 def predictor_of(

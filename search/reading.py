@@ -134,8 +134,10 @@ def _result(path: Path, entries: Sequence[record.Entry]) -> Mapping[str, Any] | 
         return None
     with _blaming(path):
         result = json.loads(path.read_text("utf-8"))
-        kinds = [entry["kind"] for entry in entries if entry["kind"] in ("search", "measured")]
-        runs_again = kinds.count("search") > 1 and kinds[-1] == "search" and result["front"]
+        ends = "done", "measured"  # an earlier flyweight wrote no "done"
+        kinds = [entry["kind"] for entry in entries if entry["kind"] in ("search", *ends)]
+        sessions = kinds.count("search")
+        runs_again = sessions > 1 and kinds[-1] == "search" and ("done" in kinds or result["front"])
         return None if runs_again else dict(result)
 
 

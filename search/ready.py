@@ -17,6 +17,7 @@ from ..compressors.parity import feed, run_session
 from ..compressors.task import metric_of
 from ..kernels import make_runtime
 from ..spaces import BadInput, Policy, Space
+from .cache import key_of
 from .limits import Limits, limits
 from .run_files import SPEC, TEACHER
 from .spec import Spec
@@ -76,6 +77,16 @@ class Ready:
     def made(self) -> Made:
         """By which a worker knows whether it makes the same task."""
         return made_of(self.prepared)
+
+    @cached_property
+    def teacher_digest(self) -> str:
+        """A digest of the teacher's weights. Not of its artifact: there they are folded, which
+        another CPU or another flyweight rounds otherwise."""
+        parts: list[str | bytes] = []
+        for name, value in self.prepared.teacher.state_dict().items():
+            if isinstance(value, torch.Tensor):  # a module may add what it likes
+                parts += [name, value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()]
+        return key_of(*parts)
 
     def limits(self, latency_ms: float) -> Limits:
         """The limits of the spec for a teacher of this latency."""

@@ -58,6 +58,7 @@ def render(run: Run, compared: Sequence[Run] = ()) -> str:
         "ms": words.milliseconds, "clock": words.clock_time,
     }  # fmt: skip
     drawing, hidden = figures.front_figure(run, compared)
+    first = next(entry for entry in run.entries if entry["kind"] == "search")
     return environment.get_template(
         "report.html"
     ).render(
@@ -66,7 +67,8 @@ def render(run: Run, compared: Sequence[Run] = ()) -> str:
         search=run.search,
         target=(run.result or run.search).get("target") or {},  # it may be measured elsewhere
         teacher=run.summary.teacher,
-        began=datetime.fromtimestamp(run.search["time"], UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        # The first session: what it took is that of all.
+        began=datetime.fromtimestamp(first["time"], UTC).strftime("%Y-%m-%d %H:%M UTC"),
         wall=words.clock_time(run.result["wall_s"]) if run.result else None,
         ends=Counter(run.summary.ended.values()).most_common(),
         failures=run.failures[:_REASONS],

@@ -152,7 +152,7 @@ def result(
     header: Entry, counts: Mapping[str, int], rows: list[dict[str, Any]], teacher: dict[str, Any],
     wall_s: float, mlflow_run_id: str | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """result.json, as DESIGN names its keys."""
+    """result.json, as DESIGN names its keys. wall_s: of all sessions, as ``counts`` are."""
     bounds = limits(header["objective"], teacher["metric"], teacher["latency_ms"])
     best, nearest_miss = choose(rows, bounds)
     return {

@@ -1,9 +1,7 @@
 """Where what trials make lies: a folder, or whatever pyarrow's file systems reach by a URI."""
 
-import os
 import posixpath
 import secrets
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +11,7 @@ from pathlib import Path
 from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, LocalFileSystem
 
+from ..kernels.files import write_whole as write_whole  # most of ``search`` has it from here
 from ..spaces import BadInput
 from .run_files import RECORD
 from .spec import Spec
@@ -87,24 +86,6 @@ def _as_os_error() -> Iterator[None]:
         if isinstance(error, OSError):
             raise
         raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes ``path`` so that a reader sees all of it or nothing. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:
-            raise OSError(error.errno, error.strerror, str(path)) from error  # which disk is full
-        raise
 
 
 def whole_lines(content: bytes) -> bytes:

@@ -9,7 +9,7 @@ def speed(ratio: float) -> str:
 
 def milliseconds(ms: float) -> str:
     """Three digits that mean something, of 800 ms as of 0.0123: times repeat within 1%."""
-    return f"{ms:.{max(0, 2 - math.floor(math.log10(ms)))}f}" if ms > 0 else f"{ms:g}"
+    return f"{ms:.{max(0, 2 - math.floor(math.log10(ms)))}f}" if 0 < ms < math.inf else f"{ms:g}"
 
 
 def lost(drop: float) -> str:

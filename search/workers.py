@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class CompressionTrial(tune.Trainable):
         self.job = job
         spec = job.spec
         torch.set_num_threads(max(1, int(spec.resources.cpus)))
-        answers = {k: torch.from_numpy(np.array(v)) for k, v in job.answers.items()}
+        answers = {variant: _shared(array) for variant, array in job.answers.items()}
         try:
             self.prepared = prepare_task(spec, answers, job.made)
         except BadInput as error:  # an error of Ray's would tell it in forty lines, for each worker
@@ -82,10 +83,10 @@ class CompressionTrial(tune.Trainable):
             return {"rung": rung, "refused": self.refused}
         assert self.prepared is not None
         seed, note = self.job.spec.search.seed, None
+        began = time.perf_counter()  # what has to be worked out again is part of what a rung takes
         try:
             if self.candidate is None and self.rung:
                 self.candidate, note = self._resumed(self.prepared, RUNGS[self.rung - 1])
-            began = time.perf_counter()
             candidate = compress(self.prepared, self.policy, rung, self.candidate, seed)
             outcome = self._outcome(candidate)
         except Unstored as error:
@@ -151,6 +152,14 @@ class CompressionTrial(tune.Trainable):
 
     def load_checkpoint(self, _: Any) -> None:
         return None
+
+
+def _shared(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The same memory as a tensor: the object store's, which all workers of a node share. Nothing
+    may be written there; training takes rows by their index, which are copies."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def _told(error: Exception) -> str:

@@ -855,6 +855,30 @@ def test_a_search_ends_though_a_policy_is_still_looked_for(monkeypatch: pytest.M
     assert not kinds(control.record, "begin")  # type: ignore[arg-type]  # it is a MemoryRecord
 
 
+def test_a_search_that_ends_prices_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each policy is timed, and models are slow, a price takes a while."""
+    monkeypatch.setattr("flyweight.search.finder.CLOSE_S", 60.0)
+    first, goes_on, priced = threading.Event(), threading.Event(), []
+
+    def costs(policy: Policy) -> Price:
+        priced.append(policy)
+        if len(priced) == 2:  # a smaller form of the first, which is over the limit
+            first.set()
+            assert goes_on.wait(60)
+        return price(policy)
+
+    control = controller(costs=costs, look_ahead=True, limits=Limits(95.0, latency_ms=1e-6))
+    assert control.propose(0.0) is None
+    assert first.wait(60)
+    closing = threading.Thread(target=control.close)
+    closing.start()
+    while not control._finder._closed:
+        threading.Event().wait(0.001)
+    goes_on.set()
+    closing.join(60)
+    assert len(priced) == 2
+
+
 def test_tune_asks_again_while_a_policy_is_looked_for_until_ctrl_c(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,6 +1,7 @@
 """`flyweight explain`: on a device whose truth is known, through the command line."""
 
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from flyweight.kernels import Signature, Timed, signature
+from flyweight.kernels import DeviceProfile, Signature, Timed, signature
 from flyweight.search.cli import main
 from flyweight.search.explained import slower_in_int8, time_of
+from flyweight.search.predict import given_profile
 from flyweight.search.profiling import empty_profile, mixed_policies
 from flyweight.search.ready import make_space, prepare_task
 from flyweight.search.spec import load_spec
-from flyweight.spaces import Policy
+from flyweight.search.words import milliseconds
+from flyweight.spaces import BadInput, Policy
 
 TASK = """
 import torch
@@ -118,6 +121,42 @@ class Case:
         done = run(*self.words("predict"), "--json")
         assert done.exit_code == 0, done.output
         return float(json.loads(done.output)[0]["predicted_latency_ms"][1])
+
+
+def test_a_policy_that_the_runtime_dies_of_is_told_so(folder: Path, tmp_path: Path) -> None:
+    """The others of the same call are predicted all the same, and the JSON is JSON."""
+    profile = DeviceProfile.load(folder / "profile.jsonl")
+    for number, timed in enumerate(profile.timed):
+        if any("int8" in s.kind for s in timed.counts):
+            profile.timed[number] = replace(timed, ms=None)
+    profile.create(tmp_path / "profile.jsonl")
+    deadly, alive = Case(folder, MIXED), Case(folder, {"version": 1})
+    command, path, *words = deadly.words("predict")
+    words[words.index(folder / "profile.jsonl")] = tmp_path / "profile.jsonl"
+    done = run(command, path, alive.path, *words, "--json")
+    assert done.exit_code == 0, done.output
+    first, second = json.loads(done.output, parse_constant=pytest.fail)
+    assert first["predicted_latency_ms"] is None
+    assert len(second["predicted_latency_ms"]) == 3
+    done = run(command, path, alive.path, *words)
+    assert done.exit_code == 0, done.output
+    assert f"{path}: the runtime died of networks" in done.output
+    assert f"{alive.path}: " in done.output.splitlines()[1]
+
+
+def test_a_profile_of_too_few_networks_is_refused_before_anything_else(folder: Path) -> None:
+    spec = load_spec(folder / "search.yaml")
+    path = folder / "few.jsonl"
+    profile = DeviceProfile.load(folder / "profile.jsonl")
+    replace(profile, timed=[]).create(path)
+    target = spec.target.model_copy(update={"profile": str(path)})
+    with pytest.raises(BadInput, match=f"target.profile: {path}: .* at least 20 .* but .* has 0"):
+        given_profile(spec.model_copy(update={"target": target}))
+
+
+def test_milliseconds_of_no_number() -> None:
+    assert milliseconds(math.inf) == "inf"
+    assert milliseconds(math.nan) == "nan"
 
 
 def test_times_of_kernels_add_up_to_what_is_predicted(folder: Path) -> None:

@@ -107,6 +107,26 @@ def test_who_slept_for_long_and_was_taken_for_gone_writes_nothing_any_more(
     assert (hold.read(place) is None) == ended  # the other's note stays
 
 
+def test_another_process_of_the_same_host_and_pid_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers that share a host's name: in each the search is process 1."""
+    place = Storage(tmp_path)
+    first = hold.Hold(place, "the storage")
+    monkeypatch.setattr(hold, "_TOKEN", "of another container")
+    second = hold.Hold(place, "the storage")  # as after a restart: nobody waits for it
+    with monkeypatch.context() as patch:
+        patch.setattr(hold, "_TOKEN", "of the first")
+        patch.setattr(hold, "STALE_S", 0.0)
+        with pytest.raises(OSError, match="was taken over by process"):
+            first.look()
+        first.close()
+    assert hold.read(place)  # the second's note stays
+    second.check()
+    second.close()
+    assert hold.read(place) is None
+
+
 def test_to_check_never_waits_for_the_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

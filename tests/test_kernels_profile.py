@@ -82,6 +82,15 @@ def test_a_profile_comes_back_from_its_file(device: ModuleType, tmp_path: Path) 
     assert len(made.timed) == 12
 
 
+def test_two_that_write_a_profile_at_once_do_not_mix(device: ModuleType, tmp_path: Path) -> None:
+    """Two searches that end together: each writes all of it, under a name of its own first."""
+    path, made = tmp_path / "p.jsonl", profile(measured(device, 0, 30))
+    (tmp_path / ".p.jsonl.partial").mkdir()  # where another writes
+    made.create(path)
+    assert DeviceProfile.load(path) == made
+    assert {p.name for p in tmp_path.iterdir()} == {"p.jsonl", ".p.jsonl.partial"}
+
+
 def test_a_last_line_that_was_cut_off_is_left_out(device: ModuleType, tmp_path: Path) -> None:
     made, path = profile(measured(device, 1, 10)), tmp_path / "p.jsonl"
     made.create(path)

@@ -1,6 +1,5 @@
 """The contract of a runtime, held by the real ones and by their twin."""
 
-import os
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from flyweight import kernels
 from flyweight.kernels import OnnxRuntime, SimulatedRuntime, make_runtime, time_sessions
+from flyweight.kernels.cores import cores
 from flyweight.spaces.errors import BadInput, Impossible
 
 WEIGHT = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], np.float32)
@@ -240,7 +240,7 @@ def test_an_unknown_runtime_names_the_nearest():
 
 @pytest.mark.parametrize("threads", [0, -1, 10**6])
 def test_threads_that_this_machine_lacks_are_refused(threads):
-    with pytest.raises(BadInput, match=f"threads={threads}, cores={os.cpu_count()}"):
+    with pytest.raises(BadInput, match=f"threads={threads}, cores={cores()}"):
         make_runtime("onnxruntime", threads)
 
 

@@ -1,10 +1,14 @@
 """Signals of a search, and a Ray that does not start."""
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from flyweight.search.driver import search
 from flyweight.search.local_ray import started, terminable
+from flyweight.search.spec import Objective, Spec
 from flyweight.spaces import BadInput, FlyweightError
 
 
@@ -13,6 +17,33 @@ def test_ctrl_c_is_given_back_by_what_takes_it() -> None:
     with terminable():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray Tune does, with a handler of its own
     assert signal.getsignal(signal.SIGINT) is mine
+
+
+def test_outside_the_main_thread_signals_are_left_alone() -> None:
+    handlers = []
+
+    def run() -> None:
+        with terminable():
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(run).result()  # raises what it raised
+    assert handlers == [before]
+
+
+def test_a_ray_of_the_process_is_not_ended_but_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.shutdown", lambda: pytest.fail("it is the user's"))
+    refused = pytest.raises(BadInput, match=r"connected to a Ray.* call ray\.shutdown\(\) first")
+    with refused, started(1, None):
+        pass
+    spec = Spec(task="nowhere.py:Net", objective=Objective(max_drop=1))
+    with refused:
+        search(spec, tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # before anything else is looked at
 
 
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

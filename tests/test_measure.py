@@ -207,7 +207,7 @@ def test_a_missing_artifact_is_left_out_and_told(run: Run) -> None:
 
 
 def test_ctrl_c_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> Any:
+    def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("flyweight.search.meter.time_sessions", interrupted)
@@ -224,3 +224,14 @@ def test_deploy_asks_where_the_task_of_a_fetched_run_is(run: Run, tmp_path: Path
     own.write_text("task: task.py:Other\nobjective: {max_drop: 1}\n")
     with pytest.raises(BadInput, match=r"task is task.py:Other, but the run is of task.py:Net"):
         deploy(run.path, spec_path=own)
+
+
+def test_a_finalist_that_the_runtime_refuses_is_left_out_and_told(run: Run) -> None:
+    place = run.path / "artifacts" / NARROW.digest
+    (place / "model.onnx").write_bytes(b"no model")
+    sha256 = hashlib.sha256(b"no model").hexdigest()
+    (place / "metrics.json").write_text(json.dumps({"sha256": sha256}))
+    found = measure(run.path)
+    assert [row["digest"] for row in found.result["front"]] == [WIDE.digest]
+    assert f"The runtime here refuses {NARROW.digest[:12]}: left out" in found.notes
+    assert {e["digest"] for e in run.entries("measured")} == {WIDE.digest}

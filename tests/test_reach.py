@@ -98,7 +98,7 @@ def test_a_resume_with_another_task_leaves_the_run_as_it_is(
     (run / RECORD).write_text(json.dumps(header) + "\n")
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert run / SPEC in kept
-    with pytest.raises(BadInput, match=f"--resume: {name} is .* begin a new search"):
+    with pytest.raises(BadInput, match=f"--resume: {name} must be .* begin a new search"):
         search(tmp_path, **changes)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
     with pytest.raises(Started):

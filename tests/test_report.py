@@ -753,7 +753,20 @@ def test_a_search_that_was_resumed_is_running(tmp_path: Path) -> None:
     run_directory(tmp_path, [*entries(), measured, again], result())
     assert "This search has not ended" in page_of(tmp_path).text
     run_directory(tmp_path, [*entries(), measured, again, measured], result())
+    page = page_of(tmp_path)
+    assert "not ended" not in page.text
+    assert "Began 2025-10-09 08:53 UTC, took 4:11" in " ".join(page.text.split())  # the first
+
+
+def test_a_search_that_was_resumed_and_measured_nothing_has_ended_all_the_same(
+    tmp_path: Path,
+) -> None:
+    """Its target is not there: latencies stay predicted."""
+    done, again = {"kind": "done"}, search_entry(time=START + 400)
+    run_directory(tmp_path, [*entries(), done, again, done], result())
     assert "not ended" not in page_of(tmp_path).text
+    run_directory(tmp_path, [*entries(), done, again], result(front=[], best=None))
+    assert "This search has not ended" in page_of(tmp_path).text
 
 
 def test_the_front_so_far_holds_what_is_ahead_in_loss(tmp_path: Path) -> None:

@@ -104,6 +104,23 @@ def test_a_slow_model_is_called_less_often(call_ms, calls):
     assert session.calls == 4 + 6 * (1 + calls)
 
 
+@pytest.mark.parametrize(("call_ms", "rounds"), [(1, 15), (100, 15), (250, 11), (1000, 5)])
+def test_slow_models_are_timed_in_fewer_rounds(call_ms, rounds):
+    clock = SimulatedClock()
+    sessions = {name: simulated(clock, call_ms) for name in "abc"}
+    timings = time_sessions(sessions, INPUTS, most_ms=33_000, clock=clock)
+    assert {len(timing.rounds_ms) for timing in timings.values()} == {rounds}
+    assert clock() <= max(33_000, 5 * 3 * 4 * call_ms) * 1e6 + 3 * 4 * call_ms * 1e6
+
+
+def test_fewer_rounds_than_five_stay_what_they_are():
+    clock = SimulatedClock()
+    timings = time_sessions(
+        {"m": simulated(clock, 1000)}, INPUTS, rounds=2, most_ms=1.0, clock=clock
+    )
+    assert len(timings["m"].rounds_ms) == 2
+
+
 @given(st.floats(0.1, 1e3), st.floats(1e-3, 1e4), st.integers(1, 50))
 def test_calls_stay_within_the_budget_and_the_bounds(visit_ms, call_ms, repeats):
     calls = calls_within(visit_ms, call_ms, repeats)

@@ -321,13 +321,30 @@ class TestMlflow(TrackerContract):
     def test_a_refused_value_is_dropped_and_counted(self, make: MakeMlflow) -> None:
         assert write(make(), [search_entry()]) == ALL
         tracker = make()
-        left = write(tracker, [search_entry(seed=4, time=1002.0), result(0), end(0)])
-        assert left.entries == 1  # a parameter cannot change
+        odd = {"no name: |": 1, "fingerprint": "cpu-f"}
+        left = write(tracker, [search_entry(target=odd, time=1002.0), result(0), end(0)])
+        assert left.entries == 1
         assert left.reason is not None
         assert "refused" in left.reason
         parent, children = runs_of(tracker)
         assert parent.data.params["seed"] == "3"
         assert children["0"].info.status == "FINISHED"
+
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_a_search_that_goes_on_for_another_target(
+        self, make: MakeMlflow, at_once: bool
+    ) -> None:
+        """Parameters stay what they were first, tags say what is now."""
+        head = search_entry()
+        other = search_entry(target=head["target"] | {"threads": 2}, time=1002.0)
+        sessions = [[head, other]] if at_once else [[head], [head, other]]
+        for entries in sessions:
+            tracker = make()
+            assert write(tracker, entries) == ALL
+        parent, _ = runs_of(tracker)
+        assert parent.data.params["target.threads"] == "1"
+        assert parent.data.tags["flyweight.target.threads"] == "2"
+        assert float(parent.data.tags["flyweight.up_to"]) == 1002.0  # nothing is left to be sent
 
     @pytest.mark.parametrize(
         "entry",

@@ -1,6 +1,7 @@
 """The trial as a worker runs it, here without Ray: what it leaves behind and takes up again."""
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,6 +20,7 @@ from flyweight.compressors import (
     prepare,
 )
 from flyweight.kernels import make_runtime
+from flyweight.search.spec import Resources
 from flyweight.search.storage import Storage
 from flyweight.search.store import checkpoint_folder
 from flyweight.search.workers import KEPT, CompressionTrial, Job
@@ -89,6 +91,46 @@ def test_a_trial_goes_on_elsewhere_as_if_nothing_had_happened(
     other.begin("short")  # the same worker takes another trial up
     assert [other.step(), other.step()] == climbed[1:]
     assert asked == ["full", "recalibrate", "short", "full"]
+
+
+def test_what_is_worked_out_again_is_part_of_the_time_of_its_rung(
+    prepared: Prepared, tmp_path: Path, monkeypatch: Any
+) -> None:
+    now = [0.0]
+
+    def takes_a_second(*arguments: Any) -> Any:
+        now[0] += 1
+        return compress(*arguments)
+
+    monkeypatch.setattr("flyweight.search.workers.compress", takes_a_second)
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr("flyweight.search.workers.time", clock)
+    worker = Worker(prepared, tmp_path)
+    worker.begin("full")  # its checkpoint is lost
+    assert json.loads(worker.trial.step()["outcome"])["rung_seconds"] == 2.0
+
+
+def test_the_answers_of_the_teacher_stay_in_the_object_store(
+    prepared: Prepared, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """No worker has a copy of its own, and none writes into what all share."""
+    array = prepared.epoch(0).answers.numpy().copy()
+    before = array.copy()
+    array.flags.writeable = False  # as Ray gives it
+    monkeypatch.setattr(
+        "flyweight.search.workers.prepare_task",
+        lambda _, answers, __: replace(prepared, answers=answers),
+    )
+    worker = Worker(prepared, tmp_path)
+    spec: Any = SimpleNamespace(search=SimpleNamespace(seed=SEED), resources=Resources())
+    job = replace(worker.trial.job, answers={0: array}, spec=spec)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        worker.trial.setup({"policy": POLICY.canonical(), "rung": RUNGS[0]}, job)
+    assert worker.trial.prepared
+    assert worker.trial.prepared.answers[0].data_ptr() == array.ctypes.data
+    assert [worker.step()["rung"] for _ in RUNGS] == list(RUNGS)
+    assert (array == before).all()
 
 
 @pytest.mark.parametrize("how", ["damaged", "missing", "of other inputs"])

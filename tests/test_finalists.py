@@ -1,0 +1,136 @@
+"""Finalists that a runtime refuses or dies of: they are left out, and cost no other anything."""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flyweight.kernels import Timing
+from flyweight.kernels.probe import CHANNELS, probe_model
+from flyweight.search import driver, meter
+from flyweight.search.limits import Limits
+from flyweight.search.meter import Meter
+from flyweight.search.placement import Died, of_finalists
+from flyweight.search.record import MemoryRecord
+from flyweight.search.storage import write_whole
+from flyweight.search.store import artifact_path, write_json
+from flyweight.spaces import Impossible
+
+TEACHER = probe_model("conv", 3)[0].SerializeToString()
+OTHER = probe_model("conv", 5)[0].SerializeToString()
+FEED = {"input": np.ones((1, CHANNELS, 3, 3), np.float32)}
+GOOD, REFUSED, DEADLY = (letter * 64 for letter in "abc")
+
+
+def test_what_the_runtime_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter, "AGAIN", 1)
+    other_input = probe_model("linear", 3)[0].SerializeToString()  # it loads, and does not run
+    measured = Meter("onnxruntime", 1, TEACHER, FEED)
+    found = measured.finalists({"x": b"no model", "good": OTHER, "y": other_input}, 1.0)
+    assert found.keys() == {"teacher", "good"}
+
+
+@pytest.mark.parametrize(("takes_s", "tries"), [(1.0, meter.AGAIN), (25.0, 3), (70.0, 1)])
+def test_a_machine_that_is_never_quiet_is_given_about_a_minute(
+    takes_s: float, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, teacher_ms = [0.0], iter([9.0, 7.0, 8.0, *range(10, 20)])
+
+    def busy(*_: Any, **__: Any) -> dict[str, Timing]:
+        now[0] += takes_s
+        return {"teacher": Timing((float(next(teacher_ms)),))}
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(meter, "time_sessions", busy)
+    monkeypatch.setattr(meter, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
+    found = Meter("onnxruntime", 1, TEACHER, FEED).finalists({}, 1.0)
+    assert found["teacher"].median_ms == (9.0 if tries == 1 else 7.0)  # the quietest
+    left = len(list(teacher_ms))
+    assert 13 - left == tries
+
+
+def test_a_clock_that_sees_no_call_is_replaced_by_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter.time, "thread_time_ns", lambda: 0)
+    low, middle, high = Meter("onnxruntime", 1, TEACHER, FEED).provisional(OTHER)
+    assert 0 < low <= middle <= high
+
+
+class Target:
+    """A place whose runtime refuses what begins with "refused" and dies of what begins with
+    "deadly"."""
+
+    device = SimpleNamespace(fingerprint="f", node=None)
+
+    def finalists(self, models: Mapping[str, bytes], _: float) -> dict[str, Timing]:
+        if any(model.startswith(b"deadly") for model in models.values()):
+            raise Died("what measured was lost")
+        taken = [n for n, model in models.items() if not model.startswith(b"refused")]
+        return {name: Timing((1.0,)) for name in ("teacher", *taken)}
+
+    @contextlib.contextmanager
+    def process(self) -> Iterator[Any]:
+        def time(models: Mapping[str, bytes]) -> dict[str, Timing | None]:
+            alive = {n: m for n, m in models.items() if not m.startswith(b"deadly")}
+            return dict.fromkeys(models) | self.finalists(alive, 1.0)
+
+        yield SimpleNamespace(time=time)
+
+
+def test_a_process_that_dies_of_one_costs_that_one_alone() -> None:
+    models = {GOOD: b"good", DEADLY: b"deadly"}
+    found = of_finalists(Target(), models, 1.0)  # type: ignore[arg-type]  # it has what is asked
+    assert found
+    assert found.keys() == {"teacher", GOOD}
+
+
+def test_a_search_ends_with_what_can_be_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unscored = "d" * 64
+    content = {GOOD: b"good", REFUSED: b"refused", DEADLY: b"deadly", unscored: b"unscored"}
+
+    def score(_: Any, model: bytes, __: Any) -> float:
+        if model == b"unscored":
+            raise Impossible("no kernel")
+        return 89.0
+
+    monkeypatch.setattr(driver, "score", score)
+    known = []
+    for number, (digest, model) in enumerate(content.items()):
+        place = tmp_path / artifact_path(digest)
+        write_whole(place, model)
+        write_json(place.with_name("metrics.json"), {"sha256": hashlib.sha256(model).hexdigest()})
+        known.append({
+            "rung": "full", "digest": digest, "metric": 90.0 + number, "loss": 1.0 - number / 10,
+            "latency_ms": [1.0 + number] * 3, "size_bytes": 9, "compressed_bytes": 9,
+            "constraint": -1.0, "artifact": artifact_path(digest),
+        })  # fmt: skip
+    search: Any = object.__new__(driver._Search)
+    search.ready = SimpleNamespace(prepared=SimpleNamespace(splits=SimpleNamespace(test=True)))
+    search.run_dir, search.place, search.record = tmp_path, Target(), MemoryRecord()
+    search.mirror = search.profile = None
+    search.notes, search.progress = [], SimpleNamespace(note=print)
+    search.began, search.earlier_s = 10.0, 5.0
+    monkeypatch.setattr(driver, "time", SimpleNamespace(time=lambda: 30.0))
+    controller = SimpleNamespace(results=lambda _: known, limits=Limits(93.0), trials={})
+    header = {
+        "flyweight": "0", "task": "t", "seed": 0, "objective": {"max_drop": 9}, "target": {},
+        "predicted_by": "timing", "teacher": {"metric": 93.0, "latency_ms": 1.0},
+    }  # fmt: skip
+    found = search._measure(controller, header)
+    assert [row["digest"] for row in found["front"]] == [GOOD]
+    assert found["front"][0]["metric_test"] == 89.0
+    assert [e["digest"] for e in search.record.entries()] == [GOOD]
+    assert found["wall_s"] == 25.0  # of all sessions
+    told = "\n".join(search.notes)
+    assert len(search.notes) == 3
+    assert all(
+        f"Finalist {digest[:12]} is left out" in told for digest in content if digest != GOOD
+    )

@@ -1,0 +1,121 @@
+"""What a search that goes on may change, and what it may not."""
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flyweight.search import driver
+from flyweight.search.meter import Device
+from flyweight.search.opening import check_same, is_done, lasting, opening_entry
+from flyweight.search.ready import ready
+from flyweight.search.record import MemoryRecord
+from flyweight.search.spec import Resources, Search, load_spec
+from flyweight.search.storage import Storage
+from flyweight.search.store import checkpoint_folder
+from flyweight.spaces import BadInput
+
+TASK = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class Net:
+    train = val = [(x, x[:1]) for x in torch.randn(40, 6, generator=torch.Generator())]
+    def __init__(self, weights=0):
+        self.weights = weights
+    def model(self):
+        torch.manual_seed(self.weights)
+        return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    def example_input(self):
+        return torch.zeros(1, 6)
+    def loss(self, output, target):
+        return F.mse_loss(output, target)
+    def metric(self, output, target):
+        return 97.0
+"""
+
+
+def opened(folder: Path, record: MemoryRecord, text: str = "") -> dict[str, Any]:
+    """The entry that opens a session of the search in ``folder``, with ``text`` in its spec."""
+    (folder / "task.py").write_text(TASK)
+    path = folder / "search.yaml"
+    path.write_text(f"task: task.py:Net\nobjective: {{max_drop: 1}}\n{text}\n")
+    found = ready(load_spec(path))
+    check_same(record, **lasting(found))
+    entry = opening_entry(found, record, Device.of(found.prepared.runtime), 1.0)
+    record.append(entry)
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "values"),
+    [
+        ("search: {seed: 3}", "seed", "with, 0, .* but is 3;"),
+        (
+            "rungs: {short: 0.3, full_epochs: 4}", "rungs",
+            r"with, \{'short': 0.1, 'full_epochs': 2.0\}, .* is \{'short': 0.3, 'full_epochs': 4.0",
+        ),
+        ("task_args: {weights: 1}", "teacher_digest", "with, [0-9a-f]{16}, .* is [0-9a-f]{16};"),
+    ],
+)  # fmt: skip
+def test_what_results_depend_on_stays(tmp_path: Path, text: str, name: str, values: str) -> None:
+    record = MemoryRecord()
+    opened(tmp_path, record)
+    with pytest.raises(BadInput, match=f"--resume: {name} must be .*{values}.* another --out"):
+        opened(tmp_path, record, text)
+
+
+def test_what_decides_how_long_and_for_what_may_change(tmp_path: Path) -> None:
+    record = MemoryRecord()
+    first = opened(tmp_path, record)
+    second = opened(tmp_path, record, "search: {trials: 99, time_budget: 1h, concurrency: 4}")
+    assert second["search_id"] == first["search_id"]
+
+
+def test_a_record_of_an_earlier_flyweight_is_asked_for_what_it_has(tmp_path: Path) -> None:
+    record = MemoryRecord()
+    first = opened(tmp_path, record)
+    del first["rungs"], first["teacher_digest"]
+    opened(tmp_path, MemoryRecord([first]), "rungs: {short: 0.3}")
+    with pytest.raises(BadInput, match="--resume: seed must be"):
+        opened(tmp_path, MemoryRecord([first]), "search: {seed: 3}")
+
+
+@pytest.mark.parametrize(
+    ("reason", "done"),
+    [("finished", True), ("stopped", True), ("interrupted", False), ("deadline", False)],
+)
+def test_a_trial_that_more_time_lets_go_on_is_not_done(reason: str, done: bool) -> None:
+    begin, end = {"kind": "begin", "trial": 0}, {"kind": "end", "trial": 0, "reason": reason}
+    assert is_done(MemoryRecord([begin, end]), 1) == done
+
+
+def test_a_trial_that_more_time_lets_go_on_keeps_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons = ("finished", "stopped", "failed", "deadline")
+    storage = Storage(tmp_path)
+    for reason in reasons:  # the policies are called by how their trials end
+        storage.write(f"{checkpoint_folder(reason)}/short.safetensors", b"")
+    controller: Any = SimpleNamespace(trials={}, elapsed=lambda: 0.0, fatal=None)
+    search: Any = object.__new__(driver._Search)
+    search.storage, search.janitor = storage, ThreadPoolExecutor(1)
+
+    def run_trials(*_: Any, **__: Any) -> None:
+        for number, reason in enumerate(reasons):
+            controller.trials[number] = SimpleNamespace(ended=reason)
+            search._tidy({"kind": "end", "reason": reason, "digest": reason})
+
+    monkeypatch.setattr(driver, "run_trials", run_trials)
+    monkeypatch.setattr(driver, "trainable", lambda job: job)
+    monkeypatch.setattr(driver, "facts_of", lambda *_: {})
+    search.spec = SimpleNamespace(search=Search(), resources=Resources())
+    search.ready = SimpleNamespace(made=None)
+    search.progress, search._inputs = contextlib.nullcontext(SimpleNamespace()), str
+    header = {"target": {"fingerprint": "f"}}
+    search._trials(controller, header, {})
+    assert [place.name for place in (tmp_path / checkpoint_folder()).iterdir()] == ["deadline"]
