@@ -32,9 +32,6 @@ HARMED = 2.0
 # Of the training, at the end, with quantizers in place. Half recovers more of what weights of 2
 # bits lose, but costs 0.35 points at 8 bits, where a quarter costs none (docs/benchmarks.md).
 QAT_SHARE = 0.25
-# Items for batch-norm statistics: on four random policies of the ResNet the KL to the teacher was
-# within 4% of that with 8,192 (on one within 8%), for a tenth of the time.
-STATISTICS = 512
 EQUALIZED = 256  # items that channels are equalized on: a loud value missed is clipped behind ReLU6
 # Items that layers are fitted on, all at once: 3 GB for MobileNetV2 at 224 x 224.
 FITTED = 64
@@ -165,7 +162,7 @@ def _trained(
     samples = _train(prepared, policy, student, rung, seed)
     quantized = quantize(prepared, policy, plan, student)
     if rung == "full" and plan.quantized and policy.quantize.qat and policy.distill:
-        some = statistics_items(prepared)
+        some = prepared.splits.calibration
         norms = restore_norms(quantized, student, plan.network, some)
         samples += _train(prepared, policy, quantized, "qat", seed)
         if norms:  # in a few steps their running statistics do not get there
@@ -216,12 +213,8 @@ def prune(prepared: Prepared, policy: Policy, plan: Blueprint) -> fx.GraphModule
         sparsify_(pruned, plan.network, policy.prune.sparsity)
     student = lay_out(pruned, torch.channels_last)
     if policy.prune.acts:
-        recompute_statistics(student, statistics_items(prepared))
+        recompute_statistics(student, prepared.splits.calibration)
     return student
-
-
-def statistics_items(prepared: Prepared) -> Items:
-    return prepared.splits.train.first(STATISTICS)
 
 
 def quantize(

@@ -270,7 +270,7 @@ def _check(prepared: Prepared) -> None:
                 f"task: {name}[0] gives another item each time; move random variants into "
                 "augment(inputs, generator)"
             )
-    some = splits.search.take(torch.arange(min(16, len(splits.search))))
+    some = splits.search.first(16)
     try:
         output = run_module(prepared.teacher, some)
     except Exception as error:

@@ -6,7 +6,8 @@ neural networks", eq. 3): with the covariance C = cov(X) of the teacher's inputs
 
     W' = (C_kk + lambda I)^-1 C_k: W.
 
-C belongs to the teacher and is measured once; a policy costs one small solve a layer.
+The bias, or the norm behind the layer, takes what is left of the mean; where there is neither,
+C = E[X^T X]. C belongs to the teacher and is measured once; a policy costs one small solve a layer.
 """
 
 import math
@@ -87,6 +88,8 @@ def reconstruct_(
         groups, m = len(moments[name].mean), moments[name]
         full = theirs.weight[outputs].flatten(1).unflatten(0, (groups, -1))  # [G, out, F]
         c = m.covariance[:, k]  # [G, k, F]
+        if ours.bias is None and name not in network.folded:  # nothing else makes up for the mean
+            c = c + m.mean[:, k, None] * m.mean[:, None]
         square, target = c[:, :, k], c @ full.mT
         del c  # of them all the largest, and not needed while solving takes memory
         diagonal = square.diagonal(dim1=1, dim2=2)

@@ -3,7 +3,7 @@
 import torch
 
 from ..spaces import Impossible, Policy
-from .compress import prune, quantize, statistics_items
+from .compress import prune, quantize
 from .distill import kl_divergence
 from .parity import run_module
 from .prepared import Prepared
@@ -25,7 +25,7 @@ def harm(prepared: Prepared, policy: Policy, seed: int = 0, *, recalibrated: boo
     torch.manual_seed(seed)
     pruned = prune(prepared, policy, plan)
     if recalibrated and not policy.prune.acts:
-        recompute_statistics(pruned, statistics_items(prepared))
+        recompute_statistics(pruned, prepared.splits.calibration)
     student = quantize(prepared, policy, plan, pruned)
     some = prepared.splits.search.first(ITEMS)
     answers = prepared.search_answers[: len(some)]

@@ -309,6 +309,12 @@ def test_the_halves_of_val_are_stratified_and_always_the_same() -> None:
     assert len(joined.unique(dim=0)) == 30
 
 
+def test_the_first_items_of_sorted_data_are_of_every_class() -> None:
+    found = split(Mine(val=Data(sorted(items(60), key=lambda item: item[1]))))
+    for half in (found.search, found.selection):
+        assert half.first(12).targets.unique().tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("kind", [float, torch.tensor, np.float32, np.array])
 def test_a_metric_may_be_a_number_of_any_library(kind: Any) -> None:
     task = Mine(metric=lambda *_: kind(98.5))
