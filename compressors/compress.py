@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ..kernels import Session
 from ..spaces import Blueprint, Impossible, Policy
 from .correct import correct_
-from .data import Items
+from .data import Items, at_once
 from .distill import distill, kl_divergence
 from .equalize import equalize
 from .export import to_onnx
@@ -33,8 +33,10 @@ HARMED = 2.0
 # bits lose, but costs 0.35 points at 8 bits, where a quarter costs none (docs/benchmarks.md).
 QAT_SHARE = 0.25
 EQUALIZED = 256  # items that channels are equalized on: a loud value missed is clipped behind ReLU6
-# Items that layers are fitted on, all at once: 3 GB for MobileNetV2 at 224 x 224.
-FITTED = 64
+# Items that batch-norm statistics are averaged over, and that layers are fitted on, all at once;
+# bytes of the largest value of theirs. MobileNetV2 at 224 x 224 takes all of them, fitting 3 GB.
+BATCH, BATCH_ROOM = 128, 640 << 20
+FITTED, FITTED_ROOM = 64, 320 << 20
 
 
 @dataclass(frozen=True)
@@ -162,11 +164,10 @@ def _trained(
     samples = _train(prepared, policy, student, rung, seed)
     quantized = quantize(prepared, policy, plan, student)
     if rung == "full" and plan.quantized and policy.quantize.qat and policy.distill:
-        some = prepared.splits.calibration
-        norms = restore_norms(quantized, student, plan.network, some)
+        norms = restore_norms(quantized, student, plan.network, prepared.splits.calibration)
         samples += _train(prepared, policy, quantized, "qat", seed)
         if norms:  # in a few steps their running statistics do not get there
-            recompute_statistics(quantized, some)
+            renew_statistics(quantized, prepared, plan)
         fold_again(quantized, norms)
         settle_biases(quantized, plan.network, plan)
     return _artifact(prepared, quantized), samples
@@ -213,8 +214,14 @@ def prune(prepared: Prepared, policy: Policy, plan: Blueprint) -> fx.GraphModule
         sparsify_(pruned, plan.network, policy.prune.sparsity)
     student = lay_out(pruned, torch.channels_last)
     if policy.prune.acts:
-        recompute_statistics(student, prepared.splits.calibration)
+        renew_statistics(student, prepared, plan)
     return student
+
+
+def renew_statistics(student: fx.GraphModule, prepared: Prepared, plan: Blueprint) -> None:
+    """Batch-norm statistics of ``student`` as the calibration items have them, in place."""
+    batch = at_once(plan.network, BATCH, BATCH_ROOM)
+    recompute_statistics(student, prepared.splits.calibration, batch)
 
 
 def quantize(
@@ -232,7 +239,7 @@ def quantize(
     del folded
     calibrate(quantized, items, how)
     if how == "fitted":
-        correct_(quantized, items.first(FITTED))
+        correct_(quantized, items.first(at_once(plan.network, FITTED, FITTED_ROOM)))
     settle_biases(quantized, plan.network, plan)
     return quantized
 

@@ -1,5 +1,6 @@
 """Data in memory and the splits that keep a search honest."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from sklearn.model_selection import train_test_split  # type: ignore[import-unty
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from ..spaces import BadInput
+from ..spaces import BadInput, Network
 from .task import Dataset
 
 # How many items a network runs at once where the number changes no result: what it computes should
@@ -22,6 +23,13 @@ FEWEST, MOST = 8, 32  # items
 # batch-norm statistics: on four random policies of the ResNet the KL to the teacher was within 4%
 # of that with 8,192 (on one within 8%), for a tenth of the time.
 CALIBRATION = 512
+
+
+def at_once(network: Network, most: int, room: int) -> int:
+    """How many items, ``most`` at the most, run together so that the largest value of ``network``
+    takes ``room`` bytes; at least two, of which there is a variance."""
+    largest = max(math.prod(op.shape) for op in network.ops) * 4
+    return max(2, min(most, room // largest))
 
 
 def tree_map(function: Callable[[Tensor], Any], value: Any) -> Any:

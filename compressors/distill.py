@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..spaces import Distill, Impossible, nearest
 from .data import Items
 from .outputs import CLASSES, OutputKind
+from .parity import run_module
 from .prune import call
 from .sparsify import masks
 
@@ -22,11 +23,22 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The answers of ``teacher`` to ``items``, worked out when they are read."""
+
+    teacher: nn.Module
+    items: Items
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return run_module(self.teacher, self.items.take(index))
+
+
+@dataclass(frozen=True)
 class Epoch:
     """What one pass over the training data sees: items and the teacher's answers to them."""
 
     items: Items
-    answers: Tensor  # [N, ...]
+    answers: Tensor | Asked  # [N, ...]
 
 
 def kl_divergence(

@@ -227,7 +227,7 @@ def _loudness(
                 seen[n.name] = one
             return x
 
-    for batch in items.batches(32):
+    for batch in items.chunks():
         Watch(graph).run(*in_order(graph, batch.inputs))
     count = len(items)
     return {name: (low, high, square / count) for name, (low, high, square) in seen.items()}

@@ -26,6 +26,7 @@ from .prune import call
 
 RIDGE = 1e-3  # lambda, as a share of the mean variance: rank-deficient inputs stay harmless
 LARGEST = 4_608  # inputs of a layer (channels x kernel) whose covariance is kept: 85 MB
+ROOM = 256 << 20  # bytes of input rows at once: of 64 channels at 512 x 512 an image has 604 MB
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ def input_moments(model: nn.Module, network: Network, items: Items) -> dict[str,
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = input_rows(module, inputs[0])  # [G, rows, F]
-            count, total, square = sums.get(name, (0, 0.0, 0.0))
-            square = square + rows.mT @ rows
-            sums[name] = (count + rows.shape[1], total + rows.sum(1), square)
+            for part in torch.split(inputs[0], _images(module, inputs[0])):
+                rows = input_rows(module, part)  # [G, rows, F]
+                count, total, square = sums.get(name, (0, 0.0, 0.0))
+                square = square + rows.mT @ rows
+                sums[name] = (count + rows.shape[1], total + rows.sum(1), square)
 
         return hook
 
@@ -102,17 +104,26 @@ def reconstruct_(
 
 
 def _solvable(module: Any) -> bool:
-    if isinstance(module, nn.Linear):
-        return module.in_features <= LARGEST
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        size = module.in_channels // module.groups * math.prod(module.kernel_size)
         # A depthwise convolution has one input for an output: it loses none and keeps the output.
-        return (
-            module.padding_mode == "zeros"
-            and module.groups < module.in_channels
-            and (size <= LARGEST)
-        )
-    return False
+        if module.padding_mode != "zeros" or module.groups == module.in_channels:
+            return False
+    elif not isinstance(module, nn.Linear):
+        return False
+    return row_size(module) <= LARGEST
+
+
+def row_size(module: Any) -> int:
+    """How many inputs of a layer meet the weights of one output."""
+    return math.prod(module.weight.shape[1:])
+
+
+def _images(module: Any, x: Tensor) -> int:
+    """How many items of ``x`` give rows at once."""
+    if isinstance(module, nn.Linear):
+        return len(x)  # rows are the values themselves
+    positions = math.prod(x.shape[2:]) / math.prod(module.stride)
+    return max(1, int(ROOM / (4 * positions * module.groups * row_size(module))))
 
 
 def input_rows(module: Any, x: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from flyweight.compressors import ClassificationTask, Schedule, prepare
+from flyweight.compressors import ClassificationTask, Schedule, prepare, reconstruct
 from flyweight.compressors.compress import prune
-from flyweight.compressors.data import Items
+from flyweight.compressors.data import Items, at_once
 from flyweight.compressors.prune import remove
 from flyweight.compressors.reconstruct import input_moments, reconstruct_
 from flyweight.kernels import make_runtime
@@ -41,3 +42,25 @@ def test_statistics_of_a_pruned_student_are_of_all_classes() -> None:
     student: Any = prune(ready, how, ready.plan(how))
     expected = student.get_submodule("0")(x).mean(0)
     assert torch.allclose(student.get_submodule("1").running_mean, expected, atol=0.5)
+
+
+def test_moments_are_taken_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, example = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)), torch.rand(1, 3, 9, 9)
+    network, items = trace(model, example), Items(torch.randn(8, 3, 9, 9), torch.zeros(8))
+    whole, sizes = input_moments(model, network, items), []
+    rows = reconstruct.input_rows
+    monkeypatch.setattr(
+        reconstruct, "input_rows", lambda layer, x: (sizes.append(len(x)), rows(layer, x))[1]
+    )
+    monkeypatch.setattr(reconstruct, "ROOM", 2 * 4 * 27 * 81)
+    found = input_moments(model, network, items)
+    assert sizes == [2, 2, 2, 2, 8]
+    for name in whole:
+        assert torch.allclose(found[name].covariance, whole[name].covariance, atol=1e-5)
+
+
+def test_as_many_items_run_at_once_as_their_largest_value_leaves_room_for() -> None:
+    network = trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)), torch.rand(1, 3, 16, 16))
+    each = 8 * 16 * 16 * 4
+    assert [at_once(network, 64, n * each) for n in (1, 10, 100)] == [2, 10, 64]

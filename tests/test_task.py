@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from flyweight.compressors import ClassificationTask, Schedule, load_task, prepare
 from flyweight.compressors.data import Items, split, stack
+from flyweight.compressors.parity import run_module
 from flyweight.compressors.task import metric_of
 from flyweight.kernels import make_runtime
 from flyweight.spaces import BadInput
@@ -298,6 +299,32 @@ def test_preparing_leaves_the_users_model_alone() -> None:
     assert all(p.requires_grad for p in own.parameters())
     assert all(torch.equal(before[k], v) for k, v in own.state_dict().items())
     assert found.teacher is not own
+
+
+def test_a_loss_is_tried_where_students_train() -> None:
+    weights = torch.rand(3)  # of the classes, left on the CPU
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (output * weights).sum() + target.sum()
+
+    there = torch.device("meta")
+    prepare(Mine(loss=loss), make_runtime("onnxruntime", 1), Schedule())
+    with pytest.raises(BadInput, match="loss fails on meta, where students train"):
+        prepare(Mine(loss=loss), make_runtime("onnxruntime", 1), Schedule(), device=there)
+
+
+def test_answers_that_are_too_large_are_worked_out_when_they_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = prepare(Mine(), make_runtime("onnxruntime", 1), Schedule())
+    index = torch.tensor([3, 7])
+    expected = run_module(found.teacher, found.splits.train)[index]
+    monkeypatch.setattr("flyweight.compressors.prepared.KEPT", 100)
+    assert torch.allclose(found.epoch(0).answers[index], expected)
+    assert not found.answers
+    monkeypatch.undo()
+    assert torch.allclose(found.epoch(0).answers[index], expected)
+    assert found.answers.keys() == {0}
 
 
 def test_the_halves_of_val_are_stratified_and_always_the_same() -> None:
