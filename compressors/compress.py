@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from ..kernels import Session
 from ..spaces import Blueprint, Impossible, Policy
 from .correct import correct_
-from .data import Items
+from .data import Items, at_once
 from .distill import distill, kl_divergence
 from .equalize import equalize
 from .export import to_onnx
@@ -32,12 +32,11 @@ HARMED = 2.0
 # Of the training, at the end, with quantizers in place. Half recovers more of what weights of 2
 # bits lose, but costs 0.35 points at 8 bits, where a quarter costs none (docs/benchmarks.md).
 QAT_SHARE = 0.25
-# Items for batch-norm statistics: on four random policies of the ResNet the KL to the teacher was
-# within 4% of that with 8,192 (on one within 8%), for a tenth of the time.
-STATISTICS = 512
 EQUALIZED = 256  # items that channels are equalized on: a loud value missed is clipped behind ReLU6
-# Items that layers are fitted on, all at once: 3 GB for MobileNetV2 at 224 x 224.
-FITTED = 64
+# Items that batch-norm statistics are averaged over, and that layers are fitted on, all at once;
+# bytes of the largest value of theirs. MobileNetV2 at 224 x 224 takes all of them, fitting 3 GB.
+BATCH, BATCH_ROOM = 128, 640 << 20
+FITTED, FITTED_ROOM = 64, 320 << 20
 
 
 @dataclass(frozen=True)
@@ -165,11 +164,10 @@ def _trained(
     samples = _train(prepared, policy, student, rung, seed)
     quantized = quantize(prepared, policy, plan, student)
     if rung == "full" and plan.quantized and policy.quantize.qat and policy.distill:
-        some = statistics_items(prepared)
-        norms = restore_norms(quantized, student, plan.network, some)
+        norms = restore_norms(quantized, student, plan.network, prepared.splits.calibration)
         samples += _train(prepared, policy, quantized, "qat", seed)
         if norms:  # in a few steps their running statistics do not get there
-            recompute_statistics(quantized, some)
+            renew_statistics(quantized, prepared, plan)
         fold_again(quantized, norms)
         settle_biases(quantized, plan.network, plan)
     return _artifact(prepared, quantized), samples
@@ -216,12 +214,14 @@ def prune(prepared: Prepared, policy: Policy, plan: Blueprint) -> fx.GraphModule
         sparsify_(pruned, plan.network, policy.prune.sparsity)
     student = lay_out(pruned, torch.channels_last)
     if policy.prune.acts:
-        recompute_statistics(student, statistics_items(prepared))
+        renew_statistics(student, prepared, plan)
     return student
 
 
-def statistics_items(prepared: Prepared) -> Items:
-    return prepared.splits.train.first(STATISTICS)
+def renew_statistics(student: fx.GraphModule, prepared: Prepared, plan: Blueprint) -> None:
+    """Batch-norm statistics of ``student`` as the calibration items have them, in place."""
+    batch = at_once(plan.network, BATCH, BATCH_ROOM)
+    recompute_statistics(student, prepared.splits.calibration, batch)
 
 
 def quantize(
@@ -239,7 +239,7 @@ def quantize(
     del folded
     calibrate(quantized, items, how)
     if how == "fitted":
-        correct_(quantized, items.first(FITTED))
+        correct_(quantized, items.first(at_once(plan.network, FITTED, FITTED_ROOM)))
     settle_biases(quantized, plan.network, plan)
     return quantized
 

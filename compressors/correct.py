@@ -20,9 +20,9 @@ from torch import Tensor, fx, nn
 from .data import Items
 from .prune import in_order
 from .quantize import ActivationQuantizer, QuantizedLayer, apply_layer
-from .reconstruct import input_rows
+from .reconstruct import LARGEST, input_rows, row_size
 
-ROWS = 4_096  # output positions that the moments of a layer are taken from, at least
+ROWS = 4_096  # output positions that the moments of a layer are taken from, or 4 for each input
 LEAST = 16  # images that they come from
 SHRINK = 4.0  # rows that count as one
 RIDGE = 1e-2  # share of the mean variance of the layer's inputs that is added to each
@@ -33,7 +33,8 @@ def correct_(graph: fx.GraphModule, items: Items) -> None:
     """Fits the int8 layers of the calibrated ``graph`` to their float selves, in place.
 
     Biases are to be settled after it. All ``items`` pass through together. Layers that run several
-    times stay as they are: what fits them to one of their inputs would not fit the others.
+    times stay as they are: what fits them to one of their inputs would not fit the others. Of those
+    with more than 4,608 inputs (of VGG's classifier 25,088) only the bias is fitted.
     """
     graph.eval()
     runs = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
@@ -145,19 +146,24 @@ def rounded_in_turn(weight: Tensor, h: Tensor, step: Tensor, limit: int) -> Tens
 
 
 def sampled_rows(layer: Any, x: Tensor) -> Tensor | None:
-    """What meets the weights at some output positions [G, rows, F]; None where it is not known."""
+    """What meets the weights at some output positions [G, rows, F]; None where it is not known, or
+    too much."""
+    if row_size(layer) > LARGEST:
+        return None
+    most = max(ROWS, 4 * getattr(layer, "groups", 1) * row_size(layer))
     if isinstance(layer, nn.Linear):
-        return _thin(input_rows(layer, x))
+        return _thin(input_rows(layer, x), most)
     if isinstance(layer, nn.Conv3d) or isinstance(layer.padding, str):
         return None
-    positions = math.prod(x.shape[2:]) // math.prod(layer.stride)
+    positions = max(1, math.prod(x.shape[2:]) // math.prod(layer.stride))
     images = min(len(x), max(LEAST, math.ceil(ROWS / positions)))
-    return _thin(input_rows(layer, x[torch.linspace(0, len(x) - 1, images).long()]))
+    # One after the other: those of all would be as many times as large as the kernel has positions.
+    some = torch.split(x[torch.linspace(0, len(x) - 1, images).long()], 1)
+    return torch.cat([_thin(input_rows(layer, one), -(-most // images)) for one in some], 1)
 
 
-def _thin(rows: Tensor) -> Tensor:
-    """Of ``rows`` [G, R, F] at most ``ROWS``, or four for each of their elements, evenly."""
-    most = max(ROWS, 4 * rows.shape[0] * rows.shape[2])
+def _thin(rows: Tensor, most: int) -> Tensor:
+    """Of ``rows`` [G, R, F] at most ``most``, evenly."""
     if rows.shape[1] <= most:
         return rows
     return rows[:, torch.linspace(0, rows.shape[1] - 1, most).long()]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ..spaces import Distill, Impossible, nearest
 from .data import Items
 from .outputs import CLASSES, OutputKind
+from .parity import run_module
 from .prune import call
 from .sparsify import masks
 
@@ -22,11 +23,22 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The answers of ``teacher`` to ``items``, worked out when they are read."""
+
+    teacher: nn.Module
+    items: Items
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return run_module(self.teacher, self.items.take(index))
+
+
+@dataclass(frozen=True)
 class Epoch:
     """What one pass over the training data sees: items and the teacher's answers to them."""
 
     items: Items
-    answers: Tensor  # [N, ...]
+    answers: Tensor | Asked  # [N, ...]
 
 
 def kl_divergence(
@@ -135,7 +147,7 @@ def distill(
 
     optimizer = torch.optim.SGD(parameters, peak, momentum=0.9, nesterov=True, weight_decay=5e-4)
     _train_mode(student)
-    samples, seen, blind = 0, [], 0.0
+    samples, seen, top = 0, [], 0.0
     for rate, items, answers in _steps(epochs, first, count, batch, seed, cycle):
         items, answers = items.to(device), answers.to(device)
         for group in optimizer.param_groups:
@@ -155,11 +167,13 @@ def distill(
             for weight, stays in holds.items():
                 weight.mul_(stays)
         samples += len(items)
-        # The loss of a student that has learned nothing and gives the same answer to everything.
-        blind = objective(torch.zeros_like(output), items, answers).item()
-        if _mean(seen) > HOPELESS * max(blind, seen[0]):
+        top = seen[0]
+        if _mean(seen) > top:
+            # That of a student that has learned nothing and gives the same answer to everything.
+            top = max(top, objective(torch.zeros_like(output), items, answers).item())
+        if _mean(seen) - top > (HOPELESS - 1) * abs(top):  # a loss may be below 0
             break
-    if _mean(seen) > max(blind, seen[0]):
+    if _mean(seen) > top:
         what = f"the loss rose from {seen[0]:.3g} to {_mean(seen):.3g}"
         raise _diverged(samples, settings, what)
     student.eval().to(CPU)

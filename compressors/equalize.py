@@ -142,7 +142,7 @@ def equalize(
 def _same(ours: fx.GraphModule, theirs: fx.GraphModule, items: Items) -> bool:
     """Whether both compute the same but for float rounding: a network may do what looks homogeneous
     here and is not."""
-    inputs = in_order(ours, items.take(torch.arange(min(CHECKED, len(items)))).inputs)
+    inputs = in_order(ours, items.first(CHECKED).inputs)
     expected = theirs(*inputs)
     return bool((ours(*inputs) - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
@@ -227,7 +227,7 @@ def _loudness(
                 seen[n.name] = one
             return x
 
-    for batch in items.batches(32):
+    for batch in items.chunks():
         Watch(graph).run(*in_order(graph, batch.inputs))
     count = len(items)
     return {name: (low, high, square / count) for name, (low, high, square) in seen.items()}

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from ..spaces import BadInput
 from ..spaces.operations import shape_of
 from ..spaces.tracing import arguments, trace_graph
+from .plainer import make_plainer_
 
 TOLERANCE = 1e-4  # share of the largest answer: other orders of the same sums
 FIXED = "fixed"  # attribute of a module: which of its tensors no student trains
@@ -28,8 +29,8 @@ Maker = Callable[[Given, tuple[int, ...]], nn.Module | None]
 
 
 def with_modules(model: nn.Module, example: Any) -> nn.Module:
-    """``model`` as the graph of its operations, in which functions with weights are modules;
-    ``model`` itself where there are none or where it would not compute the same.
+    """``model`` as the graph of its operations, in which functions with weights are modules and
+    modules plain; ``model`` itself where there are none or where it would not compute the same.
 
     model: in eval mode; stays as it is.
     """
@@ -41,12 +42,13 @@ def with_modules(model: nn.Module, example: Any) -> nn.Module:
         graph.requires_grad_()  # frozen as a whole, as some do with a model that is only run
     made: dict[Any, str] = {}
     try:
+        plainer = make_plainer_(graph)
         for node in list(graph.graph.nodes):
             _replace(graph, node, made)
         graph.graph.eliminate_dead_code()
         graph.delete_all_unused_submodules()
         graph.recompile()
-        return graph.eval() if made and _is_same(graph, model, example) else model
+        return graph.eval() if (made or plainer) and _is_same(graph, model, example) else model
     except Exception:  # the model as it was can be prepared, whatever went wrong here
         return model
 

@@ -85,12 +85,19 @@ def _paddings(shell: Any, rank: int) -> tuple[list[int], list[int]]:
 
 
 def pad(
-    w: Writer, x: str, before: list[int], after: list[int], mode: str, out: str, value: float = 0.0
+    w: Writer,
+    x: str,
+    before: list[int],
+    after: list[int],
+    mode: str,
+    out: str,
+    value: float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> str:
     kind = {"zeros": "constant", "replicate": "edge", "circular": "wrap"}.get(mode, mode)
     inputs = [x, w.numbers(before + after)]
     if kind == "constant":
-        inputs.append(w.numbers(value, torch.float32))
+        inputs.append(w.numbers(value, dtype))
     return w.node("Pad", inputs, out, mode=kind)
 
 

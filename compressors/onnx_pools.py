@@ -141,7 +141,7 @@ def _pad(w: Writer, node: fx.Node, result: Tensor) -> None:
     moved = [i for i, pair in enumerate(zip(before, after, strict=True)) if any(pair)]
     if min(amounts) < 0 or any(w.varies(node.args[0], axis) for axis in moved):
         raise NotCovered
-    pad(w, w.value(node), before, after, mode, w.names[node], float(value or 0))
+    pad(w, w.value(node), before, after, mode, w.names[node], value or 0, result.dtype)
 
 
 def _enlarge(w: Writer, node: fx.Node, result: Tensor) -> None:

@@ -24,7 +24,7 @@ from ..spaces import (
 )
 from ..spaces.tracing import arguments, trace
 from .data import Items, Splits, split
-from .distill import CPU, Epoch
+from .distill import CPU, Asked, Epoch
 from .modules import with_modules
 from .outputs import OutputKind, kind_of
 from .parity import run_module
@@ -35,6 +35,7 @@ from .task import Task, as_number, describe
 from .unwrapped import unwrapped
 
 KNOWN_BY = 512  # items of search validation by which the kind of the output is known
+KEPT = 2 << 30  # bytes of the teacher's answers, in every process: of segmentations they are more
 MAX_VARIANTS = 3  # augmented copies of the training data: the teacher answers each beforehand
 
 
@@ -61,7 +62,7 @@ class Prepared:
 
     starts: by the name of the student, "pruned" for the teacher. device: where students train.
     answers: the teacher's answers to each variant of the training data, [N, ...] each; those that
-    are missing are computed when they are needed.
+    are missing are computed when they are needed, and not kept where they are too large.
     """
 
     task: Any
@@ -110,6 +111,9 @@ class Prepared:
         variant = number % self.variants
         items = self._variant(variant)
         if variant not in self.answers:
+            each = self.search_answers[0].numel() * self.search_answers.element_size()
+            if each * len(items) * self.variants > KEPT:
+                return Epoch(items, Asked(self.teacher, items))
             self.answers[variant] = run_module(self.teacher, items)
         return Epoch(items, self.answers[variant])
 
@@ -272,7 +276,7 @@ def _check(prepared: Prepared) -> None:
                 f"task: {name}[0] gives another item each time; move random variants into "
                 "augment(inputs, generator)"
             )
-    some = splits.search.take(torch.arange(min(16, len(splits.search))))
+    some = splits.search.first(16)
     try:
         output = run_module(prepared.teacher, some)
     except Exception as error:
@@ -312,6 +316,13 @@ def _check(prepared: Prepared) -> None:
         raise BadInput("task: loss cannot be differentiated; compute it from output in torch")
     if not math.isfinite(as_number(metric)):
         raise BadInput(f"task: metric must be one finite number, but got {metric!r}")
+    try:  # only there would it fail, in the middle of a search
+        task.loss(output.to(prepared.device), some.to(prepared.device).targets)
+    except Exception as error:
+        raise BadInput(
+            f"task: loss fails on {prepared.device}, where students train: {error}; what it holds "
+            "must be moved to output.device"
+        ) from error
 
 
 def _hint(error: Exception, targets: Any) -> str:

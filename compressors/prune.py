@@ -102,6 +102,9 @@ def _mean_gradients(
     for batch in items.chunks():
         value = loss(call(model, batch.inputs), batch.targets) * len(batch) / len(items)
         value.backward()  # type: ignore[no-untyped-call]
+    for parameter in model.parameters():
+        if parameter.grad is None:  # nothing learns there: of a backbone under no_grad
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def kept_channels(

@@ -190,7 +190,7 @@ def calibrate(graph: fx.GraphModule, items: Items, calibration: str) -> None:
     quantizers = {n: m for n, m in graph.named_modules() if isinstance(m, ActivationQuantizer)}
     graph.eval()
     for quantizer in quantizers.values():
-        quantizer.observer = Observer(counting=calibration != "minmax")
+        quantizer.observer = Observer(counting=calibration in ("percentile", "mse"))
     for batch in items.chunks():
         call(graph, batch.inputs)
     for name, quantizer in quantizers.items():

@@ -6,7 +6,8 @@ neural networks", eq. 3): with the covariance C = cov(X) of the teacher's inputs
 
     W' = (C_kk + lambda I)^-1 C_k: W.
 
-C belongs to the teacher and is measured once; a policy costs one small solve a layer.
+The bias, or the norm behind the layer, takes what is left of the mean; where there is neither,
+C = E[X^T X]. C belongs to the teacher and is measured once; a policy costs one small solve a layer.
 """
 
 import math
@@ -25,6 +26,7 @@ from .prune import call
 
 RIDGE = 1e-3  # lambda, as a share of the mean variance: rank-deficient inputs stay harmless
 LARGEST = 4_608  # inputs of a layer (channels x kernel) whose covariance is kept: 85 MB
+ROOM = 256 << 20  # bytes of input rows at once: of 64 channels at 512 x 512 an image has 604 MB
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ def input_moments(model: nn.Module, network: Network, items: Items) -> dict[str,
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            rows = input_rows(module, inputs[0])  # [G, rows, F]
-            count, total, square = sums.get(name, (0, 0.0, 0.0))
-            square = square + rows.mT @ rows
-            sums[name] = (count + rows.shape[1], total + rows.sum(1), square)
+            for part in torch.split(inputs[0], _images(module, inputs[0])):
+                rows = input_rows(module, part)  # [G, rows, F]
+                count, total, square = sums.get(name, (0, 0.0, 0.0))
+                square = square + rows.mT @ rows
+                sums[name] = (count + rows.shape[1], total + rows.sum(1), square)
 
         return hook
 
@@ -87,6 +90,8 @@ def reconstruct_(
         groups, m = len(moments[name].mean), moments[name]
         full = theirs.weight[outputs].flatten(1).unflatten(0, (groups, -1))  # [G, out, F]
         c = m.covariance[:, k]  # [G, k, F]
+        if ours.bias is None and name not in network.folded:  # nothing else makes up for the mean
+            c = c + m.mean[:, k, None] * m.mean[:, None]
         square, target = c[:, :, k], c @ full.mT
         del c  # of them all the largest, and not needed while solving takes memory
         diagonal = square.diagonal(dim1=1, dim2=2)
@@ -99,17 +104,26 @@ def reconstruct_(
 
 
 def _solvable(module: Any) -> bool:
-    if isinstance(module, nn.Linear):
-        return module.in_features <= LARGEST
     if isinstance(module, nn.Conv1d | nn.Conv2d):
-        size = module.in_channels // module.groups * math.prod(module.kernel_size)
         # A depthwise convolution has one input for an output: it loses none and keeps the output.
-        return (
-            module.padding_mode == "zeros"
-            and module.groups < module.in_channels
-            and (size <= LARGEST)
-        )
-    return False
+        if module.padding_mode != "zeros" or module.groups == module.in_channels:
+            return False
+    elif not isinstance(module, nn.Linear):
+        return False
+    return row_size(module) <= LARGEST
+
+
+def row_size(module: Any) -> int:
+    """How many inputs of a layer meet the weights of one output."""
+    return math.prod(module.weight.shape[1:])
+
+
+def _images(module: Any, x: Tensor) -> int:
+    """How many items of ``x`` give rows at once."""
+    if isinstance(module, nn.Linear):
+        return len(x)  # rows are the values themselves
+    positions = math.prod(x.shape[2:]) / math.prod(module.stride)
+    return max(1, int(ROOM / (4 * positions * module.groups * row_size(module))))
 
 
 def input_rows(module: Any, x: Tensor) -> Tensor:

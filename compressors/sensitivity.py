@@ -3,11 +3,10 @@
 import torch
 
 from ..spaces import Impossible, Policy
-from .compress import prune, quantize, statistics_items
+from .compress import prune, quantize, renew_statistics
 from .distill import kl_divergence
 from .parity import run_module
 from .prepared import Prepared
-from .prune import recompute_statistics
 
 ITEMS = 512  # of search validation: single choices differ by far more than so many leave open
 
@@ -25,7 +24,7 @@ def harm(prepared: Prepared, policy: Policy, seed: int = 0, *, recalibrated: boo
     torch.manual_seed(seed)
     pruned = prune(prepared, policy, plan)
     if recalibrated and not policy.prune.acts:
-        recompute_statistics(pruned, statistics_items(prepared))
+        renew_statistics(pruned, prepared, plan)
     student = quantize(prepared, policy, plan, pruned)
     some = prepared.splits.search.first(ITEMS)
     answers = prepared.search_answers[: len(some)]

@@ -1,7 +1,5 @@
 """The artifact of a policy as far as its latency goes: right kernels, arbitrary weights."""
 
-import torch
-
 from ..spaces import Policy
 from .export import to_onnx
 from .freeze import freeze
@@ -27,6 +25,6 @@ def untrained(prepared: Prepared, policy: Policy) -> bytes:
     student = fold_norms(pruned, plan.network)
     if plan.quantized:
         student = insert_quantizers(student, plan, "minmax")
-        calibrate(student, prepared.splits.calibration.take(torch.arange(ITEMS)), "minmax")
+        calibrate(student, prepared.splits.calibration.first(ITEMS), "minmax")
         settle_biases(student, plan.network, plan)
     return to_onnx(freeze(student), prepared.example)

@@ -162,8 +162,11 @@ def score(prepared: Prepared, model: bytes, items: Items) -> float:
 
 
 def teacher_answers(prepared: Prepared) -> dict[int, Any]:
-    """The teacher's answers to every variant of the training data, for all workers to share."""
-    return {v: prepared.epoch(v).answers.numpy() for v in range(prepared.variants)}
+    """The teacher's answers to every variant of the training data, for all workers to share: those
+    that are kept."""
+    for variant in range(prepared.variants):
+        prepared.epoch(variant)
+    return {variant: answers.numpy() for variant, answers in prepared.answers.items()}
 
 
 def versions(runtime: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ operation reads that is unknown here stays whole. ``tracing`` holds the outcome 
 copy.
 """
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -112,6 +113,8 @@ class Labels(fx.Interpreter):
         if name in MOVES:
             return self._move(name, n, inputs, result)
         if name in EXTREMES and isinstance(result, tuple):
+            if _places_are_read(n):
+                self.ties.still(inputs[0], self._given(n, 1, "dim"))
             found = self._reduce(n, inputs[0], result[0])
             return [found, nothing(result[1])]
         if not isinstance(result, Tensor):
@@ -286,6 +289,12 @@ class Labels(fx.Interpreter):
             else:
                 self.ties.tie(lead, other)
         return lead
+
+
+def _places_are_read(extremes: fx.Node) -> bool:
+    """Whether anybody asks where ``extremes`` (values, places) lie, and not only what they are."""
+    values = ((operator.getitem, 0), (getattr, "values"))
+    return any((user.target, *user.args[1:]) not in values for user in extremes.users)
 
 
 def _takes_all(part: slice, size: int) -> bool:

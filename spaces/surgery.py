@@ -175,7 +175,7 @@ def _resize(
             )
         return
     if name == "split":
-        node.args = (node.args[0], _part_sizes(network, node, widths), *node.args[2:])
+        _resize_parts(network, node, widths)
         return
     if name not in _SIZES or (new == old and stale.isdisjoint(node.all_input_nodes)):
         return
@@ -196,15 +196,19 @@ def _resize(
     node.args = (*node.args[:place], fitted, *rest)
 
 
-def _part_sizes(network: Network, node: fx.Node, widths: Mapping[str, int]) -> Any:
-    """The second argument of a split, for what remains of each part."""
-    given, dim = node.args[1], node.kwargs.get("dim", (*node.args, 0, 0)[2])
-    sizes: Any = list(given) if isinstance(given, list | tuple) else given
-    for part in node.users:
-        index: Any = part.args[1]
-        size = network.shape(part.name, widths)[dim]  # type: ignore[index]
-        if isinstance(sizes, list):
-            sizes[index] = size
-        elif index == 0:
-            sizes = size
-    return sizes
+def _resize_parts(network: Network, node: fx.Node, widths: Mapping[str, int]) -> None:
+    """The sizes that a split is told become those of what remains. Parts of one size lose the same;
+    along an axis with parts of several nothing goes."""
+    source = _value(network, node.all_input_nodes[0]).name
+    dim: Any = node.kwargs.get("dim", (*node.args, 0, 0)[2])
+    old, new = network.op[source].shape[dim], network.shape(source, widths)[dim]
+    given = {"split_size", "split_size_or_sections"} & node.kwargs.keys()
+    sizes: Any = node.kwargs[given.pop()] if given else node.args[1]
+    if new == old:
+        return
+
+    def fitted(size: Any) -> Any:
+        return (_number(network, size, {}) if isinstance(size, fx.Node) else size) * new // old
+
+    fit = [fitted(s) for s in sizes] if isinstance(sizes, list | tuple) else fitted(sizes)
+    node.args, node.kwargs = (node.args[0], fit, dim), {}

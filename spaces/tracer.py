@@ -3,6 +3,9 @@
 The shape of a request is fixed, but for how many there are in one batch. So ``if x.shape[1] > 5``,
 ``assert``s, loops over steps and ``*x.shape`` are what they are for the example; what would be
 another for several requests in one batch, or hangs on values, is refused as torch.fx refuses it.
+
+What a shape hangs on runs on the meta device, which knows shapes alone: all that a segmentation
+network makes of a batch took 14 GB. Where that cannot tell (a mask picks elements) it really runs.
 """
 
 import operator
@@ -11,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.func import functional_call
 
+META = torch.device("meta")
+# Of SHAPES, what would be another on the meta device.
+PLACES = {"device", "is_cuda", "is_cpu", "is_mps", "get_device"}
 # What says something of a tensor whatever values are in it: attributes and methods.
 SHAPES = {
     "shape", "ndim", "dtype", "device", "is_cuda", "is_cpu", "is_mps", "layout", "requires_grad",
@@ -29,7 +36,8 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.proxy_buffer_attributes = buffers
         self._requests = requests
-        self._known: dict[fx.Node, list[Any]] = {}  # what nodes give, for each of the requests
+        # What nodes give, for each of the requests: on the meta device, and really.
+        self._known: dict[bool, dict[fx.Node, list[Any]]] = {True: {}, False: {}}
         self._of_shapes: set[fx.Node] = set()  # whose values hang on no tensor's values
         self._running = False  # on values, and not on what stands for them
 
@@ -86,31 +94,49 @@ class Tracer(fx.Tracer):
         return first if all(value == first for value in others) else None
 
     def _values(self, node: fx.Node) -> list[Any]:
-        """What ``node`` gives, for each of the requests."""
-        ahead = [node]
+        """What ``node`` gives, for each of the requests; of tensors only the shape is certain."""
+        try:
+            return self._worked_out(node, meta=True)
+        except Exception:  # whatever meta tensors cannot do
+            return self._worked_out(node, meta=False)
+
+    def _worked_out(self, node: fx.Node, meta: bool) -> list[Any]:
+        known, ahead = self._known[meta], [node]
         while ahead:  # a network may be deeper than Python's stack
             now = ahead[-1]
-            unknown = [n for n in now.all_input_nodes if n not in self._known]
+            unknown = [n for n in now.all_input_nodes if n not in known]
             ahead += unknown
             if not unknown:
                 ahead.pop()
-                if now not in self._known:
-                    self._known[now] = [self._value(now, i) for i in range(len(self._requests))]
-        return self._known[node]
+                if now not in known:
+                    known[now] = [self._value(now, i, meta) for i in range(len(self._requests))]
+        return known[node]
 
-    def _value(self, node: fx.Node, request: int) -> Any:
+    def _value(self, node: fx.Node, request: int, meta: bool) -> Any:
+        # What hangs on shapes alone is a number or made from numbers: it has its values on both.
+        place = _on_meta if meta and node not in self._of_shapes else _own
         if node.op == "placeholder":
             holders = [n for n in self.graph.nodes if n.op == "placeholder"]
-            return _own(self._requests[request][holders.index(node)])
+            return place(self._requests[request][holders.index(node)])
         if node.op == "get_attr":
-            return _own(self._attribute(str(node.target)))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self._known[n][request])
+            return place(self._attribute(str(node.target)))
+        known = self._known[meta]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: known[n][request])
+        if place is _on_meta:
+            args, kwargs = fx.node.map_aggregate((args, kwargs), _on_meta)
+        elif meta and _says_shape(node) and _asked(node) in PLACES:
+            args = (torch.empty(0), *args[1:])
         call: Any = node.target
         if node.op == "call_module":
             call = self._attribute(str(node.target))
+            if place is _on_meta:
+                weights = {**dict(call.named_parameters()), **dict(call.named_buffers())}
+                weights = {name: _on_meta(tensor) for name, tensor in weights.items()}
+                return self._run(functional_call, call, weights, args, kwargs)
         elif node.op == "call_method":
             call, args = getattr(args[0], str(node.target)), args[1:]
-        return self._run(call, *args, **kwargs)
+        result = self._run(call, *args, **kwargs)
+        return _on_meta(result) if place is _on_meta else result
 
     def _attribute(self, name: str) -> Any:
         return self._run(operator.attrgetter(name), self.root)
@@ -128,8 +154,17 @@ def _says_shape(node: fx.Node) -> bool:
     """Whether ``node`` asks a value for its shape or its type."""
     if node.op not in ("call_function", "call_method"):
         return False
+    return _asked(node) in SHAPES
+
+
+def _asked(node: fx.Node) -> Any:
+    """The name of the attribute, method or function that ``node`` reads or calls."""
     name = node.args[1] if node.target is getattr else node.target
-    return getattr(name, "__name__", name) in SHAPES
+    return getattr(name, "__name__", name)
+
+
+def _on_meta(value: Any) -> Any:
+    return value.detach().to(META) if isinstance(value, Tensor) else value
 
 
 def _own(value: Any) -> Any:

@@ -70,7 +70,12 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     if any(node.op == "call_method" and node.target == "numpy" for node in graph.graph.nodes):
         raise Untraceable(f"the model calls .numpy() in its forward{NUMPY}")
     _drop_defaults(graph, [n in defaults for n in inspect.signature(model.forward).parameters])
-    write_once(graph, note_shapes(graph, bound))
+    _place_arguments(graph)
+    seen = note_shapes(graph, bound)
+    for node in seen.idle:  # in order: what one reads is no other of them any more
+        node.replace_all_uses_with(node.all_input_nodes[seen.idle[node]])
+        graph.graph.erase_node(node)
+    write_once(graph, seen.changes)
     graph.graph.eliminate_dead_code()  # not before: it would drop changes whose result is not used
     graph.recompile()
     return graph
@@ -133,20 +138,24 @@ def _sized_by_requests() -> Iterator[None]:
             setattr(torch, name, make)
 
 
-def note_shapes(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[Change]:
-    """Runs ``graph`` and notes at every node the shape of its value; what it changed in place."""
+def note_shapes(graph: fx.GraphModule, inputs: Sequence[Any]) -> "_Shapes":
+    """Runs ``graph`` and notes at every node the shape of its value."""
     runner = _Shapes(graph)
     run_quietly(runner, (value.clone() for value in inputs))  # the model may change them in place
-    return runner.changes
+    return runner
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of every value (torch's own prints what fails), and what
-    is changed in place."""
+    """Runs a graph and notes the shape of every value (torch's own prints what fails).
+
+    changes: what is changed in place. idle: functions of other libraries that give what they are
+    given, as those for training alone do (torchvision's stochastic_depth), and which input that is.
+    """
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.changes: list[Change] = []
+        self.idle: dict[fx.Node, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         before = versions(self.env)
@@ -159,8 +168,44 @@ class _Shapes(fx.Interpreter):
             ) from error
         if isinstance(result, torch.Tensor):
             n.meta[SHAPE] = tuple(result.shape)
-        self.changes += changes(n, result, before, self.env)
+        changed = changes(n, result, before, self.env)
+        self.changes += changed
+        same = [i for i, given in enumerate(n.all_input_nodes) if self.env[given] is result]
+        if same and n.op == "call_function" and not changed and not _is_torchs(n.target):
+            self.idle[n] = same[0]
         return result
+
+
+def _is_torchs(function: Any) -> bool:
+    """Whether ``function`` is PyTorch's or Python's own, about which more is known."""
+    library = (getattr(function, "__module__", None) or "torch").partition(".")[0]
+    return library in ("torch", "_operator", "builtins", "math")
+
+
+def _place_arguments(graph: fx.GraphModule) -> None:
+    """Whatever a call of ``graph`` reads first is given by place, also where it is by name in the
+    model, as in ``self.conv(input=x)``."""
+    for node in graph.graph.nodes:
+        if node.args or node.op not in ("call_module", "call_function"):
+            continue
+        call: Any = node.target
+        if node.op == "call_module":
+            call = graph.get_submodule(str(node.target)).forward
+        name = next((n for n in _first_names(call) if n in node.kwargs), None)
+        if name is not None:
+            node.args = (node.kwargs[name],)
+            node.kwargs = {n: value for n, value in node.kwargs.items() if n != name}
+
+
+def _first_names(call: Any) -> tuple[str, ...]:
+    """What the first argument of ``call`` may be called."""
+    try:
+        first = next(iter(inspect.signature(call).parameters.values()), None)
+    except ValueError:  # one in C++, which does not say
+        first = None
+    if first is not None and first.kind is first.POSITIONAL_OR_KEYWORD:
+        return (first.name,)
+    return ("condition", "tensors", "input")
 
 
 def _bind(model: nn.Module, example: Any) -> tuple[list[Any], dict[str, Any]]:

@@ -639,6 +639,22 @@ class Parallel(nn.Module):
         return self.head(F.relu(self.norm(y) + self.around(x)).mean(2))
 
 
+class Parts(nn.Module):
+    """Channels in parts that are read together, or some of them, or by the name of their size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2 = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+        self.c3, self.c4 = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c2(torch.stack(F.relu(self.c1(x)).split(8, 1)).sum(0))
+        x = self.c3(torch.cat(F.relu(x).split(split_size=8, dim=1)[1:], 1))
+        x = self.c4(torch.cat(torch.split(F.relu(x), [4, 12], dim=1), 1))
+        return self.head(F.relu(x).mean((2, 3)))
+
+
 MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "plain": lambda: (Plain(), image()),
     "mlp": lambda: (Mlp(), torch.rand(1, 12)),
@@ -671,6 +687,7 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "shuffled": lambda: (Shuffled(), image()),
     "crossstage": lambda: (CrossStage(), image()),
     "parallel": lambda: (Parallel(), torch.rand(1, 4, 32)),
+    "parts": lambda: (Parts(), image()),
     "heard": lambda: (Heard(), torch.rand(1, 4, 32)),
 }
 

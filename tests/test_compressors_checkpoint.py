@@ -34,7 +34,7 @@ EVERY = [
     "plain", "mlp", "separable", "concat", "quiet", "two", "sequence", "preactivation", "grouped",
     "groupnorm", "gate", "fixed", "fused", "separate", "interleaved", "library", "shuffle",
     "inverted", "gated", "siamese", "recurrent", "dense", "inception", "inplace", "signal",
-    "text", "convnext", "mixer", "shuffled", "crossstage", "heard", "parallel",
+    "text", "convnext", "mixer", "shuffled", "crossstage", "heard", "parallel", "parts",
 ]  # fmt: skip
 
 

@@ -144,6 +144,15 @@ def test_the_same_seed_gives_the_same_weights() -> None:
     assert not all(torch.equal(v, runs[2][k]) for k, v in runs[0].items())
 
 
+def test_a_loss_below_zero_is_trained_to_the_end() -> None:
+    _, student, epochs = setting()
+
+    def likeness(output: Tensor, target: Tensor) -> Tensor:
+        return -output.softmax(1).gather(1, target[:, None]).mean()
+
+    assert train(student, epochs, Distill(alpha=0.0, learning_rate=0.05), likeness) == 8 * 256
+
+
 @pytest.mark.parametrize("rate", [1e3, 1e12, 1e30])
 def test_divergence_names_the_learning_rate(rate: float) -> None:
     _, student, epochs = setting()

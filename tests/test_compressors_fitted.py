@@ -9,7 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from flyweight.compressors.correct import correct_, rounded_in_turn, sampled_rows, second_moments
+from flyweight.compressors import correct
+from flyweight.compressors.correct import (
+    correct_,
+    fit_,
+    rounded_in_turn,
+    sampled_rows,
+    second_moments,
+)
 from flyweight.compressors.data import Items
 from flyweight.compressors.equalize import equalize, tied_channels
 from flyweight.compressors.export import to_onnx
@@ -23,6 +30,7 @@ from flyweight.compressors.quantize import (
     insert_quantizers,
     settle_biases,
 )
+from flyweight.compressors.reconstruct import LARGEST, input_rows
 from flyweight.kernels import float_layers, int8_layers, make_runtime
 from flyweight.spaces import Blueprint, Capabilities, Policy, Quantize, blueprint
 from flyweight.spaces.tracing import trace, trace_graph
@@ -164,6 +172,35 @@ def test_rows_are_what_meets_the_weights(layer: Any) -> None:
         weight = layer.weight.reshape(len(rows), -1, rows.shape[2])  # [G, O, F]
         found = (weight @ rows.mT).flatten(0, 1) + layer.bias[:, None]
     assert torch.allclose(found.sort(1).values, expected, atol=1e-4)
+
+
+def test_rows_are_never_those_of_all_images_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def noted(layer: Any, x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return input_rows(layer, x)
+
+    monkeypatch.setattr(correct, "input_rows", noted)
+    rows = sampled_rows(nn.Conv2d(2, 4, 3, padding=1), torch.randn(32, 2, 32, 32))
+    assert sizes == [1] * 16
+    assert rows is not None
+    assert rows.shape == (1, 4096, 18)
+
+
+def test_images_smaller_than_the_stride_have_rows() -> None:
+    rows = sampled_rows(nn.Conv2d(2, 4, 1, stride=2), torch.randn(8, 2, 3, 1))
+    assert rows is not None
+    assert rows.shape == (1, 16, 2)
+
+
+def test_of_a_layer_with_too_many_inputs_only_the_bias_is_fitted() -> None:
+    layer = QuantizedLayer(nn.Linear(LARGEST + 1, 2), 8, "minmax")
+    before, x = layer.layer.weight.clone(), torch.rand(4, LARGEST + 1)
+    with torch.no_grad():
+        fit_(layer, x, layer.layer(x) + 1)
+        assert torch.equal(layer.layer.weight, before)
+    assert layer.layer.bias.mean() > 0.5
 
 
 def test_rounding_in_turn_beats_rounding_to_the_nearest() -> None:

@@ -293,6 +293,9 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "upsample": module(lambda: nn.Upsample(scale_factor=2), 3, 5, 4),
     "interpolate": of(lambda x, _: F.interpolate(x, size=(10, 12)), 3, 5, 4),
     "pad": of(lambda x, _: F.pad(x, (1, 2, 0, 3), value=0.5), 3, 5, 4),
+    "pad of tokens": ids(
+        lambda x, m: m.m0(F.pad(x, (0, 3), value=1)), 5, owned=(nn.Embedding(5, 4),)
+    ),
     "pad with zeros": of(lambda x, m: m.m0(x) * 2, 3, 5, 4, owned=(nn.ZeroPad2d((0, 1, 2, 0)),)),
     "pad, read by convolutions": of(
         lambda x, m: m.m0(y := F.pad(x, (0, 1, 2, 0))) + m.m1(y),

@@ -22,6 +22,7 @@ from flyweight.compressors.prune import (
     remove,
 )
 from flyweight.spaces import Group, Impossible
+from flyweight.spaces.tracing import trace
 
 NAMES = [
     "plain", "mlp", "separable", "concat", "preactivation", "two", "siamese", "recurrent", "dense",
@@ -174,6 +175,23 @@ def test_taylor_leaves_out_what_the_answer_does_not_depend_on(networks: ModuleTy
     l1 = importance(model, network, "l1", calibration, F.cross_entropy)["c1"]
     assert taylor.argmin() == 3
     assert l1.argmax() == 3
+
+
+def test_taylor_takes_a_backbone_that_has_no_gradients() -> None:
+    class Frozen(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                x = self[0](x).relu()
+            return self[2](self[1](x).relu())
+
+    torch.manual_seed(0)
+    model = Frozen(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)).eval()
+    found = importance(
+        model, trace(model, torch.rand(1, 6)), "taylor",
+        Items(torch.randn(8, 6), torch.arange(8) % 3), F.cross_entropy,
+    )  # fmt: skip
+    assert {name: len(scores) for name, scores in found.items()} == {"0": 8, "1": 8}
+    assert found["1"].std() > 0
 
 
 def test_an_unknown_criterion_is_refused(networks: ModuleType) -> None:

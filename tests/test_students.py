@@ -107,6 +107,13 @@ def test_it_is_pruned_and_quantized_by_names_of_its_own(prepared: Prepared) -> N
         compress(prepared, Policy(Prune({"a": 8})), "recalibrate")
 
 
+def test_an_untrained_artifact_of_few_items(networks: ModuleType) -> None:
+    data = TensorDataset(torch.randn(4, 12), torch.arange(4) % 2)
+    model, _ = networks.make("mlp")
+    ready = prepare(ClassificationTask(model, data, data), RUNTIME, Schedule())
+    assert untrained(ready, Policy(quantize=Quantize({"a": "int8"})))
+
+
 def test_teacher_and_students_are_left_as_they_were(prepared: Prepared) -> None:
     before = {
         name: {k: v.clone() for k, v in start.model.state_dict().items()}

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from flyweight.compressors import ClassificationTask, Schedule, load_task, prepare
 from flyweight.compressors.data import Items, split, stack
+from flyweight.compressors.parity import run_module
 from flyweight.compressors.task import metric_of
 from flyweight.kernels import make_runtime
 from flyweight.spaces import BadInput
@@ -305,6 +306,32 @@ def test_preparing_leaves_the_users_model_alone() -> None:
     assert found.teacher is not own
 
 
+def test_a_loss_is_tried_where_students_train() -> None:
+    weights = torch.rand(3)  # of the classes, left on the CPU
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (output * weights).sum() + target.sum()
+
+    there = torch.device("meta")
+    prepare(Mine(loss=loss), make_runtime("onnxruntime", 1), Schedule())
+    with pytest.raises(BadInput, match="loss fails on meta, where students train"):
+        prepare(Mine(loss=loss), make_runtime("onnxruntime", 1), Schedule(), device=there)
+
+
+def test_answers_that_are_too_large_are_worked_out_when_they_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = prepare(Mine(), make_runtime("onnxruntime", 1), Schedule())
+    index = torch.tensor([3, 7])
+    expected = run_module(found.teacher, found.splits.train)[index]
+    monkeypatch.setattr("flyweight.compressors.prepared.KEPT", 100)
+    assert torch.allclose(found.epoch(0).answers[index], expected)
+    assert not found.answers
+    monkeypatch.undo()
+    assert torch.allclose(found.epoch(0).answers[index], expected)
+    assert found.answers.keys() == {0}
+
+
 def test_the_halves_of_val_are_stratified_and_always_the_same() -> None:
     mine = Mine(val=items(30))
     first, again = split(mine, seed=0), split(mine, seed=1)
@@ -312,6 +339,12 @@ def test_the_halves_of_val_are_stratified_and_always_the_same() -> None:
     assert first.search.targets.bincount().tolist() == [5, 5, 5]
     joined = torch.cat([first.search.inputs, first.selection.inputs])
     assert len(joined.unique(dim=0)) == 30
+
+
+def test_the_first_items_of_sorted_data_are_of_every_class() -> None:
+    found = split(Mine(val=Data(sorted(items(60), key=lambda item: item[1]))))
+    for half in (found.search, found.selection):
+        assert half.first(12).targets.unique().tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor, np.float32, np.array])

@@ -86,6 +86,7 @@ GROUPS = {
     "convnext": {"stem.0": ("stem.0", "depth", "down"), "up": ("up",)},
     "parallel": {f"branches.{i}": (f"branches.{i}",) for i in range(3)},
     "heard": {"c1": ("c1",), "c2": ("c2",), "l1": ("l1",)},
+    "parts": {"c1": ("c1",), "c2": ("c2",), "c4": ("c4",)},  # of c3 unequal parts are read
     "mixer": {"stem": ("stem", "channels.2"), "channels.0": ("channels.0",)},
     "shuffled": {"stem": ("stem", "branches.0", "branches.1"), "join": ("join",)},
     "crossstage": {
@@ -661,6 +662,25 @@ def test_channels_that_an_operation_mixes_stay(operation: Any) -> None:
     network = trace(Mixing(operation).eval(), torch.rand(1, 3, 6, 6))
     assert "c1" not in network.groups
     assert "c2" in network.groups
+
+
+class Codes(nn.Module):
+    """The nearest of 16 codes, or how near it is."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+        self.encode, self.codes = nn.Linear(6, 8), nn.Linear(8, 16, bias=False)
+        self.decode = nn.Embedding(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.codes(torch.relu(self.encode(x))).max(-1)
+        return self.decode(found[1]) if self.place else found.values[:, None].expand(-1, 3)
+
+
+@pytest.mark.parametrize(("place", "groups"), [(0, {"encode", "codes"}), (1, {"encode"})])
+def test_channels_whose_places_are_read_stay(place: int, groups: set[str]) -> None:
+    assert trace(Codes(place).eval(), torch.rand(1, 6)).groups.keys() == groups
 
 
 # -- what hangs on the shape of a request --------------------------------------------------------

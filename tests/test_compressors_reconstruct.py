@@ -1,0 +1,66 @@
+"""Reconstruction and statistics: of all that data are, with what can take it, in bounded memory."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from flyweight.compressors import ClassificationTask, Schedule, prepare, reconstruct
+from flyweight.compressors.compress import prune
+from flyweight.compressors.data import Items, at_once
+from flyweight.compressors.prune import remove
+from flyweight.compressors.reconstruct import input_moments, reconstruct_
+from flyweight.kernels import make_runtime
+from flyweight.spaces import Policy, Prune
+from flyweight.spaces.tracing import trace
+
+
+def test_without_a_bias_the_weights_keep_the_mean() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8, bias=False)).eval()
+    items = Items(torch.randn(256, 6), torch.zeros(256))
+    network, kept = trace(model, torch.rand(1, 6)), {"0": torch.arange(8)}
+    solved = remove(model, network, torch.rand(1, 6), kept)
+    reconstruct_(solved, model, network, kept, input_moments(model, network, items))
+    with torch.no_grad():
+        theirs, error = model(items.inputs), solved(items.inputs) - model(items.inputs)
+    assert error.mean(0).norm() < 0.3 * theirs.mean(0).norm()  # 0.14; of covariances alone 0.93
+    assert error.square().mean() < 0.5 * theirs.var(0).mean()
+
+
+def test_statistics_of_a_pruned_student_are_of_all_classes() -> None:
+    """Of data that are sorted by class, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
+    x = torch.cat([torch.randn(600, 6), torch.randn(600, 6) + 4])
+    data = TensorDataset(x, (torch.arange(1200) >= 600).long())
+    task = ClassificationTask(model.eval(), data, data)
+    ready = prepare(task, make_runtime("onnxruntime", 1), Schedule())
+    how = Policy(Prune({"0": 8}, "l1", reconstruct=False))
+    student: Any = prune(ready, how, ready.plan(how))
+    expected = student.get_submodule("0")(x).mean(0)
+    assert torch.allclose(student.get_submodule("1").running_mean, expected, atol=0.5)
+
+
+def test_moments_are_taken_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, example = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)), torch.rand(1, 3, 9, 9)
+    network, items = trace(model, example), Items(torch.randn(8, 3, 9, 9), torch.zeros(8))
+    whole, sizes = input_moments(model, network, items), []
+    rows = reconstruct.input_rows
+    monkeypatch.setattr(
+        reconstruct, "input_rows", lambda layer, x: (sizes.append(len(x)), rows(layer, x))[1]
+    )
+    monkeypatch.setattr(reconstruct, "ROOM", 2 * 4 * 27 * 81)
+    found = input_moments(model, network, items)
+    assert sizes == [2, 2, 2, 2, 8]
+    for name in whole:
+        assert torch.allclose(found[name].covariance, whole[name].covariance, atol=1e-5)
+
+
+def test_as_many_items_run_at_once_as_their_largest_value_leaves_room_for() -> None:
+    network = trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)), torch.rand(1, 3, 16, 16))
+    each = 8 * 16 * 16 * 4
+    assert [at_once(network, 64, n * each) for n in (1, 10, 100)] == [2, 10, 64]

@@ -1,0 +1,76 @@
+"""What a model asks while it is traced, and what it writes in another way than others."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flyweight.compressors.export import to_onnx
+from flyweight.spaces.tracing import trace, trace_graph
+
+
+class Probe(nn.Module):
+    """A segmentation network in small: what it adds up depends on shapes alone."""
+
+    def __init__(self, asks: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.asks = asks
+        self.register_buffer("mask", torch.tensor([True, False, True, True]))
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.asks(self, x):
+            x = torch.relu(x)
+        return self.b(x)
+
+
+@pytest.mark.parametrize("asks", [lambda _, x: x.shape[2] > 4, lambda _, x: x.device.type == "cpu"])
+def test_what_hangs_on_shapes_runs_on_shapes_alone(asks: Any) -> None:
+    model, seen = Probe(asks).eval(), []
+    model.a.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    kinds = [op.kind for op in trace(model, torch.rand(1, 3, 8, 8)).ops]
+    assert "act" in kinds
+    assert all(len(x) <= 2 for x in seen if x.device.type != "meta")
+
+
+def test_what_meta_tensors_cannot_tell_really_runs() -> None:
+    model = Probe(lambda m, x: x[:, m.mask].shape[1] == 3).eval()
+    assert "act" in [op.kind for op in trace(model, torch.rand(1, 3, 8, 8)).ops]
+
+
+# -- what is written in another way --------------------------------------------------------------
+
+
+def drop_path(x: Tensor, share: float, training: bool) -> Tensor:
+    """As those of libraries: for training alone."""
+    return x * torch.bernoulli(torch.full_like(x, 1 - share)) if training else x
+
+
+torch.fx.wrap("drop_path")
+
+
+class Skips(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(input=x)
+        y = drop_path(F.relu(input=self.b(input=x)), 0.5, self.training)
+        return self.c(
+            torch.cat(tensors=[drop_path(drop_path(y, 0.1, False), 0.2, False), x], dim=1)[:, :8]
+        )
+
+
+def test_what_does_nothing_in_eval_goes_and_arguments_by_name_are_read() -> None:
+    torch.manual_seed(0)
+    model, example = Skips().eval(), torch.rand(1, 3, 4, 4)
+    graph = trace_graph(model, example)
+    assert not any("drop_path" in node.name for node in graph.graph.nodes)
+    assert torch.equal(graph(example), model(example))
+    assert [op.kind for op in trace(model, example).ops].count("conv") == 3
+    to_onnx(model, example)
