@@ -23,7 +23,7 @@ from ..spaces import (
     nearest,
 )
 from ..spaces.tracing import arguments, trace
-from .data import Items, Splits, describe, split
+from .data import Items, Splits, describe, split, tensors
 from .distill import CPU, Epoch
 from .modules import with_modules
 from .outputs import OutputKind, kind_of
@@ -36,6 +36,7 @@ from .unwrapped import unwrapped
 
 KNOWN_BY = 512  # items of search validation by which the kind of the output is known
 MAX_VARIANTS = 3  # augmented copies of the training data: the teacher answers each beforehand
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,9 @@ def prepare(
     models = {"pruned": _module(_ask(task, "model"), "model()"), **_students(task)}
     splits = split(task)
     example = _ask(task, "example_input")
+    for what, inputs in (("example_input()", example), ("items of train", splits.train.inputs)):
+        if halves := [t.dtype for t in tensors(inputs) if getattr(t, "dtype", None) in HALVES]:
+            raise BadInput(f"task: {what} must be in float32, but got {halves[0]}: give x.float()")
     starts = {name: _start(model, example) for name, model in models.items()}
     prepared = Prepared(
         task, example, starts, splits, runtime, schedule, dict(answers or {}), device
