@@ -11,7 +11,7 @@ from ..kernels import Session
 from ..spaces import Blueprint, Impossible, Policy
 from .correct import correct_
 from .data import Items
-from .distill import distill, kl_divergence
+from .distill import Diverged, distill, kl_divergence
 from .equalize import equalize
 from .export import to_onnx
 from .freeze import freeze
@@ -48,7 +48,8 @@ class Candidate:
     (ONNX). loss, metric: of the artifact in the target's runtime; KL to the teacher on search
     validation, and the task's metric there, at the full rung on selection validation. samples,
     seconds: what all rungs so far have cost. parity: at the full rung. settled: training took it
-    away from the teacher, so that what it was before is kept, and it is trained no more.
+    away from the teacher, so that what it was before is kept, and it is trained no more. diverged:
+    how, where that training diverged.
     """
 
     policy: Policy
@@ -62,6 +63,7 @@ class Candidate:
     seconds: float
     parity: Parity | None = None
     settled: bool = False
+    diverged: str | None = None
 
 
 def compress(
@@ -92,16 +94,24 @@ def compress(
     samples = previous.samples if previous else 0
     seconds = previous.seconds if previous else 0.0
     settled = previous is None or previous.settled
+    diverged = previous.diverged if previous else None
     student, made = _start(prepared, policy, plan, previous), None
     if not settled:
         assert previous is not None
-        made, more = _trained(prepared, policy, plan, student, rung, seed)
+        try:
+            made, more = _trained(prepared, policy, plan, student, rung, seed)
+            harmed = _harmed(policy, rung, previous.loss, made.loss)
+        except Diverged as error:
+            if not _asked_near(policy):
+                raise
+            more, harmed, diverged = error.samples, True, str(error)
         samples += more
-        if _harmed(policy, rung, previous.loss, made.loss):
+        if harmed:
             if rung == "short":  # its figures are of the same items: nothing is to be built again
                 seconds += time.perf_counter() - began
                 return replace(
-                    previous, rung=rung, samples=samples, seconds=seconds, settled=True
+                    previous, rung=rung, samples=samples, seconds=seconds, settled=True,
+                    diverged=diverged,
                 )  # fmt: skip
             settled, made = True, None
             student = _start(prepared, policy, plan, previous)
@@ -121,7 +131,7 @@ def compress(
     seconds += time.perf_counter() - began
     return Candidate(
         policy, rung, plan, student, made.model, made.loss, metric, samples, seconds, parity,
-        settled and previous is not None,
+        settled and previous is not None, diverged,
     )  # fmt: skip
 
 
@@ -134,12 +144,15 @@ def _start(
     return lay_out(copy.deepcopy(previous.student), torch.channels_last)
 
 
+def _asked_near(policy: Policy) -> bool:
+    """Whether the student is to be near to its teacher. Who trains by the labels alone has not
+    asked for that: there training is never given up."""
+    return policy.distill is None or policy.distill.alpha > 0
+
+
 def _harmed(policy: Policy, rung: str, before: float, after: float) -> bool:
-    """Whether training is given up. Where it was by the labels alone, nobody asked for a student
-    that is near to its teacher."""
-    if policy.distill is not None and policy.distill.alpha == 0:
-        return False
-    return after > before * (HARMED if rung == "short" else 1.0)
+    """Whether training is given up."""
+    return _asked_near(policy) and after > before * (HARMED if rung == "short" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,11 @@ def _trained(
     if rung == "full" and plan.quantized and policy.quantize.qat and policy.distill:
         some = statistics_items(prepared)
         norms = restore_norms(quantized, student, plan.network, some)
-        samples += _train(prepared, policy, quantized, "qat", seed)
+        try:
+            samples += _train(prepared, policy, quantized, "qat", seed)
+        except Diverged as error:
+            error.samples += samples
+            raise
         if norms:  # in a few steps their running statistics do not get there
             recompute_statistics(quantized, some)
         fold_again(quantized, norms)

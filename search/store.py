@@ -62,6 +62,7 @@ def write_artifact(storage: Storage, candidate: "Candidate", facts: dict[str, An
         "compressed_bytes": compressed_bytes(candidate.model),
         "samples": candidate.samples,
         "settled": candidate.settled,
+        "diverged": candidate.diverged,
         "parity": None if candidate.parity is None else vars(candidate.parity),
         **facts,
     }

@@ -120,6 +120,7 @@ class CompressionTrial(tune.Trainable):
             "seconds": candidate.seconds,
             "samples": candidate.samples,
             "settled": candidate.settled,
+            "diverged": candidate.diverged,
             "macs": candidate.plan.macs,
             "parity": None if candidate.parity is None else vars(candidate.parity),
             "artifact": artifact,

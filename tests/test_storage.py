@@ -77,6 +77,7 @@ def test_an_artifact_reaches_the_run_directory(storage: Storage, tmp_path: Path)
         loss=0.5,
         samples=3,
         settled=False,
+        diverged=None,
         parity=None,
     )
     write_artifact(storage, candidate, {"seed": 3})
