@@ -47,6 +47,7 @@ def save_candidate(candidate: Candidate) -> bytes:
         "parity": None if candidate.parity is None else asdict(candidate.parity),
         "settled": candidate.settled,
         "diverged": candidate.diverged,
+        "drop_error": candidate.drop_error,
     }
     try:
         return safetensors.torch.save(tensors, {"candidate": json.dumps(figures)})
@@ -72,7 +73,7 @@ def load_candidate(prepared: Prepared, content: bytes) -> Candidate:
         return Candidate(
             policy, figures["rung"], plan, student, model, figures["loss"], figures["metric"],
             figures["samples"], figures["seconds"], parity, figures["settled"],
-            figures["diverged"],
+            figures["diverged"], figures["drop_error"],
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise FlyweightError(f"this is no checkpoint: {type(error).__name__}: {error}") from error

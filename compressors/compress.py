@@ -1,8 +1,11 @@
 """``compress``: a policy at a rung, from the teacher or the rung before, to a candidate."""
 
 import copy
+import math
+import statistics
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -38,6 +41,7 @@ STATISTICS = 512
 EQUALIZED = 256  # items that channels are equalized on: a loud value missed is clipped behind ReLU6
 # Items that layers are fitted on, all at once: 3 GB for MobileNetV2 at 224 x 224.
 FITTED = 64
+PARTS = 20  # of selection validation, that say how sure a drop of the metric is
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Candidate:
     validation, and the task's metric there, at the full rung on selection validation. samples,
     seconds: what all rungs so far have cost. parity: at the full rung. settled: training took it
     away from the teacher, so that what it was before is kept, and it is trained no more. diverged:
-    how, where that training diverged.
+    how, where that training diverged. drop_error: at the full rung, see there.
     """
 
     policy: Policy
@@ -64,6 +68,7 @@ class Candidate:
     parity: Parity | None = None
     settled: bool = False
     diverged: str | None = None
+    drop_error: float | None = None
 
 
 def compress(
@@ -119,9 +124,11 @@ def compress(
     splits, task = prepared.splits, prepared.task
     if rung != "full":
         metric, parity = metric_of(task, made.answers, splits.search.targets), None
+        doubt = None
     else:
         answers = _answers(made.session, splits.selection)
         metric = metric_of(task, answers, splits.selection.targets)
+        doubt = drop_error(task, answers, prepared.selection_answers, splits.selection)
         precision = "int8" if plan.quantized else "fp32"
         parity = check_parity(
             made.frozen, made.model, answers, splits.selection, precision, prepared.runtime,
@@ -131,8 +138,28 @@ def compress(
     seconds += time.perf_counter() - began
     return Candidate(
         policy, rung, plan, student, made.model, made.loss, metric, samples, seconds, parity,
-        settled and previous is not None, diverged,
+        settled and previous is not None, diverged, doubt,
     )  # fmt: skip
+
+
+def drop_error(task: Any, answers: Tensor, reference: Tensor, items: Items) -> float | None:
+    """The standard error of what ``answers`` lose of the metric against ``reference``, both to
+    ``items``: each of up to PARTS parts of these is judged by itself.
+
+    None where that cannot be told: of a part with one class some metrics do not exist.
+    """
+    count, drops = min(PARTS, len(items)), []
+    for first in range(count):
+        part = torch.arange(first, len(items), count)
+        targets = items.take(part).targets
+        try:
+            theirs, ours = (metric_of(task, some[part], targets) for some in (reference, answers))
+        except Exception:  # the user's code, on fewer items than it was made for
+            return None
+        drops.append(theirs - ours)
+    if count < 2 or not all(map(math.isfinite, drops)):
+        return None
+    return statistics.stdev(drops) / math.sqrt(count)
 
 
 def _start(

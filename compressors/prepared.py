@@ -136,6 +136,11 @@ class Prepared:
         return run_module(self.teacher, self.splits.search)
 
     @functools.cached_property
+    def selection_answers(self) -> Tensor:
+        """The teacher's answers on selection validation, [N, ...]."""
+        return run_module(self.teacher, self.splits.selection)
+
+    @functools.cached_property
     def kind(self) -> OutputKind:
         """What the task's output is, from the teacher's answers and the task's loss."""
         some = self.splits.search.first(KNOWN_BY)

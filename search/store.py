@@ -63,6 +63,7 @@ def write_artifact(storage: Storage, candidate: "Candidate", facts: dict[str, An
         "samples": candidate.samples,
         "settled": candidate.settled,
         "diverged": candidate.diverged,
+        "drop_error": candidate.drop_error,
         "parity": None if candidate.parity is None else vars(candidate.parity),
         **facts,
     }

@@ -121,6 +121,7 @@ class CompressionTrial(tune.Trainable):
             "samples": candidate.samples,
             "settled": candidate.settled,
             "diverged": candidate.diverged,
+            "drop_error": candidate.drop_error,
             "macs": candidate.plan.macs,
             "parity": None if candidate.parity is None else vars(candidate.parity),
             "artifact": artifact,

@@ -22,6 +22,8 @@ from flyweight.compressors import (
     compress,
     prepare,
 )
+from flyweight.compressors.compress import drop_error
+from flyweight.compressors.data import Items
 from flyweight.compressors.distill import Epoch
 from flyweight.compressors.parity import run_session
 from flyweight.kernels import float_layers, int8_layers, make_runtime
@@ -234,6 +236,40 @@ def test_an_answer_that_overflows_fails_the_candidate(prepared: Prepared) -> Non
             parameter.mul_(1e30)
     with pytest.raises(Impossible, match="the values to calibrate are not finite"):
         compress(prepared, how, "full", student)
+
+
+def test_the_error_of_a_drop_is_that_of_paired_answers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    task, count, found = ClassificationTask(nn.Identity(), [], []), 2000, []
+    for rate in (0.01, 0.03, 0.1) * 20:
+        targets = torch.randint(0, 3, (count,), generator=generator)
+        reference = torch.nn.functional.one_hot(targets, 3).float()
+        wrong = torch.rand(count, generator=generator) < rate
+        answers = torch.where(wrong[:, None], reference.roll(1, 1), reference)
+        exact = 100 * (wrong.double().var() / count).sqrt().item()
+        error = drop_error(task, answers, reference, Items(reference, targets))
+        assert error is not None
+        found.append(error / exact)
+    assert sum(found) / len(found) == pytest.approx(1, abs=0.1)
+
+
+class Ranking(ClassificationTask):
+    """A metric that one class alone does not have."""
+
+    def metric(self, output: Any, target: Any) -> float:
+        if len(target.unique()) < 2:
+            raise ValueError("only one class")
+        return super().metric(output, target)
+
+
+def test_a_drop_has_no_error_where_parts_have_no_metric() -> None:
+    answers, targets = torch.eye(3)[torch.arange(40) % 3], torch.arange(40) // 20
+    alike = Items(answers, targets)
+    plain = ClassificationTask(nn.Identity(), [], [])
+    assert drop_error(plain, answers, answers, alike) == 0
+    assert drop_error(plain, answers[:1], answers[:1], alike.first(1)) is None
+    few = Items(answers, torch.zeros(40))
+    assert drop_error(Ranking(nn.Identity(), [], []), answers, answers, few) is None
 
 
 class Pair(nn.Module):

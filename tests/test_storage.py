@@ -78,6 +78,7 @@ def test_an_artifact_reaches_the_run_directory(storage: Storage, tmp_path: Path)
         samples=3,
         settled=False,
         diverged=None,
+        drop_error=None,
         parity=None,
     )
     write_artifact(storage, candidate, {"seed": 3})
