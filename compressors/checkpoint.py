@@ -23,7 +23,7 @@ from .parity import Parity
 from .prepared import Prepared
 from .prune import lay_out, shaped
 
-VERSION = 2  # of what the file holds
+VERSION = 3  # of what the file holds
 ARTIFACT = "artifact"  # [bytes] uint8
 STUDENT = "student."  # before the name of each of its tensors
 
@@ -46,6 +46,8 @@ def save_candidate(candidate: Candidate) -> bytes:
         "seconds": candidate.seconds,
         "parity": None if candidate.parity is None else asdict(candidate.parity),
         "settled": candidate.settled,
+        "diverged": candidate.diverged,
+        "drop_error": candidate.drop_error,
     }
     try:
         return safetensors.torch.save(tensors, {"candidate": json.dumps(figures)})
@@ -71,6 +73,7 @@ def load_candidate(prepared: Prepared, content: bytes) -> Candidate:
         return Candidate(
             policy, figures["rung"], plan, student, model, figures["loss"], figures["metric"],
             figures["samples"], figures["seconds"], parity, figures["settled"],
+            figures["diverged"], figures["drop_error"],
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise FlyweightError(f"this is no checkpoint: {type(error).__name__}: {error}") from error

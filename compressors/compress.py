@@ -1,8 +1,11 @@
 """``compress``: a policy at a rung, from the teacher or the rung before, to a candidate."""
 
 import copy
+import math
+import statistics
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -11,7 +14,7 @@ from ..kernels import Session
 from ..spaces import Blueprint, Impossible, Policy
 from .correct import correct_
 from .data import Items, at_once
-from .distill import distill, kl_divergence
+from .distill import Diverged, distill, kl_divergence
 from .equalize import equalize
 from .export import to_onnx
 from .freeze import freeze
@@ -37,6 +40,7 @@ EQUALIZED = 256  # items that channels are equalized on: a loud value missed is 
 # bytes of the largest value of theirs. MobileNetV2 at 224 x 224 takes all of them, fitting 3 GB.
 BATCH, BATCH_ROOM = 128, 640 << 20
 FITTED, FITTED_ROOM = 64, 320 << 20
+PARTS = 20  # of selection validation, that say how sure a drop of the metric is
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Candidate:
     (ONNX). loss, metric: of the artifact in the target's runtime; KL to the teacher on search
     validation, and the task's metric there, at the full rung on selection validation. samples,
     seconds: what all rungs so far have cost. parity: at the full rung. settled: training took it
-    away from the teacher, so that what it was before is kept, and it is trained no more.
+    away from the teacher, so that what it was before is kept, and it is trained no more. diverged:
+    how, where that training diverged. drop_error: at the full rung, see there.
     """
 
     policy: Policy
@@ -61,6 +66,8 @@ class Candidate:
     seconds: float
     parity: Parity | None = None
     settled: bool = False
+    diverged: str | None = None
+    drop_error: float | None = None
 
 
 def compress(
@@ -91,16 +98,24 @@ def compress(
     samples = previous.samples if previous else 0
     seconds = previous.seconds if previous else 0.0
     settled = previous is None or previous.settled
+    diverged = previous.diverged if previous else None
     student, made = _start(prepared, policy, plan, previous), None
     if not settled:
         assert previous is not None
-        made, more = _trained(prepared, policy, plan, student, rung, seed)
+        try:
+            made, more = _trained(prepared, policy, plan, student, rung, seed)
+            harmed = _harmed(policy, rung, previous.loss, made.loss)
+        except Diverged as error:
+            if not _asked_near(policy):
+                raise
+            more, harmed, diverged = error.samples, True, str(error)
         samples += more
-        if _harmed(policy, rung, previous.loss, made.loss):
+        if harmed:
             if rung == "short":  # its figures are of the same items: nothing is to be built again
                 seconds += time.perf_counter() - began
                 return replace(
-                    previous, rung=rung, samples=samples, seconds=seconds, settled=True
+                    previous, rung=rung, samples=samples, seconds=seconds, settled=True,
+                    diverged=diverged,
                 )  # fmt: skip
             settled, made = True, None
             student = _start(prepared, policy, plan, previous)
@@ -108,9 +123,11 @@ def compress(
     splits, task = prepared.splits, prepared.task
     if rung != "full":
         metric, parity = metric_of(task, made.answers, splits.search.targets), None
+        doubt = None
     else:
         answers = _answers(made.session, splits.selection)
         metric = metric_of(task, answers, splits.selection.targets)
+        doubt = drop_error(task, answers, prepared.selection_answers, splits.selection)
         precision = "int8" if plan.quantized else "fp32"
         parity = check_parity(
             made.frozen, made.model, answers, splits.selection, precision, prepared.runtime,
@@ -120,8 +137,28 @@ def compress(
     seconds += time.perf_counter() - began
     return Candidate(
         policy, rung, plan, student, made.model, made.loss, metric, samples, seconds, parity,
-        settled and previous is not None,
+        settled and previous is not None, diverged, doubt,
     )  # fmt: skip
+
+
+def drop_error(task: Any, answers: Tensor, reference: Tensor, items: Items) -> float | None:
+    """The standard error of what ``answers`` lose of the metric against ``reference``, both to
+    ``items``: each of up to PARTS parts of these is judged by itself.
+
+    None where that cannot be told: of a part with one class some metrics do not exist.
+    """
+    count, drops = min(PARTS, len(items)), []
+    for first in range(count):
+        part = torch.arange(first, len(items), count)
+        targets = items.take(part).targets
+        try:
+            theirs, ours = (metric_of(task, some[part], targets) for some in (reference, answers))
+        except Exception:  # the user's code, on fewer items than it was made for
+            return None
+        drops.append(theirs - ours)
+    if count < 2 or not all(map(math.isfinite, drops)):
+        return None
+    return statistics.stdev(drops) / math.sqrt(count)
 
 
 def _start(
@@ -133,12 +170,15 @@ def _start(
     return lay_out(copy.deepcopy(previous.student), torch.channels_last)
 
 
+def _asked_near(policy: Policy) -> bool:
+    """Whether the student is to be near to its teacher. Who trains by the labels alone has not
+    asked for that: there training is never given up."""
+    return policy.distill is None or policy.distill.alpha > 0
+
+
 def _harmed(policy: Policy, rung: str, before: float, after: float) -> bool:
-    """Whether training is given up. Where it was by the labels alone, nobody asked for a student
-    that is near to its teacher."""
-    if policy.distill is not None and policy.distill.alpha == 0:
-        return False
-    return after > before * (HARMED if rung == "short" else 1.0)
+    """Whether training is given up."""
+    return _asked_near(policy) and after > before * (HARMED if rung == "short" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -165,7 +205,11 @@ def _trained(
     quantized = quantize(prepared, policy, plan, student)
     if rung == "full" and plan.quantized and policy.quantize.qat and policy.distill:
         norms = restore_norms(quantized, student, plan.network, prepared.splits.calibration)
-        samples += _train(prepared, policy, quantized, "qat", seed)
+        try:
+            samples += _train(prepared, policy, quantized, "qat", seed)
+        except Diverged as error:
+            error.samples += samples
+            raise
         if norms:  # in a few steps their running statistics do not get there
             renew_statistics(quantized, prepared, plan)
         fold_again(quantized, norms)

@@ -22,6 +22,17 @@ HOPELESS = 10.0  # times the loss of a student that has learned nothing: trainin
 CPU = torch.device("cpu")
 
 
+class Diverged(Impossible):
+    """Training led nowhere. samples: how many were seen by then."""
+
+    def __init__(self, samples: int, settings: Distill, what: str) -> None:
+        self.samples = samples
+        super().__init__(
+            f"distillation diverged after {samples} samples: {what} at learning rate "
+            f"{settings.learning_rate:g}"
+        )
+
+
 @dataclass(frozen=True)
 class Asked:
     """The answers of ``teacher`` to ``items``, worked out when they are read."""
@@ -125,7 +136,7 @@ def distill(
     rate rises to ``peak`` and falls as a cosine. cycle: the epoch where that begins and how many it
     takes, if this training is only a part of it. hold_zeros: weights that are 0 stay 0. device:
     where the student trains; mixed: in bfloat16 where that is safe. kind: what the student's output
-    is. Returns the number of samples seen. Raises Impossible when it diverges.
+    is. Returns the number of samples seen. Raises Diverged.
     """
     if settings.loss not in LOSSES:
         raise Impossible(f"no loss {settings.loss!r}; {nearest(settings.loss, LOSSES)}")
@@ -158,7 +169,7 @@ def distill(
         value = objective(output, items, answers)
         seen.append(value.item())
         if not math.isfinite(seen[-1]):
-            raise _diverged(samples, settings, f"the loss is {seen[-1]}")
+            raise Diverged(samples, settings, f"the loss is {seen[-1]}")
         optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, CLIP)
@@ -175,7 +186,9 @@ def distill(
             break
     if _mean(seen) > top:
         what = f"the loss rose from {seen[0]:.3g} to {_mean(seen):.3g}"
-        raise _diverged(samples, settings, what)
+        raise Diverged(samples, settings, what)
+    if not all(torch.isfinite(p).all() for p in parameters):  # by the last step: no loss saw it
+        raise Diverged(samples, settings, "weights are infinite or NaN")
     student.eval().to(CPU)
     return samples
 
@@ -191,13 +204,6 @@ def _train_mode(student: nn.Module) -> None:
 
 def _mean(values: list[float]) -> float:
     return sum(values[-LAST:]) / len(values[-LAST:])
-
-
-def _diverged(samples: int, settings: Distill, what: str) -> Impossible:
-    return Impossible(
-        f"distillation diverged after {samples} samples: {what} at learning rate "
-        f"{settings.learning_rate:g}"
-    )
 
 
 def _rate(step: int, total: int) -> float:

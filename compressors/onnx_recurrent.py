@@ -26,18 +26,15 @@ def _recurrent(kind: str) -> Operation:
         if first:
             x = w.node("Transpose", [x], f"{name}:steps", perm=[1, 0, 2])
         directions = 2 if module.bidirectional else 1
-        own: dict[str, Any] = {"hidden_size": module.hidden_size}
+        own = _settings(module, kind, directions)
         if module.bidirectional:
             own["direction"] = "bidirectional"
-        if kind == "GRU":
-            own["linear_before_reset"] = 1
-        if kind == "RNN":
-            own["activations"] = [module.nonlinearity.capitalize()] * directions
         begins = [] if given is None else _begins(w, given)
         states: dict[str, list[str]] = {"h": [], "c": []}
         for layer in range(module.num_layers):
             out = f"{name}:{layer}"
-            inputs = [x, *_weights(w, node, module, layer, kind)]
+            ends = [f"_l{layer}", f"_l{layer}_reverse"][:directions]
+            inputs = [x, *_weights(w, node, module, ends, kind)]
             if begins:
                 inputs += [""] * (5 - len(inputs))  # no bias, and never lengths
             for state, value in zip("hc", begins, strict=False):
@@ -54,15 +51,53 @@ def _recurrent(kind: str) -> Operation:
             x = w.node("Transpose", [out], f"{out}:turned", perm=order)
             width = w.numbers([0, 0, directions * module.hidden_size])
             x = w.node("Reshape", [x, width], f"{out}:joined")
-        ends = [
+        left = [
             values[0] if len(values) == 1 else w.node("Concat", values, f"{name}:{state}", axis=0)
             for state, values in states.items()
             if values
         ]
-        found: list[Any] = [x, ends if kind == "LSTM" else ends[0]]
+        found: list[Any] = [x, left if kind == "LSTM" else left[0]]
         w.parts[node] = found
 
     return write_recurrent
+
+
+def _cell(kind: str) -> Operation:
+    """One step, as a sequence of one."""
+
+    def write_cell(w: Writer, node: fx.Node, _: Any) -> None:
+        module, name = w.owner(node), w.names[node]
+        (given,) = w.arguments(node, hx=None)
+        made = ["h", "c"] if kind == "LSTM" else ["h"]
+        if len(w.shape(node)) != 2:
+            raise NotCovered
+        first = w.numbers([0])
+        inputs = [w.node("Unsqueeze", [w.value(node), first], f"{name}:step")]
+        inputs += _weights(w, node, module, [""], kind)
+        if given is not None:
+            inputs += [""] * (5 - len(inputs))
+            for state, value in zip(made, _begins(w, given), strict=True):
+                inputs.append(w.node("Unsqueeze", [value, first], f"{name}:{state}0"))
+        steps = [f"{name}:{state}1" for state in made]
+        w.several(kind, inputs, [f"{name}:all", *steps], **_settings(module, kind, 1))
+        if kind != "LSTM":
+            w.node("Squeeze", [*steps, first], name)
+            return
+        w.parts[node] = [
+            w.node("Squeeze", [step, first], f"{name}:{state}")
+            for step, state in zip(steps, made, strict=True)
+        ]
+
+    return write_cell
+
+
+def _settings(module: Any, kind: str, directions: int) -> dict[str, Any]:
+    own: dict[str, Any] = {"hidden_size": module.hidden_size}
+    if kind == "GRU":
+        own["linear_before_reset"] = 1
+    if kind == "RNN":
+        own["activations"] = [module.nonlinearity.capitalize()] * directions
+    return own
 
 
 def _begins(w: Writer, given: Any) -> list[str]:
@@ -72,9 +107,9 @@ def _begins(w: Writer, given: Any) -> list[str]:
     return w.parts[given] if given in w.parts else [w.read(given)]
 
 
-def _weights(w: Writer, node: fx.Node, module: Any, layer: int, kind: str) -> list[str]:
-    """W, R and B of a layer: [directions, gates * hidden, ...], B those of both side by side."""
-    ends = [f"_l{layer}", f"_l{layer}_reverse"][: 2 if module.bidirectional else 1]
+def _weights(w: Writer, node: fx.Node, module: Any, ends: list[str], kind: str) -> list[str]:
+    """W, R and B of a layer: [directions, gates * hidden, ...], B those of both side by side. ends:
+    of the names of its tensors, one for each direction."""
 
     def gates(tensor: Tensor) -> Tensor:
         parts = tensor.chunk(len(GATES[kind]))
@@ -98,4 +133,7 @@ RECURRENT: dict[Any, Operation] = {
     nn.LSTM: _recurrent("LSTM"),
     nn.GRU: _recurrent("GRU"),
     nn.RNN: _recurrent("RNN"),
+    nn.LSTMCell: _cell("LSTM"),
+    nn.GRUCell: _cell("GRU"),
+    nn.RNNCell: _cell("RNN"),
 }

@@ -23,7 +23,7 @@ from ..spaces import (
     nearest,
 )
 from ..spaces.tracing import arguments, trace
-from .data import Items, Splits, split
+from .data import Items, Splits, split, tensors
 from .distill import CPU, Asked, Epoch
 from .modules import with_modules
 from .outputs import OutputKind, kind_of
@@ -37,6 +37,7 @@ from .unwrapped import unwrapped
 KNOWN_BY = 512  # items of search validation by which the kind of the output is known
 KEPT = 2 << 30  # bytes of the teacher's answers, in every process: of segmentations they are more
 MAX_VARIANTS = 3  # augmented copies of the training data: the teacher answers each beforehand
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,11 @@ class Prepared:
         return run_module(self.teacher, self.splits.search)
 
     @functools.cached_property
+    def selection_answers(self) -> Tensor:
+        """The teacher's answers on selection validation, [N, ...]."""
+        return run_module(self.teacher, self.splits.selection)
+
+    @functools.cached_property
     def kind(self) -> OutputKind:
         """What the task's output is, from the teacher's answers and the task's loss."""
         some = self.splits.search.first(KNOWN_BY)
@@ -177,6 +183,9 @@ def prepare(
     models = {"pruned": _module(_ask(task, "model"), "model()"), **_students(task)}
     splits = split(task)
     example = _ask(task, "example_input")
+    for what, inputs in (("example_input()", example), ("items of train", splits.train.inputs)):
+        if halves := [t.dtype for t in tensors(inputs) if getattr(t, "dtype", None) in HALVES]:
+            raise BadInput(f"task: {what} must be in float32, but got {halves[0]}: give x.float()")
     starts = {name: _start(model, example) for name, model in models.items()}
     prepared = Prepared(
         task, example, starts, splits, runtime, schedule, dict(answers or {}), device

@@ -93,7 +93,9 @@ class Controller:
         self.interrupted = False
         self._clock, self._listen = clock, listen
         self._lock = threading.RLock()  # guards everything but prices and proposals
-        self._finder = Finder(proposals, price, limits, self._reject, look_ahead=look_ahead)
+        self._finder = Finder(
+            proposals, price, limits, self._reject, self.late_to_look, look_ahead=look_ahead
+        )
         self._again: list[Trial] = []  # whose worker died, or that an earlier session left
         self._unstored = 0  # results since the last artifact that was stored
         self._spent = 0.0
@@ -129,7 +131,7 @@ class Controller:
             self.fatal = self.fatal or error
             return None
         if found is None:
-            self.exhausted = True
+            self.exhausted = not self.late_to_look()
             return None
         with self._lock:
             trial = Trial(len(self.trials), *found)
@@ -155,10 +157,15 @@ class Controller:
         """Whether no more trials begin."""
         if self.fatal or self.interrupted:
             return True
-        # The first begins in any case: what was found out beforehand may have taken all the time.
-        if (self.remaining() <= 0 and self.trials) or self.hopeless():
+        if self.late_to_look() or self.hopeless():
             return True
         return not self._again and (self.exhausted or len(self.trials) >= self.budget.trials)
+
+    def late_to_look(self) -> bool:
+        """Whether there is no time for another policy. The first is looked for in any case, for
+        what was found out beforehand may have taken all of it; but no longer than as much again."""
+        left = self.remaining()
+        return left <= 0 and (bool(self.trials) or left <= -(self.budget.seconds or 0.0))
 
     def hopeless(self) -> bool:
         """Whether every trial that came to some rung failed there, and enough did: all there are to

@@ -322,6 +322,11 @@ class _Search:
                 "No policy was tried: the upper end of every predicted latency is over the limit. "
                 "Ask for less, or let `flyweight profile` make a device profile of more networks"
             )
+        elif not controller.trials and controller.late_to_look():
+            self.notes.append(
+                "No policy was tried: none within the limits was found in twice the time budget. "
+                "Ask for less, or give more time"
+            )
         if late := controller.late():
             self.notes.append(
                 f"The trials in progress took {late:.0f} s longer than the time budget: it is "

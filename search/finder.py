@@ -41,7 +41,8 @@ class Finder:
     look_ahead: a thread finds the next policy while trials run, so that nobody waits for it. When
     the proposals are asked they know what had come in when the policy before was asked for: that
     does not hang on how long finding it took. reject: is told of each policy that is none, why,
-    and its price if it has one. All else is called from one thread.
+    and its price if it has one. late: says when it is too late to ask for another. All else is
+    called from one thread.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class Finder:
         price: Callable[[Policy], Price],
         limits: Limits,
         reject: Callable[[Policy, str, Price | None], None],
+        late: Callable[[], bool],
         *,
         look_ahead: bool = False,
     ) -> None:
         self._proposals, self._price, self._limits = proposals, price, limits
-        self._told_of, self._threaded, self._closed = reject, look_ahead, False
+        self._told_of, self._late = reject, late
+        self._threaded, self._closed = look_ahead, False
         self._untold: list[Tell] = []  # what the proposals do not know yet
         self._due: list[Tell] | None = None  # and are told before they are asked
         self._ahead: Future[Found | None] | None = None
@@ -127,7 +130,7 @@ class Finder:
 
     def _affordable(self) -> Found | None:
         for _ in range(ASKS):
-            policy = None if self._closed else self._proposals.ask()
+            policy = None if self._closed or self._late() else self._proposals.ask()
             if policy is None:
                 return None
             try:

@@ -215,9 +215,32 @@ def closing_sentence(result: Mapping[str, Any]) -> str:
     if not figures.measured:
         text += "; latency is predicted, not measured"
     if result.get("best"):
-        return f"Best: {figures.digest[:10]}, {text}."
+        return f"Best: {figures.digest[:10]}, {text}.{_sureness(chosen, result)}"
     why = "; ".join(summary.misses(figures)) or "its figures cannot be judged"
     return f"Nothing keeps to the limits. Nearest: {figures.digest[:10]}, {text}. Missed: {why}."
+
+
+def _sureness(best: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """Where ``best`` keeps max_drop by less than the error of its drop, what keeps it by more."""
+    most = (result.get("objective") or {}).get("max_drop")
+    teacher, error = result["teacher"], best.get("drop_error")
+    if most is None or error is None:
+        return ""
+
+    def is_sure(model: Mapping[str, Any]) -> bool:
+        doubt = model.get("drop_error")
+        return doubt is not None and teacher["metric"] - model["metric"] + doubt <= most
+
+    if is_sure(best):
+        return ""
+    summary = Summary(teacher, result["objective"])
+    known = [front_figures(model, teacher) for model in result["front"] if is_sure(model)]
+    sure = [figures for figures in known if not summary.misses(figures)]
+    text = f" It keeps max_drop by less than the standard error of what it lost, {error:.2f} points"
+    if not sure:
+        return f"{text}, as does all that keeps it."
+    surest = max(sure, key=lambda figures: figures.speedup)
+    return f"{text}; {surest.digest[:10]} keeps it by more, {speed(surest.speedup)}."
 
 
 def _difference(a: float | None, b: float | None) -> str:

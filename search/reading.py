@@ -28,7 +28,8 @@ Policy = Mapping[str, Any]
 class Row:
     """One artifact. predicted_ms: lower, mean, upper. spread: share of the latency. misses: the
     limits that it breaks, in words. loss: KL to the teacher on search validation, in nats. settled:
-    it is what it was before some training that led it away from the teacher."""
+    it is what it was before some training that led it away from the teacher. diverged: how, if that
+    diverged."""
 
     figures: Figures
     drop: float
@@ -41,6 +42,7 @@ class Row:
     misses: Sequence[str] = ()
     loss: float | None = None
     settled: bool = False
+    diverged: str | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def _row(entry: record.Entry, summary: Summary) -> Row:
     return Row(
         figures, drop, predicted_ms=(low, mean, high), policy=entry.get("policy"),
         misses=summary.misses(figures), loss=entry.get("loss"),
-        settled=bool(entry.get("settled")),
+        settled=bool(entry.get("settled")), diverged=entry.get("diverged"),
     )  # fmt: skip
 
 
@@ -189,6 +191,7 @@ def _measured(
     model: Mapping[str, Any], result: Mapping[str, Any], known: Mapping[str, Row], summary: Summary
 ) -> Row:
     figures = front_figures(model, result["teacher"])
+    row = known.get(figures.digest)
     test, teacher_test = model.get("metric_test"), result["teacher"].get("metric_test")
     marks = {result.get("nearest_miss"): "nearest miss", result.get("best"): "best"}
     return Row(
@@ -198,11 +201,12 @@ def _measured(
         None if test is None or teacher_test is None else teacher_test - test,
         model.get("latency_spread"),
         [float(ms) for ms in model["predicted_latency_ms"]],
-        known[figures.digest].policy if figures.digest in known else None,
+        row.policy if row else None,
         marks.get(figures.digest, ""),
         summary.misses(figures),
         loss=model.get("loss"),
-        settled=figures.digest in known and known[figures.digest].settled,
+        settled=row is not None and row.settled,
+        diverged=row.diverged if row else None,
     )
 
 

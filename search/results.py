@@ -119,6 +119,7 @@ def final_front(
                 "digest": e["digest"],
                 "metric": e["metric"],
                 "loss": e["loss"],
+                "drop_error": e.get("drop_error"),
                 "metric_test": tests.get(e["digest"]),
                 "latency_ms": timing.median_ms if timing else e["latency_ms"][1],
                 "latency_spread": timing.spread if timing else None,

@@ -62,6 +62,8 @@ def write_artifact(storage: Storage, candidate: "Candidate", facts: dict[str, An
         "compressed_bytes": compressed_bytes(candidate.model),
         "samples": candidate.samples,
         "settled": candidate.settled,
+        "diverged": candidate.diverged,
+        "drop_error": candidate.drop_error,
         "parity": None if candidate.parity is None else vars(candidate.parity),
         **facts,
     }

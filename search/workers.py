@@ -130,6 +130,8 @@ class CompressionTrial(tune.Trainable):
             "seconds": candidate.seconds,
             "samples": candidate.samples,
             "settled": candidate.settled,
+            "diverged": candidate.diverged,
+            "drop_error": candidate.drop_error,
             "macs": candidate.plan.macs,
             "parity": None if candidate.parity is None else vars(candidate.parity),
             "artifact": artifact,

@@ -214,8 +214,8 @@ def test_what_is_no_checkpoint_of_this_task_is_refused(
     with pytest.raises(FlyweightError, match="not this student's: student"):
         load_candidate(task, safetensors.torch.save(odd, header))
     assert load_candidate(task, safetensors.torch.save(tensors, header)).rung == "recalibrate"
-    newer = {"candidate": candidate_header(content).replace('"version": 2', '"version": 3')}
-    with pytest.raises(FlyweightError, match="its version is 3, not 2"):
+    newer = {"candidate": candidate_header(content).replace('"version": 3', '"version": 4')}
+    with pytest.raises(FlyweightError, match="its version is 4, not 3"):
         load_candidate(task, safetensors.torch.save(tensors, newer))
 
 

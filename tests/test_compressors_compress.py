@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,6 +22,9 @@ from flyweight.compressors import (
     compress,
     prepare,
 )
+from flyweight.compressors.compress import drop_error
+from flyweight.compressors.data import Items
+from flyweight.compressors.distill import Epoch
 from flyweight.compressors.parity import run_session
 from flyweight.kernels import float_layers, int8_layers, make_runtime
 from flyweight.spaces import Distill, Impossible, Policy, Prune, Quantize
@@ -180,19 +185,91 @@ def test_a_rung_is_held_to_the_one_before_it(prepared: Prepared) -> None:
         compress(prepared, Policy(), "long")
 
 
-def test_divergence_fails_the_candidate(prepared: Prepared) -> None:
+def test_training_that_diverges_leaves_the_student_untrained(prepared: Prepared) -> None:
     how = policy(prepared, distill=Distill(learning_rate=1e6))
+    untrained = compress(prepared, how, "recalibrate")
+    short = compress(prepared, how, "short", untrained)
+    assert (short.model, short.loss, short.settled) == (untrained.model, untrained.loss, True)
+    assert short.diverged is not None
+    assert "learning rate 1e+06" in short.diverged
+    assert 0 < short.samples <= 128  # what was tried is paid
+    full = compress(prepared, how, "full", short)
+    assert (full.model, full.samples) == (untrained.model, short.samples)
+    assert full.diverged == short.diverged
+    assert full.parity is not None
+
+
+@pytest.mark.parametrize("stage", ["full", "qat"])
+def test_the_full_rung_keeps_what_it_came_from_where_it_diverges(
+    prepared: Prepared, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = policy(prepared)
+    short = compress(prepared, how, "short")
+    # In float it sees the rest of the first epoch and half of the second, then with quantizers the
+    # other half: a teacher that answers NaN the first or the third time that it is asked.
+    asked, whole = itertools.count(), Prepared.epoch
+    factors = {{"full": 0, "qat": 2}[stage]: math.nan}
+
+    def epoch(self: Prepared, number: int) -> Epoch:
+        found = whole(self, number)
+        return dataclasses.replace(found, answers=found.answers * factors.get(next(asked), 1.0))
+
+    monkeypatch.setattr(Prepared, "epoch", epoch)
+    full = compress(prepared, how, "full", short)
+    assert (full.settled, full.model, full.loss) == (True, short.model, short.loss)
+    assert full.diverged is not None
+    assert short.diverged is None
+    assert full.samples == short.samples + {"full": 0, "qat": 256}[stage]
+
+
+def test_divergence_fails_what_learns_from_labels_alone(prepared: Prepared) -> None:
+    how = policy(prepared, distill=Distill(learning_rate=1e6, alpha=0.0))
     with pytest.raises(Impossible, match=r"learning rate 1e\+06"):
         compress(prepared, how, "short")
 
 
 def test_an_answer_that_overflows_fails_the_candidate(prepared: Prepared) -> None:
-    student = compress(prepared, Policy(distill=Distill()), "recalibrate")
+    how = policy(prepared)
+    student = compress(prepared, how, "short")
     with torch.no_grad():
         for parameter in student.student.parameters():
             parameter.mul_(1e30)
-    with pytest.raises(Impossible, match=r"diverged|NaN or infinity"):
-        compress(prepared, Policy(distill=Distill()), "short", student)
+    with pytest.raises(Impossible, match="the values to calibrate are not finite"):
+        compress(prepared, how, "full", student)
+
+
+def test_the_error_of_a_drop_is_that_of_paired_answers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    task, count, found = ClassificationTask(nn.Identity(), [], []), 2000, []
+    for rate in (0.01, 0.03, 0.1) * 20:
+        targets = torch.randint(0, 3, (count,), generator=generator)
+        reference = torch.nn.functional.one_hot(targets, 3).float()
+        wrong = torch.rand(count, generator=generator) < rate
+        answers = torch.where(wrong[:, None], reference.roll(1, 1), reference)
+        exact = 100 * (wrong.double().var() / count).sqrt().item()
+        error = drop_error(task, answers, reference, Items(reference, targets))
+        assert error is not None
+        found.append(error / exact)
+    assert sum(found) / len(found) == pytest.approx(1, abs=0.1)
+
+
+class Ranking(ClassificationTask):
+    """A metric that one class alone does not have."""
+
+    def metric(self, output: Any, target: Any) -> float:
+        if len(target.unique()) < 2:
+            raise ValueError("only one class")
+        return super().metric(output, target)
+
+
+def test_a_drop_has_no_error_where_parts_have_no_metric() -> None:
+    answers, targets = torch.eye(3)[torch.arange(40) % 3], torch.arange(40) // 20
+    alike = Items(answers, targets)
+    plain = ClassificationTask(nn.Identity(), [], [])
+    assert drop_error(plain, answers, answers, alike) == 0
+    assert drop_error(plain, answers[:1], answers[:1], alike.first(1)) is None
+    few = Items(answers, torch.zeros(40))
+    assert drop_error(Ranking(nn.Identity(), [], []), answers, answers, few) is None
 
 
 class Pair(nn.Module):

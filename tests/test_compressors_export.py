@@ -30,6 +30,7 @@ from flyweight.compressors.quantize import (
     settle_biases,
 )
 from flyweight.kernels import Runtime, float_layers, int8_layers, make_runtime, optimized_kernels
+from flyweight.kernels.executed import optimized_graph
 from flyweight.spaces import Impossible, Policy, Quantize, blueprint
 from flyweight.spaces.tracing import trace, trace_graph
 
@@ -169,6 +170,33 @@ def test_a_float_layer_between_int8_layers_keeps_its_weights(
     items = items_of(example, 100)
     answers = run_session(runtime.load(to_onnx(frozen, example)), items)
     assert compare(run_module(graph, items), answers).mean_steps < 0.05
+
+
+class Turned(nn.Module):
+    """What a convolution makes is moved before anybody computes with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gru = nn.Conv1d(4, 16, 3), nn.GRU(16, 8, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 4, T]
+        return self.head(self.gru(torch.relu(self.conv(x)).transpose(1, 2))[0].mean(1))
+
+
+def test_what_is_moved_is_never_dequantized_along_the_last_axis() -> None:
+    # There ONNX Runtime does it number by number.
+    torch.manual_seed(0)
+    model, example = Turned().eval(), torch.randn(1, 4, 20)
+    _, frozen = student(model, example, ["conv"], make_runtime("onnxruntime", 1))
+    graph = optimized_graph(to_onnx(frozen, example))
+    sizes = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    converted = [n for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    many = [n for n in converted if sizes[n.input[1]]]
+    assert many  # of one scale for each place
+    (moved,) = (n for n in graph.node if n.op_type == "QLinearConv")
+    assert moved.domain == "com.microsoft"  # channels last
+    assert {a.i for n in many for a in n.attribute if a.name == "axis"} <= {0, 1}  # of three
 
 
 def test_the_resnet_runs_in_int8_as_a_whole(resnet: ModuleType, runtime: Runtime) -> None:

@@ -350,6 +350,17 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         4,
         owned=tuple(nn.LSTM(4, 5, 2, batch_first=True) for _ in range(2)),
     ),
+    "gru cell, step by step": of(
+        lambda x, m: m.m0(x[:, 1], m.m0(x[:, 0], x.new_zeros(x.size(0), 5))),
+        2,
+        4,
+        owned=(nn.GRUCell(4, 5),),
+    ),
+    "gru cell, no state, no bias": of(lambda x, m: m.m0(x), 4, owned=(nn.GRUCell(4, 5, False),)),
+    "lstm cell, step by step": of(
+        lambda x, m: torch.cat(m.m0(x[:, 1], m.m0(x[:, 0])), 1), 2, 4, owned=(nn.LSTMCell(4, 5),)
+    ),
+    "rnn cell": of(lambda x, m: m.m0(x) + 1, 4, owned=(nn.RNNCell(4, 5, nonlinearity="relu"),)),
     "gru, given a state": of(
         lambda x, m: m.m0(x, torch.ones((1, x.shape[0], 5), device=x.device))[0],
         7,

@@ -154,6 +154,29 @@ def test_a_worker_that_cannot_make_the_task_where_others_did_fails_its_trial() -
     assert control.propose() is not None
 
 
+def test_a_first_policy_is_not_looked_for_without_end() -> None:
+    clock = Clock()
+
+    def slow(policy: Policy) -> Price:
+        clock.now += 30  # it is exported and timed
+        return price(policy)
+
+    control = controller(limits=Limits(95.0, 0.001), costs=slow, seconds=60, clock=clock)
+    began = clock.now
+    assert control.propose() is None
+    assert control.over()
+    assert not control.exhausted  # there may be some: there was no time for more
+    assert 120 <= clock.now - began < 400
+
+
+def test_a_first_policy_is_tried_though_finding_out_took_all_the_time() -> None:
+    clock = Clock()
+    control = controller(seconds=60, clock=clock)
+    clock.now += 70
+    assert control.propose() is not None
+    assert control.propose() is None
+
+
 @pytest.mark.parametrize("look_ahead", [False, True])
 def test_a_whole_search_leaves_nothing_open_and_repeats_nothing(look_ahead: bool) -> None:
     record = MemoryRecord()

@@ -381,6 +381,22 @@ def test_closing_sentence_of_the_best() -> None:
     )
 
 
+def test_closing_says_where_the_best_may_have_been_lucky() -> None:
+    best, other = model(10, 92.7, 0.4), model(12, 92.9, 0.45)
+    doubtful = best | {"drop_error": 0.3}  # 0.3 lost of 0.5
+    sure = {"drop_error": 0.1}
+    assert closing_sentence(ended(front=[best | sure, other | sure])).endswith("times smaller.")
+    assert closing_sentence(ended(front=[doubtful, other | sure])).endswith(
+        "times smaller. It keeps max_drop by less than the standard error of what it lost, 0.30 "
+        "points; cccccccccc keeps it by more, 2.22 times faster."
+    )
+    outside = model(11, 92.9, 0.7) | sure  # too slow
+    for front in ([doubtful, other], [doubtful, outside]):
+        assert closing_sentence(ended(front=front)).endswith(
+            "0.30 points, as does all that keeps it."
+        )
+
+
 def test_closing_where_the_compressed_size_is_limited() -> None:
     result = ended(objective={"compressed_bytes": 400_000})
     assert closing_sentence(result).endswith("4.0 times smaller (8.0 times when compressed).")

@@ -256,6 +256,13 @@ def test_training_that_was_given_up_is_told(tmp_path: Path) -> None:
     assert found.row(FRONT, digest(3)[:10])[-1] == "mse trained with it"
 
 
+def test_training_that_diverged_is_told(tmp_path: Path) -> None:
+    why = {"settled": True, "diverged": "distillation diverged after 64 samples: the loss is nan"}
+    told = [e | (why if e["kind"] == "result" and e["trial"] == 1 else {}) for e in entries()]
+    found = page_of(run_directory(tmp_path, told, result()))
+    assert found.row(FRONT, digest(1)[:10])[-1] == "mse training diverged"
+
+
 def test_everything_drawn_is_in_a_table(page: Page) -> None:
     others = [row[0][:10] for row in page.table(OTHERS)[2:]]
     assert sorted(others) == sorted(digest(t)[:10] for t in (4, 5))

@@ -25,7 +25,7 @@ KEYS = {
 }  # fmt: skip
 ROW = {
     "digest", "metric", "loss", "metric_test", "latency_ms", "latency_spread",
-    "predicted_latency_ms", "size_bytes", "compressed_bytes", "artifact",
+    "predicted_latency_ms", "drop_error", "size_bytes", "compressed_bytes", "artifact",
 }  # fmt: skip
 RUN = "from flyweight.search.cli import main; main()"
 

@@ -1,6 +1,9 @@
 """The solver against every combination."""
 
+import ctypes
 import itertools
+import os
+import platform
 from typing import Any
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import optimize  # type: ignore[import-untyped]
 
 from flyweight.search.solver import Solver
 
@@ -95,6 +99,28 @@ def test_where_precisions_act_together_it_is_nearly_the_best() -> None:
         known = np.array([solver.harm(p) for p in every[ms <= limit]])
         beaten.append((known < solver.harm(found) - 1e-9).sum() / len(every))
     assert np.mean(beaten) < 0.005  # 0.013 where a step may switch as many as it likes
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="C's stdout is no variable")
+def test_nothing_that_c_code_prints_is_heard(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    libc, milp = ctypes.CDLL(None), optimize.milp
+
+    def loud(*args: Any, **settings: Any) -> Any:
+        libc.puts(b"of C")
+        os.write(1, b"of another thread\n")
+        return milp(*args, **settings)
+
+    monkeypatch.setattr(optimize, "milp", loud)
+    solver, device, every = case(3, 1.0)
+    assert solver.solve(device(every).mean(), STARTS) is not None
+    libc.puts(b"afterwards")
+    libc.fflush(None)
+    heard = capfd.readouterr().out
+    assert "of another thread" in heard
+    assert "afterwards" in heard
+    assert "of C" not in heard
 
 
 def test_a_limit_out_of_reach_has_no_answer() -> None:

@@ -77,6 +77,8 @@ def test_an_artifact_reaches_the_run_directory(storage: Storage, tmp_path: Path)
         loss=0.5,
         samples=3,
         settled=False,
+        diverged=None,
+        drop_error=None,
         parity=None,
     )
     write_artifact(storage, candidate, {"seed": 3})

@@ -130,6 +130,17 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"model": lambda: "resnet"}, r"model\(\) must be a torch.nn.Module, but got str"),
     ({"model": fails}, r"model\(\) fails: FileNotFoundError: teacher"),
     ({"model": with_nan}, "the model's '2.bias' has values that are NaN or infinite"),
+    (
+        {"example_input": lambda: torch.rand(1, 6).half()},
+        r"example_input\(\) must be in float32, but got torch.float16: give x.float\(\)",
+    ),
+    (
+        {
+            "train": Data([(torch.rand(6).bfloat16(), 0)] * 3),
+            "example_input": lambda: torch.rand(1, 6),
+        },
+        r"items of train must be in float32, but got torch.bfloat16: give x.float\(\)",
+    ),
     ({"model": Detached}, r"answer to 10 items has shape \(3,\)"),
     ({"example_input": fails}, r"example_input\(\) fails"),
     ({"example_input": lambda: torch.rand(1, 5)}, r"does not run on example_input\(\)"),
