@@ -56,7 +56,7 @@ class Finder:
         look_ahead: bool = False,
     ) -> None:
         self._proposals, self._price, self._limits = proposals, price, limits
-        self._told_of, self._late = reject, late
+        self._reject, self._late = reject, late
         self._threaded, self._closed = look_ahead, False
         self._untold: list[Tell] = []  # what the proposals do not know yet
         self._due: list[Tell] | None = None  # and are told before they are asked
@@ -137,13 +137,13 @@ class Finder:
                 price = self._price(policy)
             except Impossible as error:
                 self._proposals.fail(policy)
-                self._told_of(policy, str(error), None)
+                self._reject(policy, str(error), None)
                 continue
             cost = price.cost(self._limits)
             if cost <= 0:
                 return policy, price
             self._proposals.reject(policy, price.latency_ms[1], cost)
-            self._told_of(policy, "over a limit", price)
+            self._reject(policy, "over a limit", price)
             smaller = self._smaller(policy)
             if smaller is not None:
                 return smaller
