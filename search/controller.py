@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 
@@ -23,6 +23,7 @@ from .limits import Limits
 from .pareto import Point, by_chance, climbs
 from .record import Entry, Record, at_work
 from .strategies import Source
+from .trial import Trial, competes, costs, not_a_number, point, price_of, settled
 
 REDUCTION = 2.0  # one in so many climbs from rung to rung
 HOPELESS = 8  # trials that failed at a rung that none has a result of: the search ends
@@ -35,23 +36,6 @@ LOSSES = {"worker": 1.0, "node": 0.25, "idle": 0.05, "preempted": 0.0, "unstored
 UNSTORED = 8  # results, one after another, that workers could not store: the search ends
 RECENT = 100  # newest results of a rung that say how long it takes
 SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
-
-
-@dataclass
-class Trial:
-    """One policy climbing the rungs. deaths: of workers it ran on, weighed by LOSSES."""
-
-    number: int
-    policy: Policy
-    price: Price
-    results: dict[str, Entry] = field(default_factory=dict)
-    ended: str | None = None
-    deaths: float = 0.0
-
-    @property
-    def next_rung(self) -> str:
-        """The rung it climbs to, as long as it has not ended."""
-        return RUNGS[len(self.results)]
 
 
 @dataclass(frozen=True)
@@ -102,7 +86,7 @@ class Controller:
         self._began = clock()
         self._rebuild(record.entries(), reprice)
         self._points: dict[str, list[Point]] = {  # going through all results for each is slow
-            rung: [_point(t.results[rung]) for t in reached.values() if _competes(t, rung)]
+            rung: [point(t.results[rung]) for t in reached.values() if competes(t, rung)]
             for rung, reached in self._reached.items()
         }
 
@@ -213,7 +197,7 @@ class Controller:
                 self.fatal = self.fatal or OSError(outcome["unstored"])
             self.died(number, outcome["unstored"], "unstored")
             return False
-        error = outcome.get("error") or _not_a_number(outcome)
+        error = outcome.get("error") or not_a_number(outcome)
         if error:
             self._end(trial, "failed", error)
             return False
@@ -224,9 +208,9 @@ class Controller:
         if entry.get("artifact"):
             self._unstored = 0
         self._learn(trial, entry)
-        if _competes(trial, rung):
-            self._points[rung].append(_point(entry))
-        if self.limits.cost(*_costs(entry)) > 0:
+        if competes(trial, rung):
+            self._points[rung].append(point(entry))
+        if self.limits.cost(*costs(entry)) > 0:
             self._end(trial, "over_limit")
         elif rung == RUNGS[-1]:
             self._end(trial, "finished")
@@ -302,15 +286,15 @@ class Controller:
             "latency_ms": list(trial.price.latency_ms),
         }
         excess = self._excess(entry)
-        over = self.limits.cost(*_costs(entry)) > 0
+        over = self.limits.cost(*costs(entry)) > 0
         through = None if over or entry["rung"] == RUNGS[-1] else self._through(entry)
         return {**entry, "constraint": excess, "through": through}
 
     def _excess(self, entry: Entry) -> float:
         """How far a result is over the limits; the metric counts where training has ended."""
         if entry["rung"] == RUNGS[-1]:
-            return self.limits.excess(entry["metric"], *_costs(entry))
-        return self.limits.cost(*_costs(entry))
+            return self.limits.excess(entry["metric"], *costs(entry))
+        return self.limits.cost(*costs(entry))
 
     def _through(self, entry: Entry) -> str | None:
         """What lets a trial within the limits on to the next rung, if time allows: its ``rank``
@@ -318,7 +302,7 @@ class Controller:
         limits in the end is a guess that chance must be able to contradict; what it costs is not.
         """
         earlier = self._points[entry["rung"]]
-        if not self._doomed(entry) and climbs(earlier, _point(entry), REDUCTION):
+        if not self._doomed(entry) and climbs(earlier, point(entry), REDUCTION):
             return "rank"
         seed = self.proposals.seed
         return "chance" if by_chance(seed, entry["digest"], entry["rung"]) else None
@@ -379,7 +363,7 @@ class Controller:
             before = RUNGS[RUNGS.index(each) - 1]
             durations = [
                 t.results[each]["rung_seconds"] for t in newest
-                if each in t.results and _settled(t, before) == _settled(trial, before)
+                if each in t.results and settled(t, before) == settled(trial, before)
             ]  # fmt: skip
             if not durations:
                 return self.remaining() > 0 or not self.results(RUNGS[-1])
@@ -389,7 +373,7 @@ class Controller:
     def _price_again(self, policy: Policy, entry: Entry, reprice: bool) -> Price | None:
         """The price in ``entry``, or today's; None if it is impossible today."""
         if not reprice:
-            return None if entry["latency_ms"] is None else _price_of(entry)
+            return None if entry["latency_ms"] is None else price_of(entry)
         try:
             return self._price(policy)
         except Impossible:
@@ -406,7 +390,7 @@ class Controller:
             if entry["kind"] == "begin":
                 policy = Policy.from_dict(entry["policy"])
                 price = self._price_again(policy, entry | told.get(entry["trial"], {}), reprice)
-                trial = Trial(entry["trial"], policy, price or _price_of(entry))
+                trial = Trial(entry["trial"], policy, price or price_of(entry))
                 trial.ended = None if price else "failed"
                 self.trials[trial.number] = trial
                 self.proposals.claim(policy)
@@ -447,41 +431,6 @@ class Controller:
             now = list(trial.price.latency_ms) if RUNGS[-1] in trial.results else None
             if now != known["latency_ms"]:
                 self._append({"kind": "priced", **self._name(trial), "latency_ms": now})
-
-
-def _settled(trial: Trial, rung: str) -> bool:
-    """Whether ``trial`` came out of ``rung`` as it went in, to be trained no more."""
-    return bool(trial.results.get(rung, {}).get("settled"))
-
-
-def _price_of(entry: Entry) -> Price:
-    return Price(tuple(entry["latency_ms"]), entry["size_bytes"], entry["compressed_bytes"])
-
-
-def _not_a_number(outcome: Entry) -> str | None:
-    """What is wrong with figures that can neither be compared nor written as JSON."""
-    for name in ("loss", "metric"):
-        if not math.isfinite(outcome[name]):
-            return f"{outcome['rung']}: the {name} is {outcome[name]}"
-    return None
-
-
-def _costs(entry: Entry) -> tuple[float, int, int]:
-    return entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
-
-
-def _point(entry: Entry) -> Point:
-    return entry["loss"], entry["latency_ms"][1]
-
-
-def _competes(trial: Trial, rung: str) -> bool:
-    """Whether a result counts among those of ``rung`` that others are compared with: it is within
-    the limits, and there by its rank. Those by chance are bad, and would lower the bar."""
-    below = (trial.results.get(r, {}) for r in RUNGS[: RUNGS.index(rung)])
-    known = trial.results.get(rung)
-    return bool(
-        known and known["constraint"] <= 0 and all(e.get("through") != "chance" for e in below)
-    )
 
 
 def failures(entries: Sequence[Entry], most: int = 3) -> list[tuple[str, int]]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from ..compressors import RUNGS
 from ..spaces import Policy
-from .controller import Controller, Trial
+from .controller import Controller
 from .record import Entry
+from .trial import Trial
 
 # What a worker finds for a policy at a rung, and the seconds it takes. The entry holds ``loss``,
 # ``metric``, ``size_bytes`` and ``compressed_bytes``, or ``error``; None: the worker died.

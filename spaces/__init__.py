@@ -6,9 +6,10 @@ from .blueprint import Blueprint, Kernel, blueprint
 from .capabilities import Capabilities
 from .errors import BadInput, FlyweightError, Impossible, Untraceable, nearest
 from .network import Group, Layer, Network, Op
+from .parameter import Parameter
 from .policy import Distill, Policy, Prune, Quantize
 from .settings import Settings
-from .space import Parameter, Space
+from .space import Space
 
 if TYPE_CHECKING:
     from .tracing import trace

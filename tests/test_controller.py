@@ -19,13 +19,13 @@ from flyweight.search.controller import (
     Budget,
     Controller,
     Price,
-    Trial,
     failures,
 )
 from flyweight.search.limits import Limits
 from flyweight.search.proposals import Proposals
 from flyweight.search.record import Entry, MemoryRecord
 from flyweight.search.results import at_full
+from flyweight.search.trial import Trial
 from flyweight.spaces import (
     BadInput,
     Capabilities,

@@ -1,0 +1,62 @@
+"""One policy climbing the rungs, and what is read off its results."""
+
+import math
+from dataclasses import dataclass, field
+
+from ..compressors import RUNGS
+from ..spaces import Policy
+from .finder import Price
+from .pareto import Point
+from .record import Entry
+
+
+@dataclass
+class Trial:
+    """One policy climbing the rungs. deaths: of workers it ran on, weighed by what was lost."""
+
+    number: int
+    policy: Policy
+    price: Price
+    results: dict[str, Entry] = field(default_factory=dict)
+    ended: str | None = None
+    deaths: float = 0.0
+
+    @property
+    def next_rung(self) -> str:
+        """The rung it climbs to, as long as it has not ended."""
+        return RUNGS[len(self.results)]
+
+
+def settled(trial: Trial, rung: str) -> bool:
+    """Whether ``trial`` came out of ``rung`` as it went in, to be trained no more."""
+    return bool(trial.results.get(rung, {}).get("settled"))
+
+
+def price_of(entry: Entry) -> Price:
+    return Price(tuple(entry["latency_ms"]), entry["size_bytes"], entry["compressed_bytes"])
+
+
+def not_a_number(outcome: Entry) -> str | None:
+    """What is wrong with figures that can neither be compared nor written as JSON."""
+    for name in ("loss", "metric"):
+        if not math.isfinite(outcome[name]):
+            return f"{outcome['rung']}: the {name} is {outcome[name]}"
+    return None
+
+
+def costs(entry: Entry) -> tuple[float, int, int]:
+    return entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
+
+
+def point(entry: Entry) -> Point:
+    return entry["loss"], entry["latency_ms"][1]
+
+
+def competes(trial: Trial, rung: str) -> bool:
+    """Whether a result counts among those of ``rung`` that others are compared with: it is within
+    the limits, and there by its rank. Those by chance are bad, and would lower the bar."""
+    below = (trial.results.get(r, {}) for r in RUNGS[: RUNGS.index(rung)])
+    known = trial.results.get(rung)
+    return bool(
+        known and known["constraint"] <= 0 and all(e.get("through") != "chance" for e in below)
+    )
