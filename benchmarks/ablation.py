@@ -5,7 +5,9 @@
 A family is a question; its first choice is the plain one, and a difference is paired: the same
 seed, which draws the calibration items and the order of training. Metric and KL to the teacher are
 the artifact's, in the runtime, on all of the task's validation data. Seconds are of the CPU, one
-thread. Writes benchmarks/out/ablation.json after every cell; a cell that is there already is kept.
+thread. Training given up: in how many cells it harmed, so that they are of the student as it was
+before (docs/search.md). Writes benchmarks/out/ablation.json after every cell; a cell that is there
+already is kept.
 """
 
 import argparse
@@ -202,6 +204,7 @@ class Bench:
             "size_bytes": len(found.model),
             "compressed_bytes": len(zlib.compress(found.model, 9)),
             "macs": found.plan.macs,
+            "settled": found.settled,
         }
 
 
@@ -239,24 +242,35 @@ def main() -> None:
 def show(network: str, family: str, rows: list[dict[str, Any]]) -> None:
     """The table of a family, as Markdown."""
     print(f"\n### {network}: {family}\n")
-    print("| choice | metric | against the plain one | KL | epochs | CPU s | compressed kB |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| choice | metric | against the plain one | KL | epochs | training given up | CPU s "
+        "| compressed kB |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     plain: dict[int, float] = {}
     for label in dict.fromkeys(row["choice"] for row in rows):
         cells = [row for row in rows if row["choice"] == label]
         good = [row for row in cells if "metric" in row]
         if not good:
-            print(f"| {label} | {cells[0]['error']} | | | | | |")
+            print(f"| {label} | {cells[0]['error']} | | | | | | |")
             continue
         plain = plain or {row["seed"]: row["metric"] for row in good}
         gains = [row["metric"] - plain[row["seed"]] for row in good if row["seed"] in plain]
         print(
             f"| {label} | {spread([r['metric'] for r in good])} | {spread(gains, '+')} "
             f"| {statistics.mean(r['loss'] for r in good):.3g} | {good[0]['epochs']:.2f} "
+            f"| {given_up(good)} "
             f"| {statistics.mean(r['cpu_seconds'] for r in good):.1f} "
             f"| {statistics.mean(r['compressed_bytes'] for r in good) / 1e3:.0f} |"
         )
     print(flush=True)
+
+
+def given_up(rows: list[dict[str, Any]]) -> str:
+    """In how many of ``rows`` training was given up."""
+    if any("settled" not in row for row in rows):
+        return "not recorded"
+    return f"{sum(row['settled'] for row in rows)} of {len(rows)}"
 
 
 def spread(values: list[float], sign: str = "") -> str:

@@ -9,7 +9,9 @@ calibration items and the order of training. It trains one student in float, whi
 is and after post-training quantization, and for each calibration one of as many epochs whose
 training ends with the quantizers in place. Metric and KL to the teacher on the test set, in the
 runtime. The share recovered is (trained - post-training) / (float - post-training), of the means
-over seeds. Writes benchmarks/out/qat.json after every seed; one that is there already is kept.
+over seeds. given_up: for how many seeds training harmed, so that the row is of the student as it
+was before (docs/search.md). Writes benchmarks/out/qat.json after every seed; one that is there
+already is kept.
 """
 
 import argparse
@@ -51,6 +53,11 @@ def scored(prepared: Prepared, model: bytes, answers: torch.Tensor) -> dict[str,
     }
 
 
+def of_candidate(prepared: Prepared, found: Candidate, answers: torch.Tensor) -> dict[str, Any]:
+    """Its scores, and whether its training was given up."""
+    return {**scored(prepared, found.model, answers), "settled": found.settled}
+
+
 def post_training(prepared: Prepared, trained: Candidate, calibration: str) -> bytes:
     """The artifact of a student trained in float; what ``compress`` makes without QAT."""
     precision = dict.fromkeys(prepared.network.layers, "int8")
@@ -67,12 +74,12 @@ def seed_of(
     precision = dict.fromkeys(prepared.network.layers, "int8")
     began = time.process_time()
     trained = compress(ready, Policy(prune, distill=distill), "full", seed=seed)
-    row: dict[str, Any] = {"float": scored(ready, trained.model, answers)}
+    row: dict[str, Any] = {"float": of_candidate(ready, trained, answers)}
     for how in calibrations:
         row[f"{how}, post-training"] = scored(ready, post_training(ready, trained, how), answers)
         policy = Policy(prune, Quantize(precision, how, qat=True), distill)
         found = compress(ready, policy, "full", seed=seed)
-        row[f"{how}, trained"] = scored(ready, found.model, answers)
+        row[f"{how}, trained"] = of_candidate(ready, found, answers)
     print(seed, {k: round(v["metric"], 2) for k, v in row.items()}, flush=True)
     return {**row, "cpu_s": round(time.process_time() - began, 1)}
 
@@ -86,6 +93,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
             "kl": statistics.mean(row[name]["kl"] for row in rows),
         }
+        if all("settled" in row[name] for row in rows):  # earlier rows do not say
+            out[name]["given_up"] = sum(row[name]["settled"] for row in rows)
         how, _, kind = name.partition(", ")
         if kind == "trained":
             start = out[f"{how}, post-training"]["metric"]
