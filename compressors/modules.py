@@ -21,6 +21,7 @@ from .plainer import make_plainer_
 
 TOLERANCE = 1e-4  # share of the largest answer: other orders of the same sums
 FIXED = "fixed"  # attribute of a module: which of its tensors no student trains
+SEVERAL = 3  # requests in the batch that a rewritten network is compared on, beside the example
 
 Made = TypeVar("Made", bound=nn.Module)
 Given = dict[str, Any]  # the arguments of a call by name, weights as tensors
@@ -54,11 +55,43 @@ def with_modules(model: nn.Module, example: Any) -> nn.Module:
 
 
 def _is_same(graph: nn.Module, model: nn.Module, example: Any) -> bool:
-    args, kwargs = arguments(copy.deepcopy(example))
-    with torch.no_grad():
-        expected, found = model(*args, **kwargs), graph(*args, **kwargs)
+    """Whether ``graph`` answers as ``model`` does: to the example, and to several other requests at
+    once, where the model takes such and answers with numbers."""
+    if not _are_close(_answer(graph, example), _answer(model, example)):
+        return False
+    several = _several(example)
+    try:
+        expected = _answer(model, several)
+    except Exception:  # it is for one request, or for those alone that make sense
+        return True
+    return not expected.isfinite().all() or _are_close(_answer(graph, several), expected)
+
+
+def _are_close(found: Tensor, expected: Tensor) -> bool:
     most = TOLERANCE * expected.abs().max().item()
     return torch.allclose(found, expected, rtol=0, atol=most)
+
+
+def _answer(module: nn.Module, request: Any) -> Any:
+    args, kwargs = arguments(copy.deepcopy(request))  # the model may change them in place
+    with torch.no_grad():
+        return module(*args, **kwargs)
+
+
+def _several(example: Any) -> Any:
+    """A batch of SEVERAL requests with the values of ``example`` in other orders: they are as
+    large, and words remain words. What is true or false stays in place: it may be a mask."""
+    generator = torch.Generator().manual_seed(0)
+
+    def shuffled(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim:
+            return value
+        if value.dtype == torch.bool:
+            return torch.cat([value] * SEVERAL)
+        orders = [torch.randperm(value.numel(), generator=generator) for _ in range(SEVERAL)]
+        return torch.cat([value.flatten()[order].view_as(value) for order in orders])
+
+    return fx.node.map_aggregate(example, shuffled)
 
 
 def _replace(graph: fx.GraphModule, node: fx.Node, made: dict[Any, str]) -> None:

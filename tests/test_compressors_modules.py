@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flyweight.compressors import ClassificationTask, Schedule, compress, prepare
-from flyweight.compressors.modules import with_modules
+from flyweight.compressors.modules import _is_same, with_modules
 from flyweight.kernels import make_runtime
 from flyweight.spaces import Distill, Policy, Prune
 from flyweight.spaces.tracing import trace
@@ -234,3 +234,45 @@ def test_a_buffer_and_a_frozen_weight_are_not_trained(frozen: bool, trained: set
     before = dict(first.student.named_parameters())
     moved = {n for n, p in then.student.named_parameters() if not torch.equal(p, before[n])}
     assert moved == trained
+
+
+class Fixed(nn.Module):
+    """What ``model`` answers to one request, whatever it is asked."""
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        super().__init__()
+        self.answer = model(example)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.answer.expand(len(x), -1)  # type: ignore[no-any-return]
+
+
+class OneByOne(Steps):
+    """Takes no batch of several."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(1, 5, 6))
+
+
+def test_what_is_right_for_the_example_alone_is_not_the_same() -> None:
+    model, example = Steps(STEPS["linear"][0]).eval(), torch.rand(1, 5, 6)
+    assert _is_same(model, model, example)
+    assert not _is_same(Fixed(model, example), model, example)
+
+
+def test_a_model_for_one_request_is_compared_on_that() -> None:
+    model, example = OneByOne(STEPS["linear"][0]).eval(), torch.rand(1, 5, 6)
+    assert _is_same(Fixed(model, example), model, example)
+    assert with_modules(model, example) is not model
+
+
+def test_requests_of_words_and_masks_are_compared_too() -> None:
+    class Masked(Twice):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(torch.where(mask, x, 0))
+
+    mask = torch.tensor([[True, True, True, False]])
+    model, request = Masked().eval(), {"x": torch.tensor([[1, 8, 3, 2]]), "mask": mask}
+    found = with_modules(model, request)
+    assert found is not model
+    torch.testing.assert_close(found(**request), model(**request))
