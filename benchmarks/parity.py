@@ -50,7 +50,7 @@ def measure(
     ready = prepare(NETWORKS[name](), runtime, Schedule())
     splits = ready.splits
     pool = joined([part for part in (splits.selection, splits.search, splits.test) if part])
-    items = pool.take(torch.arange(min(count, len(pool))))
+    items = pool.first(count)
     space = Space(ready.network, runtime.capabilities, Settings(min_keep=0.25))
     for keep in keeps:
         for precision in ("fp32", "int8"):

@@ -242,6 +242,20 @@ def test_what_cannot_be_calibrated_is_refused_by_name(
         calibrate(graph, items, "entropy")
 
 
+@pytest.mark.parametrize(("how", "counting"), [("minmax", False), ("fitted", False), ("mse", True)])
+def test_values_are_counted_only_where_a_range_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch, how: str, counting: bool
+) -> None:
+    made = []
+    monkeypatch.setattr(
+        "flyweight.compressors.quantize.Observer",
+        lambda counting: made.append(counting) or Observer(counting),
+    )
+    graph: Any = nn.Sequential(ActivationQuantizer())
+    calibrate(graph, Items(torch.rand(8, 4), torch.zeros(8)), how)
+    assert made == [counting]
+
+
 def test_int8_refuses_padding_that_no_kernel_has(capabilities: Capabilities) -> None:
     from flyweight.spaces.tracing import trace
 
