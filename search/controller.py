@@ -35,6 +35,7 @@ DEATHS = 2  # of its worker, and a policy is not tried again: it may be what kil
 LOSSES = {"worker": 1.0, "node": 0.25, "idle": 0.05, "preempted": 0.0, "unstored": 0.0}
 UNSTORED = 8  # results, one after another, that workers could not store: the search ends
 RECENT = 100  # newest results of a rung that say how long it takes
+UNUSED = 0.25  # share of the time budget that is worth a word where trials ran out before it
 SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
 
 
@@ -167,6 +168,12 @@ class Controller:
         than they may. The budget is less than a trial takes, or a rung took unusually long."""
         over = 0.0 if self.budget.seconds is None else -self.remaining()
         return over if over > SLACK * (self.budget.seconds or 0.0) else 0.0
+
+    def unused_s(self) -> float:
+        """Seconds of the time budget that are left because all trials were tried; 0 if few are."""
+        tried = not self.interrupted and len(self.trials) >= self.budget.trials
+        left = self.remaining() if tried and self.budget.seconds else 0.0
+        return left if left > UNUSED * (self.budget.seconds or 0.0) else 0.0
 
     def elapsed(self) -> float:
         """Seconds of search so far, those before a resume included."""
@@ -351,8 +358,9 @@ class Controller:
     def _in_time(self, trial: Trial, rung: str) -> bool:
         """Whether ``trial``, if it climbs to ``rung`` now, will end near the deadline.
 
-        The first to arrive anywhere climbs on in any case: a search ends with something to show.
-        One that is settled is trained no more: only others that were say how long that takes.
+        A search ends with something to show: while nothing has finished one trial, alone, climbs on
+        past the deadline. One that is settled is trained no more: only others that were say how
+        long that takes.
         """
         if self.budget.seconds is None:
             return True
@@ -366,7 +374,9 @@ class Controller:
                 if each in t.results and settled(t, before) == settled(trial, before)
             ]  # fmt: skip
             if not durations:
-                return self.remaining() > 0 or not self.results(RUNGS[-1])
+                as_far = [t for t in self.running() if t is not trial and t.next_rung in ahead]
+                nothing = not self.results(RUNGS[-1]) and not as_far
+                return self.remaining() > 0 or nothing
             needed += statistics.median(durations)
         return needed <= self.remaining() + SLACK * self.budget.seconds
 

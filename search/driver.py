@@ -60,6 +60,7 @@ from .tracking import TRACKED, MemoryTracker, Status, Tracker, tracked_at
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
 from .warm import WarmStart
+from .words import clock_time
 from .workers import Job, trainable
 
 FINISH_S, AWAY_S = 30.0, 5.0  # for MLflow at the end: one that has answered, one that never did
@@ -316,6 +317,12 @@ class _Search:
         elif controller.exhausted and len(controller.trials) < self.spec.search.trials:
             self.notes.append(
                 f"There were no further policies to try after {len(controller.trials)} trials"
+            )
+        elif controller.unused_s() > 0 and controller.results(RUNGS[-1]):
+            self.notes.append(
+                f"All {self.spec.search.trials} trials were tried, but "
+                f"{clock_time(controller.unused_s())} of the time budget are left: to use them, "
+                "raise search.trials and go on with --resume"
             )
         if controller.exhausted and not controller.trials:
             self.notes.append(

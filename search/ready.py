@@ -53,6 +53,9 @@ def make_space(prepared: Prepared, spec: Spec) -> Space:
     return Space(prepared.network, capabilities, spec.space.settings(), prepared.others)
 
 
+MUCH = 0.3  # of a metric of 0 to 1: who allows to lose so much takes it for one of percent
+
+
 @dataclass(frozen=True)
 class Ready:
     """A search that could begin. teacher: its artifact; metric, metric_test: its figures."""
@@ -147,7 +150,7 @@ def ready(spec: Spec) -> Ready:
     test = None if splits.test is None else score(prepared, model, splits.test)
     metric = score(prepared, model, splits.selection)
     most = spec.objective.max_drop
-    if most is not None and 0 < metric <= min(1, most):  # a metric of 0 to 1
+    if most is not None and 0 < metric <= 1 and most >= MUCH * metric:  # a metric of 0 to 1
         raise BadInput(
             f"objective: max_drop {most:g} is in points of the metric, and the model itself has "
             f"{metric:.3g}: it would limit nothing; of a metric of 0 to 1, 1% is max_drop: 0.01"

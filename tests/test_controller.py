@@ -327,6 +327,31 @@ def test_one_trial_runs_if_what_came_before_took_all_the_time() -> None:
     assert len(control.results("full")) == 1
 
 
+def test_what_trials_leave_of_the_time_is_known() -> None:
+    for trials, expected in ((3, 1000.0), (1000, 0.0)):
+        clock = Clock()
+        control = controller(seconds=1000.0, trials=trials, clock=clock)
+        run(control, clock)
+        assert control.unused_s() == pytest.approx(expected, rel=0.1)
+
+
+def test_of_those_that_the_deadline_meets_before_any_finished_one_goes_on() -> None:
+    clock = Clock()
+    control = controller(seconds=20.0, trials=4, clock=clock)
+    trials = [control.propose() for _ in range(4)]
+    for rung in RUNGS[:2]:
+        for trial in trials:
+            assert trial is not None
+            clock.now += 6.0 if rung == RUNGS[1] else 0.0
+            control.result(trial.number, outcome(trial.policy, rung) | {"loss": 1.0 - clock.now})
+    ends = [trial.ended for trial in trials if trial]
+    assert sum(end is None for end in ends) == len(control.results("short")) - ends.count(
+        "deadline"
+    )
+    assert ends.count("deadline") >= 1
+    assert ends[-1] == "deadline"  # others are on their way to the full rung already
+
+
 def test_a_search_that_only_fails_ends() -> None:
     record = MemoryRecord()
     control = controller(record, trials=100)
