@@ -116,7 +116,7 @@ def test_a_search_ends_with_what_can_be_measured(
     search.ready = SimpleNamespace(prepared=SimpleNamespace(splits=SimpleNamespace(test=True)))
     search.run_dir, search.place, search.record = tmp_path, Target(), MemoryRecord()
     search.mirror = search.profile = None
-    search.notes, search.progress = [], SimpleNamespace(note=print)
+    search.notes, search.console = [], None
     search.began, search.earlier_s = 10.0, 5.0
     monkeypatch.setattr(driver, "time", SimpleNamespace(time=lambda: 30.0))
     controller = SimpleNamespace(results=lambda _: known, limits=Limits(93.0), trials={})
