@@ -1,19 +1,19 @@
 """Nothing is lost: a search whose driver, workers, tracker, disk or network fail.
 
-    python benchmarks/faults.py [drivers] [workers] [server] [disk] [searches] [--short]
+    python benchmarks/faults.py [drivers] [workers] [server] [database] [disk] [searches] [--short]
 
 drivers   real searches of the starter task (`flyweight search`) killed at random moments, each time
           gone on with by --resume
 workers   no-op trials on a cluster of `ray start` nodes, a third of which are killed again and
           again and replaced, and one is cut off from the network for a minute
-server    MLflow's server on Postgres is away for the first half of the trials, killed again later,
-          and Postgres restarted
+server    MLflow's server is away for the first half of the trials, and killed again later
+database  the same with its runs on Postgres, which is restarted too
 disk      a real search whose run directory is full, and one whose storage is, where its workers
           write; each is gone on with once there is room
 searches  eight searches at once on one cluster and one MLflow server
 
-Network namespaces, Postgres and small disks need root; without, a node is stopped instead
-(SIGSTOP), the server keeps its runs in a file, and disk is left out. What was found is written to
+Network namespaces and small disks need root: without, a node is stopped instead (SIGSTOP), and disk
+is left out, as is database without Postgres. What was found is written to
 benchmarks/out/faults-*.json.
 """
 
@@ -355,45 +355,48 @@ def workers(folder: Path, short: bool = False) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def server(folder: Path, short: bool = False) -> dict[str, Any]:
-    """MLflow's server away for the first half, killed later, its database restarted."""
+def server(folder: Path, short: bool = False, postgres: Postgres | None = None) -> dict[str, Any]:
+    """MLflow's server away for the first half, killed later, and its database restarted."""
     trials, seconds = (80, 0.1) if short else (400, 0.1)
-    reason = Postgres.missing()
-    database = None if reason else Postgres(folder)
+    mlflow = MlflowServer(folder, postgres.uri if postgres else None)
+    job = {"trials": trials, "concurrency": 4, "seconds": seconds, "uri": mlflow.uri}
     try:
-        if database:
-            database.start()
-            database.create()
-        mlflow = MlflowServer(folder, database.uri if database else None)
-        job = {"trials": trials, "concurrency": 4, "seconds": seconds, "uri": mlflow.uri}
-        try:
-            driver = Driver(folder, "server", **job)
-            wait_until(lambda: driver.count("end") >= trials // 2)
-            mlflow.start()
-            wait_until(lambda: driver.count("end") >= trials * 5 // 8)
-            mlflow.kill()
-            wait_until(lambda: driver.count("end") >= trials * 6 // 8)
-            mlflow.start()
-            if database:
-                wait_until(lambda: driver.count("end") >= trials * 7 // 8)
-                database.kill()
-                time.sleep(2.0)
-                (database.data / "postmaster.pid").unlink(missing_ok=True)
-                database.start()
-            found = driver.wait()
-            known = judge_mlflow(mlflow.uri, driver.folder, "server")
-        finally:
-            mlflow.kill()
+        driver = Driver(folder, "server", **job)
+        wait_until(lambda: driver.count("end") >= trials // 2)
+        mlflow.start()
+        wait_until(lambda: driver.count("end") >= trials * 5 // 8)
+        mlflow.kill()
+        wait_until(lambda: driver.count("end") >= trials * 6 // 8)
+        mlflow.start()
+        if postgres:
+            wait_until(lambda: driver.count("end") >= trials * 7 // 8)
+            postgres.kill()
+            time.sleep(2.0)
+            (postgres.data / "postmaster.pid").unlink(missing_ok=True)
+            postgres.start()
+        found = driver.wait()
+        known = judge_mlflow(mlflow.uri, driver.folder, "server")
     finally:
-        if database:
-            database.remove()
-    return {"postgres": reason or "yes", **judge_record(driver.folder, trials), **known, **found}
+        mlflow.kill()
+    return {**judge_record(driver.folder, trials), **known, **found}
+
+
+def database(folder: Path, short: bool = False) -> dict[str, Any]:
+    """The same with MLflow's runs on Postgres."""
+    postgres = Postgres(folder)
+    try:
+        postgres.start()
+        postgres.create()
+        return server(folder, short, postgres)
+    finally:
+        postgres.remove()
 
 
 def disk(folder: Path, short: bool = False) -> dict[str, Any]:
-    """A run directory that is full, and a storage that is."""
-    trials = 6 if short else 12
-    found = {where: _full(folder / where, where, trials) for where in ("run", "storage")}
+    """A run directory that is full, and a storage that is. The latter takes minutes: workers wait
+    half of one for room, and the search ends when eight results were not stored."""
+    trials, places = (6, ["run"]) if short else (12, ["run", "storage"])
+    found = {where: _full(folder / where, where, trials) for where in places}
     wrong = {name: sum(f.get(name, 0) for f in found.values()) for name in ZERO}
     return {**wrong, "failed": {k: f["failed"] for k, f in found.items() if f["failed"]}, **found}
 
@@ -439,7 +442,6 @@ def _full(folder: Path, where: str, trials: int) -> dict[str, Any]:
 
 
 def can_mount() -> bool:
-    """Whether a small disk can be made here."""
     with tempfile.TemporaryDirectory() as place:
         tried = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", place], capture_output=True)
         if tried.returncode == 0:
@@ -478,9 +480,19 @@ def searches(folder: Path, short: bool = False) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FAULTS = {
-    "drivers": drivers, "workers": workers, "server": server, "disk": disk, "searches": searches,
+FAULTS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
+    "drivers": drivers, "workers": workers, "server": server, "database": database, "disk": disk,
+    "searches": searches,
 }  # fmt: skip
+
+
+def lacking(name: str) -> str | None:
+    """What this machine lacks for a fault; None if nothing."""
+    if name == "database":
+        return Postgres.missing()
+    if name == "disk" and not can_mount():
+        return "no small disk can be mounted here: it needs root"
+    return None
 
 
 def suffer(name: str, folder: Path, short: bool) -> dict[str, Any]:
@@ -514,8 +526,8 @@ def main() -> None:
 
     bad = False
     for name in options.faults or FAULTS:
-        if name == "disk" and not can_mount():
-            print("disk: left out, no small disk can be mounted here")
+        if reason := lacking(name):
+            print(f"{name}: left out, {reason}")
             continue
         with tempfile.TemporaryDirectory(prefix="faults-") as folder:
             figures = suffer(name, Path(folder), options.short)
