@@ -29,7 +29,8 @@ def made_of(prepared: Prepared) -> Made:
     found: dict[str, Seen] = {}
     for name, start in prepared.starts.items():
         part = "model()" if name == "pruned" else f"students()[{name!r}]"
-        found[part] = [_some(tensor) for tensor in start.model.state_dict().values()]
+        state = start.model.state_dict().values()  # to which a module may add what it likes
+        found[part] = [_some(tensor) for tensor in state if isinstance(tensor, Tensor)]
     found["train"] = _all(splits.train)
     found["val"] = _all(splits.search) + _all(splits.selection)
     return found
@@ -42,8 +43,9 @@ def check_made(prepared: Prepared, elsewhere: Made) -> None:
     if odd:
         raise BadInput(
             f"task: {' and '.join(odd)} must be the same each time that the task is made, but a "
-            "worker has others than the search began with; draw with a seed "
-            "(torch.Generator().manual_seed(0)), and let model() load its trained weights"
+            "worker has others than the search began with; draw data with a seed "
+            "(torch.Generator().manual_seed(0)), let model() load its trained weights, and call "
+            "torch.manual_seed(0) before what students() begins at random"
         )
 
 
@@ -63,7 +65,7 @@ def _differ(name: str, ours: Seen, theirs: Seen) -> bool:
         return True
     share, nothing = (DATA, 0.0) if name in ("train", "val") else (WEIGHTS, NOTHING)
     return any(
-        _size(a - b) > max(share * max(_size(a), _size(b)), nothing)
+        not _size(a - b) <= max(share * max(_size(a), _size(b)), nothing)  # nor with a NaN
         for (_, a), (_, b) in zip(ours, theirs, strict=True)
     )
 

@@ -6,14 +6,21 @@ from pathlib import Path, PurePosixPath
 CGROUP, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
+def _allowed() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+# At once: OpenMP (OMP_PROC_BIND) binds the thread that asks to one of them when it first computes.
+ALLOWED = _allowed()
+
+
 def cores() -> int:
     """The CPUs that this process may use, at least 1: those of its cpuset, and no more than the
     quota of its cgroup (version 2) allows at a time. The machine may have many more."""
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        count = os.cpu_count() or 1
-    return max(1, min([count, *map(int, _quotas())]))
+    return max(1, min([ALLOWED, *map(int, _quotas())]))
 
 
 def _quotas() -> list[float]:

@@ -34,6 +34,7 @@ DEATHS = 2  # of its worker, and a policy is not tried again: it may be what kil
 # but a trial must not be begun for ever.
 LOSSES = {"worker": 1.0, "node": 0.25, "idle": 0.05, "preempted": 0.0, "unstored": 0.0}
 UNSTORED = 8  # results, one after another, that workers could not store: the search ends
+REFUSALS = 8  # of workers, one after another, to make the task: the search ends
 RECENT = 100  # newest results of a rung that say how long it takes
 UNUSED = 0.25  # share of the time budget that is worth a word where trials ran out before it
 SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
@@ -82,6 +83,7 @@ class Controller:
             proposals, price, limits, self._reject, self.late_to_look, look_ahead=look_ahead
         )
         self._again: list[Trial] = []  # whose worker died, or that an earlier session left
+        self._refusals = 0  # of workers to make the task, since the last result
         self._unstored = 0  # results since the last artifact that was stored
         self._spent = 0.0
         self._began = clock()
@@ -214,6 +216,7 @@ class Controller:
             return False
         if entry.get("artifact"):
             self._unstored = 0
+        self._refusals = 0
         self._learn(trial, entry)
         if competes(trial, rung):
             self._points[rung].append(point(entry))
@@ -230,12 +233,11 @@ class Controller:
         return trial.ended is None
 
     def _refused(self, trial: Trial, error: str) -> bool:
-        """The worker cannot make the task. Where none has, none will: the search ends, and what
-        was tried may be tried again."""
-        if any(self._reached.values()):
-            self._end(trial, "failed", error)
-            return False
-        self.fatal = self.fatal or BadInput(error)
+        """The worker cannot make the task; what was tried may be tried again. Where none has made
+        it, or none any more, none will: the search ends."""
+        self._refusals += 1
+        if self._refusals >= REFUSALS or not any(self._reached.values()):
+            self.fatal = self.fatal or BadInput(error)
         self._end(trial, "interrupted", error)
         return False
 

@@ -137,13 +137,14 @@ class _Search:
         self.run_dir, self.record = run.run_dir, run.record
         self.storage, self.mirror = run.storage, run.mirror
         self.console, self.began = console, began
-        self.earlier_s = next(reversed(at_work(run.record.entries())), 0.0)  # of its sessions
+        self.earlier_s = _worked(run.record.entries())
         self.notes: list[str] = []
         self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
         self.profile = profile
         self.preparation = Preparation(prepared, place, run.run_dir, console, self.notes)
         self.predictor: LatencyPredictor | None = None
-        self.nothing_left = is_done(run.record, self.spec.search.trials)
+        wanted = self.spec.search
+        self.nothing_left = is_done(run.record, wanted.trials, wanted.time_budget)
 
     def run(self) -> Outcome:
         with telling("Timing the teacher on the target", self.console):
@@ -311,8 +312,8 @@ class _Search:
             self.notes.append(f"No trial finished the full rung. Why trials failed: {told}")
         if self.nothing_left:
             self.notes.append(
-                f"All {self.spec.search.trials} trials had been had: only the front was made anew; "
-                "raise search.trials to search on"
+                f"All {self.spec.search.trials} trials had been had, or all of the time: only the "
+                "front was made anew; raise search.trials or search.time_budget to search on"
             )
         elif controller.exhausted and len(controller.trials) < self.spec.search.trials:
             self.notes.append(
@@ -438,7 +439,9 @@ class _Search:
         """Whether result.json and the report could be written; each is whole or not there."""
         try:
             write_json(self.run_dir / RESULT, found)
-            self._append({"kind": "done"})  # the report, for one, asks whether the search runs
+            self._append(
+                {"kind": "done", "wall_s": found["wall_s"]}
+            )  # the report, for one, asks whether the search runs
             self._explain(controller, found)
             write_report(self.run_dir)
         except OSError as error:
@@ -488,6 +491,12 @@ class _Search:
                 f"MLflow lacks {missing.entries} entries ({missing.reason}); the record has them "
                 f"all: `flyweight deliver {self.run_dir}` when the server is back"
             )
+
+
+def _worked(entries: Sequence[Entry]) -> float:
+    """Seconds that the sessions of ``entries`` took, of one that was killed only those at work."""
+    said = (e.get("wall_s", 0.0) for e in reversed(entries) if e["kind"] == "done")
+    return max(next(said, 0.0), next(reversed(at_work(entries)), 0.0))
 
 
 def fruitless(entries: Sequence[Entry], hopeless: bool) -> list[tuple[str, int]]:

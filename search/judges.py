@@ -70,7 +70,12 @@ class Judges:
         self._took: list[float] = []  # seconds, of each that was judged
         prepared = ready.prepared
         models = (start.model.state_dict() for start in prepared.starts.values())
-        weights = (t.contiguous().numpy().tobytes() for state in models for t in state.values())
+        weights = (
+            t.contiguous().numpy().tobytes()
+            for state in models
+            for t in state.values()
+            if isinstance(t, torch.Tensor)
+        )
         key = key_of(
             ready.data_digest, repr(prepared.runtime.capabilities),
             versions(ready.spec.target.runtime), ITEMS, *weights,

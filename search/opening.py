@@ -14,7 +14,7 @@ from ..spaces import BadInput
 from .hold import Hold
 from .meter import Device
 from .ready import Ready, facts_of, versions
-from .record import NOT_FOR_GOOD, Entry, FileRecord, Record
+from .record import NOT_FOR_GOOD, Entry, FileRecord, Record, at_work
 from .run_files import PROFILE, RECORD, REQUEST, SENSITIVITY, SPEC, TEACHER
 from .spec import Spec
 from .storage import (
@@ -28,6 +28,12 @@ from .storage import (
 from .store import compressed_bytes
 from .tracking import redact
 
+# What to do where what a search is for good has changed, if it is no value that one sets.
+BACK = {
+    "teacher_digest": "let model() give the weights that it gave then",
+    "data_digest": "let train, val and test be what they were then",
+    "capabilities": "search for a target with the kernels of then",
+}
 FREE_BYTES = 200_000_000  # what a run directory may come to need
 
 
@@ -158,8 +164,8 @@ def check_same(record: Record, **found: Any) -> None:
         if name in first and first[name] != value:  # an earlier flyweight wrote fewer
             raise BadInput(
                 f"--resume: {name} must be what the search began with, {first[name]}, or its "
-                f"results could not be compared, but is {value}; set it back, or begin a new "
-                "search with another --out"
+                f"results could not be compared, but is {value}; {BACK.get(name, 'set it back')}, "
+                "or begin a new search with another --out"
             )
 
 
@@ -226,9 +232,13 @@ def changed_target(entry: dict[str, Any], record: Record) -> bool:
     return bool(earlier) and earlier[-1]["target"] != entry["target"]
 
 
-def is_done(record: Record, trials: int) -> bool:
-    """Whether a record holds ``trials`` trials, all of which have ended for good."""
+def is_done(record: Record, trials: int, budget_s: float | None) -> bool:
+    """Whether a record holds ``trials`` trials, all of which have ended for good, or those that
+    its time was spent on."""
     begun = {e["trial"] for e in record.entries() if e["kind"] == "begin"}
+    spent_s = next(reversed(at_work(record.entries())), 0.0)
+    if begun and budget_s is not None and spent_s >= budget_s:
+        return True
     ends = (e for e in record.entries() if e["kind"] == "end" and e["reason"] not in NOT_FOR_GOOD)
     return len(begun) >= trials and begun <= {e["trial"] for e in ends}
 

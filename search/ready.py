@@ -24,6 +24,8 @@ from .spec import Spec
 from .storage import write_whole
 from .store import write_request
 
+# Who allows a metric of 0 to 1 to lose so much takes it for one of percent.
+PERCENT = 0.3
 RECIPES = (0.5, 0.75, 1.0)  # shares of channels kept by the uniform recipes
 
 
@@ -51,9 +53,6 @@ def make_space(prepared: Prepared, spec: Spec) -> Space:
             "is no scores of classes; leave it out"
         )
     return Space(prepared.network, capabilities, spec.space.settings(), prepared.others)
-
-
-MUCH = 0.3  # of a metric of 0 to 1: who allows to lose so much takes it for one of percent
 
 
 @dataclass(frozen=True)
@@ -150,10 +149,11 @@ def ready(spec: Spec) -> Ready:
     test = None if splits.test is None else score(prepared, model, splits.test)
     metric = score(prepared, model, splits.selection)
     most = spec.objective.max_drop
-    if most is not None and 0 < metric <= 1 and most >= MUCH * metric:  # a metric of 0 to 1
+    if most is not None and 0 < metric <= 1 and most >= min(metric, PERCENT):
         raise BadInput(
             f"objective: max_drop {most:g} is in points of the metric, and the model itself has "
-            f"{metric:.3g}: it would limit nothing; of a metric of 0 to 1, 1% is max_drop: 0.01"
+            f"{metric:.3g}: next to nothing would be asked of it; of a metric of 0 to 1, 1% is "
+            "max_drop: 0.01"
         )
     return Ready(spec, prepared, space, model, metric, test)
 

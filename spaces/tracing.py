@@ -72,8 +72,8 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     _drop_defaults(graph, [n in defaults for n in inspect.signature(model.forward).parameters])
     _place_arguments(graph)
     seen = note_shapes(graph, bound)
-    for node in seen.idle:  # in order: what one reads is no other of them any more
-        node.replace_all_uses_with(node.all_input_nodes[seen.idle[node]])
+    for node, source in seen.idle.items():  # in order: what one reads is gone if it was idle too
+        node.replace_all_uses_with(seen.idle.get(source, source))
         graph.graph.erase_node(node)
     write_once(graph, seen.changes)
     graph.graph.eliminate_dead_code()  # not before: it would drop changes whose result is not used
@@ -148,14 +148,15 @@ def note_shapes(graph: fx.GraphModule, inputs: Sequence[Any]) -> "_Shapes":
 class _Shapes(fx.Interpreter):
     """Runs a graph and notes the shape of every value (torch's own prints what fails).
 
-    changes: what is changed in place. idle: functions of other libraries that give what they are
-    given, as those for training alone do (torchvision's stochastic_depth), and which input that is.
+    changes: what is changed in place. idle: functions of other libraries that are told not to
+    train and give what they are given (torchvision's stochastic_depth), and the node of that. One
+    that is told nothing may do so for these values alone.
     """
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)
         self.changes: list[Change] = []
-        self.idle: dict[fx.Node, int] = {}
+        self.idle: dict[fx.Node, fx.Node] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         before = versions(self.env)
@@ -170,9 +171,10 @@ class _Shapes(fx.Interpreter):
             n.meta[SHAPE] = tuple(result.shape)
         changed = changes(n, result, before, self.env)
         self.changes += changed
-        same = [i for i, given in enumerate(n.all_input_nodes) if self.env[given] is result]
-        if same and n.op == "call_function" and not changed and not _is_torchs(n.target):
-            self.idle[n] = same[0]
+        same = [given for given in n.all_input_nodes if self.env[given] is result]
+        told = any(value is False for value in (*n.args, *n.kwargs.values()))
+        if same and told and n.op == "call_function" and not changed and not _is_torchs(n.target):
+            self.idle[n] = self.idle.get(same[0], same[0])
         return result
 
 

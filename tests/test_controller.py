@@ -15,6 +15,7 @@ from flyweight.compressors import RUNGS
 from flyweight.search.controller import (
     DEATHS,
     HOPELESS,
+    REFUSALS,
     UNSTORED,
     Budget,
     Controller,
@@ -141,7 +142,20 @@ def test_a_task_that_no_worker_can_make_ends_the_search_with_one_message() -> No
     assert control.proposals.running() == 0
 
 
-def test_a_worker_that_cannot_make_the_task_where_others_did_fails_its_trial() -> None:
+def test_where_no_worker_can_make_the_task_any_more_the_search_ends() -> None:
+    control = controller(trials=100)
+    first = control.propose()
+    assert first is not None
+    control.result(first.number, outcome(first.policy, RUNGS[0]))
+    refused = 0
+    while (trial := control.propose()) is not None:
+        control.result(trial.number, {"rung": RUNGS[0], "refused": "task: no file"})
+        refused += 1
+    assert refused == REFUSALS
+    assert isinstance(control.fatal, BadInput)
+
+
+def test_a_worker_that_cannot_make_the_task_where_others_did_leaves_its_trial_to_a_resume() -> None:
     record = MemoryRecord()
     control = controller(record)
     good, bad = control.propose(), control.propose()
@@ -150,7 +164,7 @@ def test_a_worker_that_cannot_make_the_task_where_others_did_fails_its_trial() -
     control.result(good.number, outcome(good.policy, RUNGS[0]))
     assert not control.result(bad.number, {"rung": RUNGS[0], "refused": "task: no file"})
     assert control.fatal is None
-    assert bad.ended == "failed"
+    assert bad.ended == "interrupted"
     assert control.propose() is not None
 
 

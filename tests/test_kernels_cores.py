@@ -16,6 +16,7 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of cgroups of a machine of 64 CPUs, of which this process may run on 16."""
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(file, "ALLOWED", file._allowed())
     monkeypatch.setattr(file, "GROUPS", tmp_path)
     monkeypatch.setattr(file, "CGROUP", tmp_path / "own")
     (tmp_path / "own").write_text("1:cpu:/v1\n0::/pod/container\n")
@@ -42,6 +43,7 @@ def test_a_cpuset_and_quotas(groups: Path, quotas: dict[str, str], expected: int
 
 def test_where_nothing_is_told_all_count(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(file, "ALLOWED", file._allowed())
     (groups / "own").unlink()
     assert file.cores() == 64
 

@@ -52,8 +52,23 @@ def test_what_is_drawn_anew_is_named(other: dict[str, Any], named: str | None) -
     if named is None:
         check_made(there, made_of(here))
         return
-    with pytest.raises(BadInput, match=f"{named} the same each time .* draw with a seed"):
+    with pytest.raises(BadInput, match=f"{named} the same each time .* draw data with a seed"):
         check_made(there, made_of(here))
+
+
+class Extra(nn.Sequential):
+    """With something in its state that is no tensor."""
+
+    def get_extra_state(self) -> Any:
+        return {"version": 2}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_what_a_module_adds_to_its_state_is_no_weight() -> None:
+    here = prepared(Extra(*network(0)))
+    check_made(here, made_of(here))
 
 
 def test_other_labels_and_another_number_of_items_are_noticed() -> None:

@@ -91,7 +91,17 @@ def test_a_record_of_an_earlier_flyweight_is_asked_for_what_it_has(tmp_path: Pat
 )
 def test_a_trial_that_more_time_lets_go_on_is_not_done(reason: str, done: bool) -> None:
     begin, end = {"kind": "begin", "trial": 0}, {"kind": "end", "trial": 0, "reason": reason}
-    assert is_done(MemoryRecord([begin, end]), 1) == done
+    assert is_done(MemoryRecord([begin, end]), 1, None) == done
+
+
+def test_a_search_whose_time_was_spent_is_done() -> None:
+    entries = [
+        {"kind": "search", "time": 0.0}, {"kind": "begin", "trial": 0, "time": 1.0},
+        {"kind": "end", "trial": 0, "reason": "deadline", "time": 60.0},
+    ]  # fmt: skip
+    assert is_done(MemoryRecord(entries), 9, 60.0)
+    assert not is_done(MemoryRecord(entries), 9, 90.0)
+    assert not is_done(MemoryRecord(entries[:1]), 9, 0.0)  # one policy is always tried
 
 
 def test_a_trial_that_more_time_lets_go_on_keeps_its_checkpoint(

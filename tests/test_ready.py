@@ -43,7 +43,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_a_limit_in_points_that_limits_nothing_is_refused(tmp_path: Path) -> None:
     spec = load_spec(write(tmp_path, "objective: {max_drop: 1}"))
-    with pytest.raises(BadInput, match=r"itself has 0\.97: it would limit nothing; .*0\.01"):
+    with pytest.raises(BadInput, match=r"itself has 0\.97: next to nothing would be asked .*0\.01"):
         ready(spec)
     with pytest.raises(BadInput, match=r"max_drop 0\.5 is in points"):  # as for percent
         ready(load_spec(write(tmp_path, "objective: {max_drop: 0.5}")))

@@ -66,6 +66,40 @@ class Skips(nn.Module):
         )
 
 
+def safe(x: Tensor) -> Tensor:
+    """Gives what it is given for small values alone."""
+    return x if x.abs().max() < 50 else x / x.abs().max()
+
+
+def pick(x: Tensor, y: Tensor, z: Tensor, gate: bool) -> Tensor:
+    return x + y if gate else z
+
+
+torch.fx.wrap("safe")
+torch.fx.wrap("pick")
+
+
+def test_what_gives_what_it_is_given_for_some_values_alone_stays() -> None:
+    class Safe(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return safe(x) * 2
+
+    graph = trace_graph(Safe().eval(), torch.rand(1, 3, 4, 4))
+    assert any("safe" in node.name for node in graph.graph.nodes)
+    loud = 100 * torch.rand(1, 3, 4, 4)
+    assert torch.equal(graph(loud), Safe()(loud))
+
+
+def test_idle_calls_may_read_what_another_gave_back() -> None:
+    class Picks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y, z = x + 1, x * 3
+            return pick(y, drop_path(y, 0.5, False), z, False) + y
+
+    example = torch.rand(1, 3, 4, 4)
+    assert torch.equal(trace_graph(Picks().eval(), example)(example), Picks()(example))
+
+
 def test_what_does_nothing_in_eval_goes_and_arguments_by_name_are_read() -> None:
     torch.manual_seed(0)
     model, example = Skips().eval(), torch.rand(1, 3, 4, 4)
