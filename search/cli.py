@@ -120,6 +120,10 @@ def search(
     said = closing_sentence(outcome.result)  # last: it is what one came for
     console.print(said, markup=False, highlight=False, soft_wrap=True)
     if outcome.interrupted:
+        goes_on = (
+            f"Interrupted: `flyweight search {spec} --out {outcome.run_dir} --resume` goes on."
+        )
+        console.print(goes_on, markup=False, highlight=False, soft_wrap=True)
         return 130
     return 1 if outcome.failed else 0
 

@@ -282,8 +282,9 @@ def test_ctrl_c_ends_with_the_best_so_far(starter: Path, tmp_path: Path) -> None
     with started("search", path, "--out", run, cwd=starter) as process:
         wait_for(run, "end", 1, process)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
+    assert f"--out {run} --resume` goes on." in out
     result = json.loads((run / "result.json").read_text())
     assert result.keys() == KEYS
     assert len(entries(run, "end")) == len(entries(run, "begin"))
