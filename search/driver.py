@@ -97,6 +97,8 @@ def search(
         with telling(f"Checking {spec.given_task} and tracing its model", console):
             prepared = _checked(spec, run.record, profile, local)
             prepared.write(run.run_dir)
+        if prepared.doubt:
+            say(f"Note: {prepared.doubt}")
         text = "Starting Ray" if local else f"Joining the Ray cluster at {address}"
         with contextlib.ExitStack() as joined:
             with telling(text, console):

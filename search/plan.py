@@ -78,6 +78,7 @@ def make_plan(spec_path: Path, say: Callable[[str], None] = lambda _: None) -> d
         "teacher": {
             "metric": found.metric,
             "metric_test": found.metric_test,
+            "doubt": found.doubt,
             "latency_ms": teacher_ms,
             "size_bytes": len(found.teacher),
             "compressed_bytes": compressed_bytes(found.teacher),
@@ -116,6 +117,8 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         f"{milliseconds(teacher['latency_ms'])} ms, {teacher['parameters'] / 1e6:.2f} M parameters",
         markup=False, soft_wrap=True,
     )  # fmt: skip
+    if teacher["doubt"]:
+        console.print(f"Note: {teacher['doubt']}", markup=False, soft_wrap=True)
     console.print(
         f"Space: {len(space['groups'])} groups, {len(space['layers'])} layers, "
         f"about 10^{space['size_log10']:.0f} policies"

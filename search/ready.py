@@ -90,6 +90,22 @@ class Ready:
                 parts += [name, value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()]
         return key_of(*parts)
 
+    @cached_property
+    def doubt(self) -> str | None:
+        """What a user should look at before all else: a metric by which the model is no better on
+        its items than on those of others."""
+        items, task = self.prepared.splits.selection, self.prepared.task
+        answers = run_session(self.prepared.runtime.load(self.teacher), items)
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
+        by_chance = metric_of(task, answers, items.take(order).targets)
+        if self.metric > by_chance:
+            return None
+        return (
+            f"the metric of the model is {self.metric:.2f}, and {by_chance:.2f} where the targets "
+            "are shuffled: is the model trained, and is more of the metric better? (Of an error, "
+            "let metric() return the negative.)"
+        )
+
     def limits(self, latency_ms: float) -> Limits:
         """The limits of the spec for a teacher of this latency."""
         return limits(self.spec.objective.model_dump(), self.metric, latency_ms)

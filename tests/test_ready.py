@@ -51,6 +51,23 @@ def test_a_limit_in_points_that_limits_nothing_is_refused(tmp_path: Path) -> Non
     assert found.metric == 0.97
 
 
+@pytest.mark.parametrize(("sign", "doubtful"), [("-", False), ("", True)])
+def test_a_metric_of_which_less_is_better_is_doubted(
+    tmp_path: Path, sign: str, doubtful: bool
+) -> None:
+    spec = write(tmp_path, "objective: {size_bytes: 100000}")
+    task = TASK.replace("return 0.97", f"return {sign}float((output - target).square().mean())")
+    made = "nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 1))"
+    exact = (
+        "m = nn.Linear(6, 1)\n        with torch.no_grad():\n"
+        "            m.weight.copy_(torch.eye(6)[:1]), m.bias.zero_()\n        return m"
+    )
+    (tmp_path / "task.py").write_text(task.replace(f"return {made}", exact))
+    doubt = ready(load_spec(spec)).doubt
+    assert bool(doubt) == doubtful
+    assert not doubtful or "is more of the metric better?" in str(doubt)
+
+
 def test_relative_paths_of_a_task_begin_at_its_folder_wherever_one_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
