@@ -14,7 +14,7 @@ from ..compressors import Prepared, Schedule, compress, prepare
 from ..compressors.data import Items, tensors
 from ..compressors.made import Made, check_made, made_of
 from ..compressors.parity import feed, run_session
-from ..compressors.task import metric_of
+from ..compressors.task import Task, metric_of
 from ..kernels import make_runtime
 from ..spaces import BadInput, Policy, Space
 from .cache import key_of
@@ -57,7 +57,8 @@ def make_space(prepared: Prepared, spec: Spec) -> Space:
 
 @dataclass(frozen=True)
 class Ready:
-    """A search that could begin. teacher: its artifact; metric, metric_test: its figures."""
+    """A search that could begin. teacher: its artifact; metric, metric_test: its figures.
+    doubt: what is odd about them, in words."""
 
     spec: Spec
     prepared: Prepared
@@ -65,6 +66,7 @@ class Ready:
     teacher: bytes
     metric: float
     metric_test: float | None
+    doubt: str | None = None
 
     @cached_property
     def data_digest(self) -> str:
@@ -89,22 +91,6 @@ class Ready:
             if isinstance(value, torch.Tensor):  # a module may add what it likes
                 parts += [name, value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()]
         return key_of(*parts)
-
-    @cached_property
-    def doubt(self) -> str | None:
-        """What a user should look at before all else: a metric by which the model is no better on
-        its items than on those of others."""
-        items, task = self.prepared.splits.selection, self.prepared.task
-        answers = run_session(self.prepared.runtime.load(self.teacher), items)
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
-        by_chance = metric_of(task, answers, items.take(order).targets)
-        if self.metric > by_chance:
-            return None
-        return (
-            f"the metric of the model is {self.metric:.2f}, and {by_chance:.2f} where the targets "
-            "are shuffled: is the model trained, and is more of the metric better? (Of an error, "
-            "let metric() return the negative.)"
-        )
 
     def limits(self, latency_ms: float) -> Limits:
         """The limits of the spec for a teacher of this latency."""
@@ -163,7 +149,8 @@ def ready(spec: Spec) -> Ready:
     untouched = compress(prepared, Policy(), "recalibrate")
     model, splits = untouched.model, prepared.splits
     test = None if splits.test is None else score(prepared, model, splits.test)
-    metric = score(prepared, model, splits.selection)
+    answers = run_session(prepared.runtime.load(model), splits.selection)
+    metric = metric_of(prepared.task, answers, splits.selection.targets)
     most = spec.objective.max_drop
     if most is not None and 0 < metric <= 1 and most >= min(metric, PERCENT):
         raise BadInput(
@@ -171,7 +158,22 @@ def ready(spec: Spec) -> Ready:
             f"{metric:.3g}: next to nothing would be asked of it; of a metric of 0 to 1, 1% is "
             "max_drop: 0.01"
         )
-    return Ready(spec, prepared, space, model, metric, test)
+    doubt = _doubt(prepared.task, answers, splits.selection, metric)
+    return Ready(spec, prepared, space, model, metric, test, doubt)
+
+
+def _doubt(task: Task, answers: torch.Tensor, items: Items, metric: float) -> str | None:
+    """What a user should look at before all else: a metric by which the model is no better on
+    its items than on those of others."""
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
+    by_chance = metric_of(task, answers, items.take(order).targets)
+    if metric > by_chance:
+        return None
+    return (
+        f"the metric of the model is {metric:.2f}, and {by_chance:.2f} where the targets are "
+        "shuffled: is the model trained, and is more of the metric better? (Of an error, let "
+        "metric() return the negative.)"
+    )
 
 
 def score(prepared: Prepared, model: bytes, items: Items) -> float:
