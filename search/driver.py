@@ -22,7 +22,7 @@ from .controller import Budget, Controller, failures
 from .counting import telling
 from .explain import explanation
 from .limits import Limits
-from .local_ray import check_no_ray, connected, terminable
+from .local_ray import check_no_ray, connected, ctrl_c_given_back, terminable
 from .opening import (
     Kept,
     asks_anew,
@@ -91,7 +91,7 @@ def search(
     began = time.time()
     check_no_ray()  # before anything is spent
     profile = given_profile(spec)
-    with kept(spec, out, resume) as run:
+    with terminable(), kept(spec, out, resume) as run:
         say, local = console.print if console else print, address is None
         check_same(run.record, resolved_task=spec.task)
         with telling(f"Checking {spec.given_task} and tracing its model", console):
@@ -288,7 +288,7 @@ class _Search:
         inputs = self._inputs(header)
         job = Job(self.spec, self.storage, facts, inputs, answers, self.ready.made)
         self.progress.spent_s = controller.elapsed()
-        with self.progress, terminable():
+        with self.progress, ctrl_c_given_back():
             run_trials(
                 controller,
                 trainable(job),

@@ -5,12 +5,16 @@ import logging
 import os
 import secrets
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services
+from ray._private.utils import detect_fate_sharing_support
 
 from ..kernels.cores import cores
 from ..spaces import BadInput, FlyweightError
@@ -19,21 +23,58 @@ from .spec import Spec
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM (a job that is stopped) ends a search as Ctrl-C does: with the best so far. Tune
-    (2.60) takes Ctrl-C for itself and keeps it unless it came: it is given back here, so that one
-    that comes later, while finalists are measured, is an interruption.
+    """SIGTERM (a job that is stopped, `timeout`, a shutdown) ends a search as Ctrl-C does: with the
+    best so far. Once: `timeout` sends it to a process and again to the group of that.
 
     Signals are the main thread's: a search in another one leaves them alone, as Tune does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    interrupt = signal.getsignal(signal.SIGINT)
-    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, interrupt)
+
+
+def ctrl_c_given_back() -> contextlib.AbstractContextManager[None]:
+    """Tune (2.60) takes Ctrl-C for itself and keeps it unless it came: it is given back here, so
+    that one that comes later, while finalists are measured, is an interruption."""
+    return _given_back(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _given_back(number: signal.Signals) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """What is begun here of Ray gets a process group of its own: what is sent to the whole group of
+    a search (Ctrl-C in a terminal, SIGTERM of `timeout` or of a CI) is the search's to handle, and
+    without Ray's processes it could end nothing well. Ray (2.60) has no setting for it; where the
+    kernel does not end them with this process, Ray itself does by the group, and so it stays."""
+    if not (sys.platform == "linux" and detect_fate_sharing_support()):
+        yield
+        return
+    popen = services.ConsolePopen
+    services.ConsolePopen = partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = popen
 
 
 def check_no_ray() -> None:
@@ -70,12 +111,13 @@ def started(cpus: int, address: str | None) -> Iterator[None]:
     os.chdir(scratch)  # Ray puts the driver's folder on every worker's path
     try:
         try:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **({} if address else local),
-            )
+            with _apart(), _given_back(signal.SIGTERM):  # Ray sets a handler of its own
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **({} if address else local),
+                )
         except Exception as error:
             if type(error) is not Exception:  # as Ray (2.60) raises of a node that does not come up
                 raise

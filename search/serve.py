@@ -184,7 +184,7 @@ def serve(
             "no passwords and no TLS. Put a proxy that does before it."
         )
     cpus = 2 * max(options.replicas, options.max_replicas) * source.threads  # old beside new
-    with started(cpus, address), terminable():  # Ray sets its own handler of SIGTERM
+    with terminable(), started(cpus, address):
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # we say it ourselves
         say(f"Starting Ray Serve for {source.where} (SHA-256 {source.sha256[:12]}, as recorded)")
         ray_serve.start(

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from flyweight.search.driver import search
-from flyweight.search.local_ray import started, terminable
+from flyweight.search.local_ray import ctrl_c_given_back, started, terminable
 from flyweight.search.spec import Objective, Spec
 from flyweight.spaces import BadInput, FlyweightError
 
 
 def test_ctrl_c_is_given_back_by_what_takes_it() -> None:
     mine = signal.getsignal(signal.SIGINT)
-    with terminable():
+    with ctrl_c_given_back():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray Tune does, with a handler of its own
     assert signal.getsignal(signal.SIGINT) is mine
 
