@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..compressors import RUNGS
-from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
+from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, signature
 from ..kernels.cores import cores
 from ..spaces import BadInput, FlyweightError, Impossible
 from .cache import key_of
@@ -23,6 +23,7 @@ from .counting import telling
 from .explain import explanation
 from .limits import Limits
 from .local_ray import check_no_ray, connected, ctrl_c_given_back, terminable
+from .meter import noise, noisy
 from .opening import (
     Kept,
     asks_anew,
@@ -150,11 +151,11 @@ class _Search:
 
     def run(self) -> Outcome:
         with telling("Timing the teacher on the target", self.console):
-            alone = self.place.alone()
-        header = opening_entry(self.ready, self.record, self.place.device, alone)
+            self.alone_ms = self.place.alone()
+        header = opening_entry(self.ready, self.record, self.place.device, self.alone_ms)
         teacher_ms = header["teacher"]["latency_ms"]
         limits = self.ready.limits(teacher_ms)
-        price = timed(self.ready.prepared, self.place)
+        price = timed(self.ready.prepared, self.place, teacher_ms / self.alone_ms)
         new_limits = not self.local and asks_anew(self.spec, self.record)
         if new_limits and self.place.there:
             check_limits(self.ready, limits, price)
@@ -355,7 +356,7 @@ class _Search:
         if self.mirror:
             self._fetch(controller, {entry["digest"] for entry in entries})
         models, tests = self._tested([entry["digest"] for entry in entries])
-        timings = self._timings(models, header["teacher"]["latency_ms"])
+        timings = self._timings(models)
         left = models if timings is None else timings
         entries = [entry for entry in entries if entry["digest"] in left]
         teacher = dict(header["teacher"])
@@ -397,13 +398,13 @@ class _Search:
             if digest not in kept and not (controller.interrupted or controller.fatal):
                 self.storage.remove(f"artifacts/{digest}")
 
-    def _timings(self, models: Mapping[str, bytes], teacher_ms: float) -> dict[str, Timing] | None:
+    def _timings(self, models: Mapping[str, bytes]) -> dict[str, Timing] | None:
         """The finalists, alone, but for those that the runtime refuses or dies of; None where they
         could not be measured."""
         timings, text = None, f"Measuring {len(models)} finalists, alone"
         try:
             with telling(text, self.console) if models else contextlib.nullcontext():
-                timings = of_finalists(self.place, models, teacher_ms)
+                timings = of_finalists(self.place, models, self.alone_ms)
         except (FlyweightError, OSError) as error:
             self.notes.append(f"The finalists could not be measured: {error}")
         if timings is None:
@@ -411,6 +412,8 @@ class _Search:
                 "The latencies of the front are predicted; on the device that will run the model, "
                 f"`flyweight measure {self.run_dir}` measures them"
             )
+        elif told := noise(timings, self.place.device.facts, self.run_dir):
+            self.notes.append(told)
         refused = [] if timings is None else [digest for digest in models if digest not in timings]
         self.notes += [
             f"Finalist {digest[:12]} is left out: the target's runtime refuses it, or dies of it"
@@ -420,7 +423,9 @@ class _Search:
 
     def _feed_back(self, controller: Controller, timings: Mapping[str, Timing]) -> None:
         """Adds the finalists to the device profile, which they make better where it matters."""
-        if self.profile is None or self.spec.target.profile is None or disturbed(timings):
+        if self.profile is None or self.spec.target.profile is None:
+            return
+        if noisy(timings, self.place.device.facts):
             return
         path = Path(self.spec.target.profile)
         try:

@@ -66,15 +66,17 @@ def _apart() -> Iterator[None]:
     a search (Ctrl-C in a terminal, SIGTERM of `timeout` or of a CI) is the search's to handle, and
     without Ray's processes it could end nothing well. Ray (2.60) has no setting for it; where the
     kernel does not end them with this process, Ray itself does by the group, and so it stays."""
-    if not (sys.platform == "linux" and detect_fate_sharing_support()):
+    shared: bool = detect_fate_sharing_support()  # type: ignore[no-untyped-call]
+    if not (shared and sys.platform == "linux"):
         yield
         return
-    popen = services.ConsolePopen
-    services.ConsolePopen = partial(popen, process_group=0)
+    inside: Any = services
+    popen = inside.ConsolePopen
+    inside.ConsolePopen = partial(popen, process_group=0)
     try:
         yield
     finally:
-        services.ConsolePopen = popen
+        inside.ConsolePopen = popen
 
 
 def check_no_ray() -> None:

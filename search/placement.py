@@ -104,12 +104,19 @@ class Here(ThisMachine):
         target = ready.spec.target
         super().__init__(target.runtime, target.threads, ready.teacher, ready.request())
         self._meter: Any = None
+        self._teacher, self._teacher_ms = ready.teacher, 0.0
 
     def alone(self) -> float:
-        return float(_get(self._kept().alone.remote()))
+        self._teacher_ms = float(_get(self._kept().alone.remote()))
+        return self._teacher_ms
 
     def provisional(self, model: bytes) -> tuple[float, float, float]:
-        low, middle, high = _get(self._kept().provisional.remote(model))
+        try:
+            low, middle, high = _get(self._kept().provisional.remote(model))
+        except Died as error:
+            self._meter = None
+            _get(self._kept().provisional.remote(self._teacher))  # else it is not the model
+            raise Impossible(f"the runtime dies of it ({error})") from error
         return low, middle, high
 
     def finalists(self, models: Mapping[str, bytes], alone_ms: float) -> dict[str, Timing] | None:
@@ -134,7 +141,7 @@ class Here(ThisMachine):
         node = ray.get_runtime_context().get_node_id()
         here = NodeAffinitySchedulingStrategy(node, soft=False)
         options = ray.remote(Meter).options(num_cpus=0, scheduling_strategy=here)
-        return options.remote(*self.start)
+        return options.remote(*self.start, self._teacher_ms)
 
 
 class Unmeasured(Here):
@@ -152,10 +159,10 @@ class Profiled(Unmeasured):
     def __init__(self, ready: Ready, profile: DeviceProfile) -> None:
         super().__init__(ready)
         self.device = Device(profile.device, profile.fingerprint, self.device.capabilities)
-        self._teacher_ms = median(timed.teacher_ms for timed in profile.timed)
+        self._profiled_ms = median(timed.teacher_ms for timed in profile.timed)
 
     def alone(self) -> float:
-        return self._teacher_ms
+        return self._profiled_ms
 
     def provisional(self, _: bytes) -> tuple[float, float, float]:
         raise OSError(f"device {self.device.fingerprint} is not there: nothing can be timed on it")
@@ -262,9 +269,7 @@ def _on_target(
     teacher: bytes, feed: Feed, teacher_ms: float,
 ) -> Any:  # fmt: skip
     _check_same(device, runtime, threads)
-    meter = Meter(runtime, threads, teacher, feed)
-    meter.teacher_ms = teacher_ms
-    return getattr(meter, method)(*arguments)
+    return getattr(Meter(runtime, threads, teacher, feed, teacher_ms), method)(*arguments)
 
 
 def _check_same(device: Device, runtime: str, threads: int) -> None:
