@@ -13,7 +13,7 @@ help:
 	@echo "make test        the fast tests, linting and types"
 	@echo "make test-slow   the slow tests"
 	@echo "make docs        the pages of docs/ into build/docs"
-	@echo "make benchmarks  the figures of docs/benchmarks.md (long)"
+	@echo "make benchmarks  the demo over seeds, overhead, scale (docs/benchmarks.md names all scripts)"
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== Installing flyweight into $(VENV) (a few minutes the first time)"

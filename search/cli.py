@@ -87,7 +87,10 @@ def plan(spec: Path, as_json: bool) -> int:
 @SPEC
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [default: runs/...].")
 @click.option("--resume", is_flag=True, help="Go on with the search in --out from its record.")
-@click.option("--address", help="A Ray cluster (ray://host:10001 or auto); local without it.")
+@click.option(
+    "--address",
+    help="A Ray cluster that this machine is a node of (auto, host:6379); a local Ray without it.",
+)
 @WAIT
 @JSON
 def search(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..spaces import BadInput, FlyweightError
 from .package import pack
 from .remembered import recall, remember
+from .run_files import RECORD
 from .spec import Spec, load_spec
 from .tracking import redact
 
@@ -66,7 +67,7 @@ def submit(
     with TemporaryDirectory(prefix="flyweight-submit-") as folder, _connected(address) as client:
         runtime_env = {
             "working_dir": str(spec.folder),
-            "excludes": EXCLUDES,
+            "excludes": [*EXCLUDES, *_runs(spec.folder)],
             "py_modules": [str(part) for part in pack(Path(folder))],
             "env_vars": ENVIRONMENT,
         }
@@ -78,6 +79,12 @@ def submit(
         )
     remember(LAST_JOB, {"job": job, "address": address})
     return job
+
+
+def _runs(folder: Path) -> list[str]:
+    """The run directories in ``folder``, as a .gitignore would name them."""
+    places = (record.parent.relative_to(folder) for record in folder.rglob(RECORD))
+    return [f"/{place.as_posix()}/" for place in places if place.parts]
 
 
 def check_travels(spec: Spec) -> None:
@@ -106,7 +113,9 @@ def address_of(given: str | None) -> str:
         given = given or os.environ.get(name)
     if found := given or recall(LAST_JOB).get("address"):
         return found
-    raise BadInput("give --address, a cluster's dashboard (http://host:8265), or set RAY_ADDRESS")
+    raise BadInput(
+        "give --address, a cluster's dashboard (http://host:8265), or set RAY_API_SERVER_ADDRESS"
+    )
 
 
 def job_of(job: str | None, address: str | None) -> tuple[str, str]:

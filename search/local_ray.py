@@ -115,7 +115,7 @@ def started(cpus: int, address: str | None) -> Iterator[None]:
         try:
             with _apart(), _given_back(signal.SIGTERM):  # Ray sets a handler of its own
                 ray.init(
-                    address=address,
+                    address=address or "local",  # else RAY_ADDRESS, if that is set
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     **({} if address else local),

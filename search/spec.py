@@ -70,7 +70,7 @@ class Target(Section):
     runtime: str = "onnxruntime"
     threads: int = Field(1, ge=1)
     batch_size: int = Field(1, ge=1)
-    profile: str | None = None  # a device profile; without one each policy is timed
+    profile: str | None = None  # a device profile; without one a long search makes its own
 
     @model_validator(mode="after")
     def _known(self) -> Self:

@@ -46,6 +46,15 @@ def test_a_ray_of_the_process_is_not_ended_but_refused(
     assert not (tmp_path / "run").exists()  # before anything else is looked at
 
 
+def test_a_local_search_does_not_go_where_jobs_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")  # which ray.init would take
+    monkeypatch.setattr("ray.init", lambda **options: asked.append(options["address"]))
+    with started(1, None):
+        pass
+    assert asked == ["local"]
+
+
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def times_out(**_: object) -> None:
         raise Exception("The current node timed out during startup.")  # its own words and type
