@@ -6,7 +6,6 @@ import logging
 import random
 import sys
 import warnings
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -76,9 +75,11 @@ def plan(spec: Path, as_json: bool) -> int:
 
     Trains nothing. Exit code 1 if a limit is out of reach.
     """
+    from rich.console import Console
+
     from .plan import make_plan, print_plan
 
-    found = make_plan(spec, partial(click.echo, err=True))
+    found = make_plan(spec, Console(stderr=True))
     click.echo(json.dumps(found, indent=2)) if as_json else print_plan(found)
     return 0 if found["reachable"] else 1
 
