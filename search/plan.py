@@ -179,7 +179,7 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     budget = ""
     if seconds:
         long = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.3g} min"
-        budget = f", about {long} of them and then the finalists"
+        budget = f" in about {long}, preparation included, and then the finalists"
     console.print(
         f"Cost: up to {cost['trials']} trials{budget}; one that climbs to the top trains on "
         f"{cost['samples_of_a_full_trial']:,} samples"

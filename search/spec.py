@@ -156,6 +156,9 @@ class SpaceSection(Section):
 
 
 class Search(Section):
+    """time_budget: seconds for all that comes between timing the teacher and measuring finalists,
+    the device profile and the sensitivity table as well as the trials."""
+
     strategy: Literal["joint", "sequential", "uniform", "solver", "random"] = "joint"
     trials: int = Field(64, ge=1)
     time_budget: Duration | None = None

@@ -175,8 +175,8 @@ def read_policy(path: Path) -> Policy:
     except OSError as error:
         raise BadInput(
             f"no policy at {path}: {error.strerror}; `flyweight sample` writes some, and a run has "
-            "those of its artifacts, artifacts/DIGEST/policy.json: with --spec RUN_DIR the first digits "
-            "of DIGEST suffice"
+            "those of its artifacts, artifacts/DIGEST/policy.json: with --spec RUN_DIR the first "
+            "digits of DIGEST suffice"
         ) from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not a policy: {error}") from error
