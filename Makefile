@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 install: $(READY)
 
 demo: $(READY)
-	@echo "== Searching: four minutes of trials, then the finalists are measured alone"
+	@echo "== Searching: four minutes of preparation and trials, then the finalists are measured alone"
 	$(BIN)/flyweight search examples/fashion_mnist/search.yaml --out $(RUN)
 	@echo "== Trials: $(BIN)/mlflow ui --backend-store-uri sqlite:///examples/fashion_mnist/mlflow.db"
 

@@ -27,6 +27,7 @@ from .meter import noise, noisy
 from .opening import (
     Kept,
     asks_anew,
+    changed_limits,
     changed_target,
     check_same,
     is_done,
@@ -98,8 +99,9 @@ def search(
         with telling(f"Checking {spec.given_task} and tracing its model", console):
             prepared = _checked(spec, run.record, profile, local)
             prepared.write(run.run_dir)
-        if prepared.doubt:
-            say(f"Note: {prepared.doubt}")
+        for note in (prepared.doubt, changed_limits(spec, run.record)):
+            if note:
+                say(f"Note: {note}")
         text = "Starting Ray" if local else f"Joining the Ray cluster at {address}"
         with contextlib.ExitStack() as joined:
             with telling(text, console):

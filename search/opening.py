@@ -249,6 +249,25 @@ def asks_anew(spec: Spec, record: Record) -> bool:
     return not earlier or earlier[-1]["objective"] != spec.objective.model_dump()
 
 
+def changed_limits(spec: Spec, record: Record) -> str | None:
+    """By which limits ``spec`` judges otherwise than the last session of ``record``, in words; None
+    if by none."""
+    earlier = _sessions(record)
+    if not earlier:
+        return None
+    was, now = earlier[-1]["objective"], spec.objective.model_dump()
+    told = [
+        f"{name} was {_limit(was.get(name))} and is {_limit(now[name])} now"
+        for name in now
+        if was.get(name) != now[name]
+    ]
+    return f"{'; '.join(told)}: what is known is judged anew" if told else None
+
+
+def _limit(value: float | None) -> str:
+    return "no limit" if value is None else f"{value}"
+
+
 def _sessions(record: Record) -> list[Entry]:
     """The entries that began the sessions so far, oldest first."""
     return [entry for entry in record.entries() if entry["kind"] == "search"]
