@@ -21,8 +21,12 @@ from .tracking import redact
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-# Beside what Ray leaves out (.git, .venv, venv, __pycache__): what earlier searches left there.
-EXCLUDES = ["runs/", "mlruns/", "mlartifacts/", "mlflow.db*", "*.egg-info/", ".*_cache/"]
+# Beside what Ray leaves out (.git, .venv, venv, __pycache__): what earlier searches left there, and
+# what is likely to be a secret.
+EXCLUDES = [
+    "runs/", "mlruns/", "mlartifacts/", "mlflow.db*", "*.egg-info/", ".*_cache/",
+    ".env*", "*.pem", "*.key", "auth.ini", "ray-token",
+]  # fmt: skip
 ENVIRONMENT = {
     # Ray blocks SIGINT in a job unless it is the signal to stop with, and kills after 3 s. A search
     # lets its running trials finish.
@@ -40,6 +44,7 @@ def submit(
     address: str,
     *,
     out: str | None = None,
+    resume: bool = False,
     wait_s: float = 0.0,
     entrypoint: str | None = None,
 ) -> str:
@@ -47,9 +52,10 @@ def submit(
 
     The folder of the spec (also what git ignores there; .rayignore leaves things out) and this
     flyweight travel along. address: of the cluster's dashboard. out: the run directory, on the
-    cluster's head; by default ~/flyweight/ID. wait_s: for nodes that can run the trials, where the
-    cluster has none. entrypoint: a command in place of the search. The job is remembered, for who
-    asks without its id.
+    cluster's head; by default ~/flyweight/ID. resume: goes on with the search in it, by default
+    that of the last job. wait_s: for nodes that can run the trials, where the cluster has none.
+    entrypoint: a command in place of the search. The job is remembered, for who asks without its
+    id.
 
     Raises BadInput for a spec that would not run there, an address at which no Ray cluster of this
     version answers, and a missing or wrong token; FlyweightError where the cluster refuses the job.
@@ -57,12 +63,15 @@ def submit(
     spec = load_spec(spec_path)
     check_travels(spec)
     job = f"flyweight-{uuid.uuid4().hex[:12]}"
+    if resume and not (out := out or recall(LAST_JOB).get("out")):
+        raise BadInput("--resume: no job was submitted from here; say with --out which run goes on")
     place = out or f"~/flyweight/{job}"
     if entrypoint is None:
         # "python": the cluster's own, which is not where this one is.
         entrypoint = (
             f"python -m flyweight.search.cli search {shlex.quote(spec_path.name)} "
             f"--out {_quote(place)} --address auto --wait {wait_s:.0f}s"
+            f"{' --resume' * resume}"
         )
     with TemporaryDirectory(prefix="flyweight-submit-") as folder, _connected(address) as client:
         runtime_env = {
@@ -77,7 +86,7 @@ def submit(
             runtime_env=runtime_env,
             metadata={"flyweight.spec": spec_path.name, "flyweight.out": place},
         )
-    remember(LAST_JOB, {"job": job, "address": address})
+    remember(LAST_JOB, {"job": job, "address": address, "out": place})
     return job
 
 

@@ -30,10 +30,12 @@ from .opening import (
     changed_limits,
     changed_target,
     check_same,
+    class_of,
     is_done,
     kept,
     lasting,
     opening_entry,
+    target_before,
 )
 from .placement import Place, of_finalists, place_of, trial_request
 from .predict import given_profile, predictor_of
@@ -65,6 +67,10 @@ from .warm import WarmStart
 from .words import clock_time
 from .workers import Job, trainable
 
+CPU_ALONE = (
+    "trials ask for GPUs, but a worker trains on its CPU: torch sees no GPU there (its driver is "
+    "too old, or torch a build for CPUs alone)"
+)
 FINISH_S, AWAY_S = 30.0, 5.0  # for MLflow at the end: one that has answered, one that never did
 
 
@@ -88,14 +94,14 @@ def search(
     wait_s: float = 0.0,
     console: Any = None,
 ) -> Outcome:
-    """Runs the search that ``spec`` describes. Raises BadInput before anything is spent.
-    wait_s: for a node that can run its trials to come, where the cluster has none."""
+    """Runs the search that ``spec`` describes. Raises BadInput before anything is spent. wait_s:
+    for nodes to come that can run its trials, and that measure, where the cluster has none."""
     began = time.time()
     check_no_ray()  # before anything is spent
     profile = given_profile(spec)
     with terminable(), kept(spec, out, resume) as run:
         say, local = console.print if console else print, address is None
-        check_same(run.record, resolved_task=spec.task)
+        check_same(run.record, task_class=class_of(spec))
         with telling(f"Checking {spec.given_task} and tracing its model", console):
             prepared = _checked(spec, run.record, profile, local)
             prepared.write(run.run_dir)
@@ -107,7 +113,8 @@ def search(
             with telling(text, console):
                 joined.enter_context(connected(spec, address))
             check_cluster(prepared, run.storage, local, wait_s, say)
-            place = place_of(prepared, profile, local, say)
+            before = target_before(run.record)
+            place = place_of(prepared, profile, local, say, wait_s, before)
             whole = _Search(run, prepared, place, profile, began, console, local)
             with contextlib.closing(whole):
                 return whole.run()
@@ -261,10 +268,15 @@ class _Search:
             self.console, trials=search.trials, budget_s=search.time_budget, clock=time.time
         )
 
+        notes = self.notes
+
         def listen(entry: dict[str, Any]) -> None:
             if entry["kind"] in TRACKED:
                 tracker.record(entry)
             self.progress.entry(entry)
+            if entry.get("device") == "cpu" and self.spec.resources.gpus and CPU_ALONE not in notes:
+                notes.append(CPU_ALONE)
+                (self.console.print if self.console else print)(f"Note: {CPU_ALONE}")
 
         for entry in self.record.entries():  # of a resumed search also what came before
             listen(entry)
@@ -358,7 +370,15 @@ class _Search:
         if self.mirror:
             self._fetch(controller, {entry["digest"] for entry in entries})
         models, tests = self._tested([entry["digest"] for entry in entries])
-        timings = self._timings(models)
+        try:
+            timings = self._timings(models)
+        except KeyboardInterrupt:
+            timings, controller.interrupted = None, True
+        if timings is None:
+            self.notes.append(
+                "The latencies of the front are predicted; on the device that will run the model, "
+                f"`flyweight measure {self.run_dir}` measures them"
+            )
         left = models if timings is None else timings
         entries = [entry for entry in entries if entry["digest"] in left]
         teacher = dict(header["teacher"])
@@ -389,9 +409,10 @@ class _Search:
         return models, tests
 
     def _fetch(self, controller: Controller, kept: set[str]) -> None:
-        """Brings the artifacts into the run directory; the storage keeps those of finalists."""
-        for entry in controller.results(RUNGS[-1]):
-            digest = entry["digest"]
+        """Brings the artifacts into the run directory, those of finalists first; the storage keeps
+        these alone."""
+        found = [entry["digest"] for entry in controller.results(RUNGS[-1])]
+        for digest in sorted(found, key=lambda digest: digest not in kept):
             try:
                 fetch_artifact(self.storage, self.run_dir, digest)
             except OSError as error:
@@ -409,12 +430,7 @@ class _Search:
                 timings = of_finalists(self.place, models, self.alone_ms)
         except (FlyweightError, OSError) as error:
             self.notes.append(f"The finalists could not be measured: {error}")
-        if timings is None:
-            self.notes.append(
-                "The latencies of the front are predicted; on the device that will run the model, "
-                f"`flyweight measure {self.run_dir}` measures them"
-            )
-        elif told := noise(timings, self.place.device.facts, self.run_dir):
+        if timings is not None and (told := noise(timings, self.place.device.facts, self.run_dir)):
             self.notes.append(told)
         refused = [] if timings is None else [digest for digest in models if digest not in timings]
         self.notes += [

@@ -4,8 +4,10 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -92,7 +94,12 @@ def check_no_ray() -> None:
 
 @contextlib.contextmanager
 def connected(spec: Spec, address: str | None) -> Iterator[None]:
-    """Ray for a search, with the CPUs that it asks for."""
+    """Ray for a search, with the CPUs that it asks for. Raises BadInput."""
+    if address and address.startswith("ray://"):
+        raise BadInput(
+            f"--address {address}: Ray's client cannot run a search; send it with `flyweight "
+            "submit` to the dashboard, or give --address auto on a node of the cluster"
+        )
     with started(int(spec.search.concurrency * spec.resources.cpus + 0.999), address):
         yield
 
@@ -108,9 +115,9 @@ def started(cpus: int, address: str | None) -> Iterator[None]:
         "num_cpus": max(cores(), cpus),
         "include_dashboard": False,
     }
-    here = Path.cwd()
-    scratch = Path(os.environ.get("TMPDIR", "/tmp"))
-    os.chdir(scratch)  # Ray puts the driver's folder on every worker's path
+    here, scratch = Path.cwd(), tempfile.mkdtemp(prefix="flyweight-")
+    # Ray puts the driver's folder on every worker's path: one that nobody else can write to.
+    os.chdir(scratch)
     try:
         try:
             with _apart(), _given_back(signal.SIGTERM):  # Ray sets a handler of its own
@@ -149,3 +156,4 @@ def started(cpus: int, address: str | None) -> Iterator[None]:
     finally:
         ray.shutdown()
         os.chdir(here)
+        shutil.rmtree(scratch, ignore_errors=True)

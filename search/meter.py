@@ -35,18 +35,25 @@ QUIET = 1.05  # share of its latency alone within which the teacher says that no
 @dataclass(frozen=True)
 class Device:
     """What is measured on. facts, fingerprint: as the runtime tells them. capabilities: a digest of
-    what its kernels can do. node: of a cluster, where it is one."""
+    what its kernels can do. weight_bits: of an int8 weight. node: of a cluster, where it is one."""
 
     facts: Mapping[str, str]
     fingerprint: str
     capabilities: str
+    weight_bits: int
     node: str | None = None
 
     @classmethod
     def of(cls, runtime: Runtime, node: str | None = None) -> Self:
         """This machine, as ``runtime`` uses it."""
         capabilities = key_of(repr(runtime.capabilities))
-        return cls(runtime.device, runtime.fingerprint, capabilities, node)
+        bits = runtime.capabilities.weight_bits
+        return cls(runtime.device, runtime.fingerprint, capabilities, bits, node)
+
+    @property
+    def int8(self) -> str:
+        """How its kernels do int8, in words."""
+        return f"weights of {self.weight_bits} bits (kernels {self.capabilities[:8]})"
 
     @classmethod
     def of_this(cls, runtime: str, threads: int, node: str | None = None) -> Self:

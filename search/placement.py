@@ -10,9 +10,10 @@ a cluster without  anywhere       the given device profile says;   nowhere: what
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Protocol
 
@@ -74,15 +75,29 @@ def of_finalists(
         return place.finalists({n: m for n, m in models.items() if found[n]}, alone_ms)
 
 
-def place_of(ready: Ready, profile: DeviceProfile | None, local: bool, say: Say) -> Place:
+def place_of(
+    ready: Ready,
+    profile: DeviceProfile | None,
+    local: bool,
+    say: Say,
+    wait_s: float = 0.0,
+    before: str | None = None,
+) -> Place:
     """Where a search measures. profile: the one that its spec names. local: Ray is of this machine
-    alone. Raises BadInput where that is another kind of device than artifacts are made for."""
+    alone. wait_s: for a target node to come, where neither one nor a profile is there. before: the
+    target node of the session before, if it had one. Raises BadInput where that is another kind of
+    device than artifacts are made for, or has gone."""
     here = Here(ready)
     if local:
         return here
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    if cluster.get(TARGET):
+    if _target_comes(0.0 if profile else wait_s, say):
         return OnTarget(ready, say)
+    if before and profile is None:
+        raise BadInput(
+            f"--resume: the search measured on a node that carries the resource {TARGET!r}, and "
+            "there is none now; wait for it with --wait 20m, or name the profile that it made as "
+            "target.profile to go on without"
+        )
     later = "latencies are predicted until `flyweight measure RUN_DIR` on the device measures them"
     if profile is None or profile.fingerprint == here.device.fingerprint:
         say(
@@ -92,6 +107,24 @@ def place_of(ready: Ready, profile: DeviceProfile | None, local: bool, say: Say)
         return Unmeasured(ready)
     say(f"No node of this cluster carries the resource {TARGET!r}: {later}")
     return Profiled(ready, profile)
+
+
+def _target_comes(wait_s: float, say: Say) -> bool:
+    """Whether a node carries the resource, within ``wait_s`` seconds."""
+    until, told = time.monotonic() + wait_s, False
+    while True:
+        cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        if cluster.get(TARGET):
+            return True
+        if time.monotonic() >= until:
+            return False
+        if not told:
+            told = True
+            say(
+                f"Waiting for a node that carries the resource {TARGET!r} (where none will: name "
+                "the device's profile as target.profile, or leave --wait out)"
+            )
+        time.sleep(min(LOOK_S, max(0.0, until - time.monotonic())))
 
 
 class Here(ThisMachine):
@@ -158,7 +191,7 @@ class Profiled(Unmeasured):
 
     def __init__(self, ready: Ready, profile: DeviceProfile) -> None:
         super().__init__(ready)
-        self.device = Device(profile.device, profile.fingerprint, self.device.capabilities)
+        self.device = replace(self.device, facts=profile.device, fingerprint=profile.fingerprint)
         self._profiled_ms = median(timed.teacher_ms for timed in profile.timed)
 
     def alone(self) -> float:
@@ -182,12 +215,13 @@ class OnTarget:
         self._teacher, self._feed = ray.put(ready.teacher), ray.put(ready.request())
         self._teacher_ms = 0.0
         self.device: Device = self._wait(_alone(_device).remote(*self._runtime))
-        if self.device.capabilities != (own := Device.of(ready.prepared.runtime)).capabilities:
+        int8 = "int8" in ready.spec.space.quantize.precisions
+        if int8 and self.device.int8 != (own := Device.of(ready.prepared.runtime)).int8:
             raise BadInput(
-                f"the kernels of the {TARGET} node ({_told(self.device)}) do int8 otherwise than "
-                f"those of this machine ({_told(own)}): artifacts would be quantized for this "
-                "one. Run the search from a machine whose CPU is like the target's, or let "
-                "space.quantize.precisions be [fp32] on both"
+                f"the kernels of the {TARGET} node ({_told(self.device)}) do int8 by "
+                f"{self.device.int8}, those of this machine ({_told(own)}) by {own.int8}: "
+                "artifacts would be quantized for this one. Run the search from a machine whose "
+                "CPU is like the target's, or let space.quantize.precisions be [fp32]"
             )
 
     def alone(self) -> float:
@@ -195,7 +229,11 @@ class OnTarget:
         return self._teacher_ms
 
     def provisional(self, model: bytes) -> tuple[float, float, float]:
-        low, middle, high = self._measure("provisional", model)
+        try:
+            low, middle, high = self._measure("provisional", model)
+        except Died as error:
+            self._measure("alone")  # else it is not the model
+            raise Impossible(f"the runtime dies of it ({error})") from error
         return low, middle, high
 
     def finalists(self, models: Mapping[str, bytes], alone_ms: float) -> dict[str, Timing] | None:

@@ -63,16 +63,19 @@ class FileRecord:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (held for the search's life)
+        locked = True
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._file.close()
             who = told(held_by(Storage(path.parent)))
             raise BadInput(
                 f"{path} is being written by {who}; wait for it, or use --out"
             ) from error
+        except OSError:  # a network drive without locks: who holds it is known by signs of life
+            locked = False
         try:
-            self._holds = [Hold(Storage(path.parent), str(path.parent), locked=True)]
+            self._holds = [Hold(Storage(path.parent), str(path.parent), locked=locked)]
         except (BadInput, OSError):
             self._file.close()
             raise

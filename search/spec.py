@@ -235,9 +235,9 @@ class Spec(Section):
         """The spec with every default written out and no secrets: what a run directory keeps."""
         values = self.model_dump(mode="json")
         if self.tracking is not None:
-            values["tracking"]["uri"] = redact(self.tracking.uri)
+            values["tracking"]["uri"] = redact(self.tracking.uri, self.tracking.uri)
         if self.storage is not None:
-            values["storage"] = redact(self.storage)
+            values["storage"] = redact(self.storage, self.storage)
         return yaml.safe_dump(values, sort_keys=False)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flyweight.search.driver import search
-from flyweight.search.local_ray import ctrl_c_given_back, started, terminable
+from flyweight.search.local_ray import connected, ctrl_c_given_back, started, terminable
 from flyweight.search.spec import Objective, Spec
 from flyweight.spaces import BadInput, FlyweightError
 
@@ -89,6 +89,13 @@ def test_a_cluster_that_cannot_be_joined_is_bad_input(
 
     monkeypatch.setattr("ray.init", refuses)
     with pytest.raises(BadInput, match=words), started(1, "ray://head:10001"):
+        pass
+
+
+def test_rays_client_is_refused() -> None:
+    spec = Spec(task="nowhere.py:Net", objective=Objective(max_drop=1))
+    refused = pytest.raises(BadInput, match="send it with `flyweight submit`")
+    with refused, connected(spec, "ray://head:10001"):
         pass
 
 

@@ -105,7 +105,7 @@ def test_limits_that_a_resume_changes_are_told(
 
 @pytest.mark.parametrize(
     ("changes", "name"),
-    [({"task": "task.py:Others"}, "resolved_task"), ({"task_args": {"seed": 5}}, "data_digest")],
+    [({"task": "task.py:Others"}, "task_class"), ({"task_args": {"seed": 5}}, "data_digest")],
 )
 def test_a_resume_with_another_task_leaves_the_run_as_it_is(
     tmp_path: Path, changes: dict[str, Any], name: str
@@ -116,7 +116,7 @@ def test_a_resume_with_another_task_leaves_the_run_as_it_is(
     ours = load_spec(tmp_path / "search.yaml")
     found = ready(ours)
     header = {
-        "kind": "search", "resolved_task": ours.task, "data_digest": found.data_digest,
+        "kind": "search", "task_class": "task.py:Patterns", "data_digest": found.data_digest,
         "capabilities": Device.of(found.prepared.runtime).capabilities,
         "objective": ours.objective.model_dump(), "time": 0.0,
     }  # fmt: skip

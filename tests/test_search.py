@@ -479,10 +479,14 @@ def test_ctrl_c_while_finalists_are_measured_is_an_interruption(
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert not (run / "result.json").exists()
+    predicted = json.loads((run / "result.json").read_text())["front"]
+    assert predicted  # the best so far, not measured
+    assert all(row["latency_spread"] is None for row in predicted)
     done = flyweight("search", path, "--out", run, "--resume", cwd=starter)
     assert done.returncode == 0, done.stderr
-    assert json.loads((run / "result.json").read_text())["front"]
+    measured = json.loads((run / "result.json").read_text())["front"]
+    assert measured
+    assert all(row["latency_spread"] is not None for row in measured)
 
 
 def test_a_search_whose_trials_all_fail_ends_early_and_says_why(
