@@ -92,8 +92,12 @@ def check_ended(run_dir: Path, entries: list[Entry]) -> None:
     """Raises BadInput for the record of a search that was cut off."""
     if not any(e["kind"] == "search" for e in entries):
         raise BadInput(f"{run_dir / RECORD} does not say what was searched")
-    open_trials = {e["trial"] for e in entries if e["kind"] == "begin"}
-    open_trials -= {e["trial"] for e in entries if e["kind"] == "end"}
+    open_trials = set()
+    for entry in entries:
+        if entry["kind"] in ("begin", "again"):
+            open_trials.add(entry["trial"])
+        elif entry["kind"] == "end":
+            open_trials.discard(entry["trial"])
     if open_trials:
         raise BadInput(
             f"the search in {run_dir} was cut off: {len(open_trials)} trials have not ended; "

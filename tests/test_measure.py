@@ -172,6 +172,9 @@ def refused(run: Run, error: type[Exception], message: str) -> None:
 def test_a_run_that_has_not_ended_is_refused_with_what_to_do(run: Run) -> None:
     run.append({"kind": "begin", "trial": 7, "digest": "d", "time": 3.0, "policy": {}})
     refused(run, BadInput, f"cut off.* --out {run.path} --resume")
+    run.append({"kind": "end", "trial": 7, "digest": "d", "time": 4.0, "reason": "interrupted"})
+    run.append({"kind": "again", "trial": 7, "digest": "d", "time": 5.0})  # and killed
+    refused(run, BadInput, f"cut off.* --out {run.path} --resume")
     (run.path / "result.json").unlink()
     refused(run, BadInput, f"not the directory of a search that ended.* --out {run.path} --resume")
 
