@@ -1,5 +1,6 @@
 """Jobs on a real Ray head with a token, and what is refused without one."""
 
+import contextlib
 import hashlib
 import http.server
 import importlib.metadata
@@ -15,7 +16,8 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -70,6 +72,28 @@ def test_a_spec_is_checked_before_it_leaves(tmp_path: Path) -> None:
     spec = folder_with_spec(tmp_path / "c", task="none.py:Net")
     with pytest.raises(BadInput, match="no file"):
         cluster.submit(spec, nowhere)
+
+
+def test_a_job_goes_on_with_the_search_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[dict[str, Any]] = []
+
+    @contextlib.contextmanager
+    def connected(_: str) -> Iterator[Any]:
+        yield SimpleNamespace(submit_job=lambda **job: sent.append(job))
+
+    monkeypatch.setattr(cluster, "_connected", connected)
+    spec = folder_with_spec(tmp_path / "a")
+    with pytest.raises(BadInput, match="--resume: no job was submitted from here"):
+        cluster.submit(spec, "http://h", resume=True)
+    cluster.submit(spec, "http://h")
+    cluster.submit(spec, "http://h", resume=True)
+    cluster.submit(spec, "http://h", resume=True, out="/runs/other")
+    places = [job["metadata"]["flyweight.out"] for job in sent]
+    assert places[0] == places[1] != "/runs/other"
+    assert [job["entrypoint"].endswith(" --resume") for job in sent] == [False, True, True]
+    assert "--out /runs/other " in sent[2]["entrypoint"]
 
 
 def test_earlier_runs_stay_behind(tmp_path: Path) -> None:

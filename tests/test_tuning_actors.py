@@ -1,6 +1,7 @@
 """Which worker a trial gets, and what is told of one that died: Tune's own code, without a Ray."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from ray.air.execution._internal.tracked_actor import TrackedActor
 from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
+from flyweight.search import tuning
 from flyweight.search.tuning import KeptActors, OutlivingActors, WarmController
 
 PLACE = "one CPU"  # what all trials of a search ask for
@@ -174,3 +176,28 @@ def test_a_trial_whose_worker_is_being_made_ready_has_one() -> None:
     assert tuner._maybe_reuse_cached_actor(trial)
     assert tuner._trial_to_actor == {trial: own}
     assert tuner._actor_cache.num_cached_objects == 1
+
+
+# -- what a trial ends with ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "called"),
+    [
+        (RayTaskError("step", "a traceback", RuntimeError("CUDA error")), "died"),  # tried again
+        (ValueError("of the task's own"), "failed"),
+    ],
+)
+def test_an_error_that_a_worker_does_not_bear_costs_the_worker(
+    error: Exception, called: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    controller: Any = SimpleNamespace(
+        died=lambda *_: told.append("died"), failed=lambda *_: told.append("failed")
+    )
+    searcher = tuning.ControlledSearcher(controller)
+    searcher.numbers["a"] = 0
+    monkeypatch.setattr(tuning, "_error", lambda _: error)
+    tuner, trial = SimpleNamespace(_resetting_trials=[]), SimpleNamespace(trial_id="a")
+    tuning.ControlledScheduler(searcher).on_trial_error(tuner, trial)
+    assert told == [called]
