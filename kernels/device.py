@@ -73,17 +73,13 @@ def gpu() -> str:
     return "unknown"
 
 
-def saturates(flags: Collection[str], arch: str) -> bool:
-    """Whether u8 x s8 kernels add pairs of products in saturating 16-bit arithmetic.
-
-    They do on x86 without VNNI (vpmaddubsw): 2 x 255 x 127 does not fit 16 bits, 2 x 255 x 64 does.
-    """
-    return arch.lower() in X86 and VNNI.isdisjoint(flags)
-
-
 def weight_bits_by_flags(flags: Collection[str], arch: str) -> int:
-    """Bits an int8 weight may use, by the rule of ``saturates``."""
-    return 7 if saturates(flags, arch) else 8
+    """Bits an int8 weight may use.
+
+    x86 without VNNI adds pairs of products of u8 x s8 in saturating 16-bit arithmetic (vpmaddubsw):
+    2 x 255 x 127 does not fit 16 bits, 2 x 255 x 64 does.
+    """
+    return 7 if arch.lower() in X86 and VNNI.isdisjoint(flags) else 8
 
 
 def weight_bits_of(device: Mapping[str, str]) -> int:
