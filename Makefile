@@ -13,7 +13,7 @@ help:
 	@echo "make test        the fast tests, linting and types"
 	@echo "make test-slow   the slow tests"
 	@echo "make docs        the pages of docs/ into build/docs"
-	@echo "make benchmarks  the figures of docs/benchmarks.md (long)"
+	@echo "make benchmarks  the demo over seeds, overhead, scale (docs/benchmarks.md names all scripts)"
 
 $(READY): pyproject.toml constraints.txt
 	@echo "== Installing flyweight into $(VENV) (a few minutes the first time)"
@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 install: $(READY)
 
 demo: $(READY)
-	@echo "== Searching: four minutes of trials, then the finalists are measured alone"
+	@echo "== Searching: four minutes of preparation and trials, then the finalists are measured alone"
 	$(BIN)/flyweight search examples/fashion_mnist/search.yaml --out $(RUN)
 	@echo "== Trials: $(BIN)/mlflow ui --backend-store-uri sqlite:///examples/fashion_mnist/mlflow.db"
 

@@ -286,12 +286,7 @@ def _check(prepared: Prepared) -> None:
                 "augment(inputs, generator)"
             )
     some = splits.search.first(16)
-    try:
-        output = run_module(prepared.teacher, some)
-    except Exception as error:
-        raise BadInput(
-            f"task: the model does not take items of val as example_input() promises: {error}"
-        ) from error
+    output = _answers(prepared.teacher, some, "val")
     if len(output) != len(some):
         shape = tuple(output.shape)
         raise BadInput(f"task: the model's answer to {len(some)} items has shape {shape}")
@@ -308,23 +303,21 @@ def _check(prepared: Prepared) -> None:
                 f"task: a student answers with the teacher's shape, but {name!r} gives {ours} "
                 f"where the teacher gives {theirs}"
             )
+    loss = _loss(task, output.requires_grad_(), some.targets, "val")
+    output = output.detach()
     try:
-        loss = torch.as_tensor(task.loss(output.requires_grad_(), some.targets))
-        if not loss.ndim and loss.requires_grad:  # a target in float64 fails only here
-            torch.autograd.grad(loss, output, allow_unused=True)
-        output = output.detach()
         metric = task.metric(output, some.targets)
     except Exception as error:
-        raise BadInput(
-            f"task: loss or metric fails on output {tuple(output.shape)}: {error}"
-            f"{_hint(error, some.targets)}"
-        ) from error
+        raise BadInput(_failed("metric", error, output, some.targets, "val")) from error
     if loss.ndim or not torch.isfinite(loss):
         raise BadInput(f"task: loss must be one finite number, but got {loss.tolist()}")
     if not loss.requires_grad:
         raise BadInput("task: loss cannot be differentiated; compute it from output in torch")
     if not math.isfinite(as_number(metric)):
         raise BadInput(f"task: metric must be one finite number, but got {metric!r}")
+    for name, items in (("train", splits.train), ("val", splits.search), ("val", splits.selection)):
+        ends = items.take(_extremes(items.targets))
+        _loss(task, _answers(prepared.teacher, ends, name).requires_grad_(), ends.targets, name)
     try:  # only there would it fail, in the middle of a search
         task.loss(output.to(prepared.device), some.to(prepared.device).targets)
     except Exception as error:
@@ -334,17 +327,92 @@ def _check(prepared: Prepared) -> None:
         ) from error
 
 
-def _hint(error: Exception, targets: Any) -> str:
-    """What to do where targets are of another type than the loss takes."""
+def _answers(model: nn.Module, items: Items, name: str) -> Tensor:
+    try:
+        return run_module(model, items)
+    except Exception as error:
+        raise BadInput(
+            f"task: the model does not take items of {name} as example_input() promises: {error}"
+        ) from error
+
+
+def _loss(task: Task, output: Tensor, targets: Any, name: str) -> Tensor:
+    """The loss of items of the data set ``name``, tried. Raises BadInput where it fails."""
+    try:
+        loss = torch.as_tensor(task.loss(output, targets))
+        if not loss.ndim and loss.requires_grad:  # a target in float64 fails only here
+            torch.autograd.grad(loss, output, allow_unused=True)
+    except Exception as error:
+        raise BadInput(_failed("loss", error, output, targets, name)) from error
+    return loss
+
+
+def _extremes(targets: Any) -> Tensor:
+    """Indices of the items with the least and the largest value among their targets: a label that
+    a loss does not take is one of these."""
+    ends = []
+    for tensor in tensors(targets):
+        rows = tensor.reshape(len(tensor), -1)
+        if rows.shape[1]:
+            ends += [rows.amin(1).double().argmin(), rows.amax(1).double().argmax()]
+    return torch.stack(ends) if ends else torch.arange(2)
+
+
+def _failed(method: str, error: Exception, output: Tensor, targets: Any, name: str) -> str:
+    """What is wrong where a method of the task fails on items of the data set ``name``: the rule
+    that is broken as far as that is known, then what it was given, then its own words."""
+    given = "; ".join(_told(tensor) for tensor in tensors(targets))
+    return (
+        f"task: {_rule(error, output, targets, name)}{method}(output, target) fails on "
+        f"{len(output)} items of {name}, output {_told(output, values=False)}, target {given}: "
+        f"{describe(error)}"
+    )
+
+
+def _told(tensor: Tensor, values: bool = True) -> str:
+    """Type and shape of a tensor, and what its values lie between."""
+    text = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    if not values or not tensor.numel():
+        return text
+    low, high = tensor.double().aminmax()
+    return f"{text} of {low.item():g} to {high.item():g}"
+
+
+def _rule(error: Exception, output: Tensor, targets: Any, name: str) -> str:
+    """The rule that targets break, as far as torch's words tell, the value and the fix; or ""."""
     if not isinstance(targets, Tensor):
         return ""
-    dtype = str(targets.dtype).removeprefix("torch.")
-    if targets.is_floating_point() and "Long" in str(error):
+    dtype, words = str(targets.dtype).removeprefix("torch."), str(error)
+    if found := re.search(r"Target (-?\d+) is out of bounds", words):
+        most = output.shape[1] - 1
         return (
-            f"; the targets are {dtype}, but labels of classes are whole numbers: give int(label)"
+            f"labels of {most + 1} classes, of which the output has scores, must be 0 to {most}, "
+            f"but {name} has {found[1]}: number the labels from 0, or let the model answer for all "
+            "classes. "
         )
-    if not targets.is_floating_point() and re.search("Float|float", str(error)):
-        return f"; the targets are {dtype}, but this loss takes floats: give float(target)"
+    if targets.is_floating_point() and "Long" in words:
+        return (
+            f"labels of classes must be whole numbers, but the targets of {name} are {dtype}: give "
+            "int(label). "
+        )
+    if not targets.is_floating_point() and re.search("Float|float", words):
+        return (
+            f"the loss takes targets in floats, but those of {name} are {dtype}: give "
+            f"{'target.float()' if targets.ndim > 1 else 'float(target)'}. "
+        )
+    if "between 0 and 1" in words:
+        low, high = targets.double().aminmax()
+        return (
+            f"the targets of this loss must lie between 0 and 1, but {name} has "
+            f"{(high if high > 1 else low).item():g}. "
+        )
+    if targets.shape != output.shape and re.search("size|shape|dimension|multi-target", words):
+        one, answer = list(targets.shape[1:]), list(output.shape[1:])
+        return (
+            f"the target of an item must have a shape that the loss takes, but in {name} it is "
+            f"{one}, beside an answer of {answer}: for a loss of classes give one number, "
+            "int(label); for one of values, the shape of the answer. "
+        )
     return ""
 
 

@@ -1,8 +1,12 @@
 """Timing in a process of its own, which a model may kill without harm."""
 
 import contextlib
-import multiprocessing
+import ctypes
+import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -24,26 +28,34 @@ class MeasuringProcess:
         self._start = runtime, threads, sentinel, dict(inputs)
 
     def __enter__(self) -> Self:
-        spawn = multiprocessing.get_context("spawn")  # a fork would inherit the parent's threads
-        self._pipe, theirs = spawn.Pipe()
-        runtime, threads, *rest = self._start
-        self._process = spawn.Process(target=_serve, args=(theirs, runtime, threads), daemon=True)
-        self._process.start()
-        theirs.close()
-        # Not as arguments: if it died before it had read them, start() would wait for ever.
+        # Not multiprocessing: what it spawns runs the script anew that the user began (a search
+        # without `if __name__ == "__main__"`), and what it forks has this process's threads.
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            code = f"from {__name__} import serve; serve({theirs.fileno()}, {os.getpid()})"
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C is this process's, which closes the pipe
+            )
+            self._pipe = Connection(ours.detach())
+        # Not as arguments: it may have died before it reads them.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._pipe.send(rest)
+            self._pipe.send(self._start)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._pipe.close()
-        self._process.join(5)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
         self._process.kill()
+        self._process.wait()
 
     @property
     def pid(self) -> int:
         """Of the process that measures now."""
-        return self._process.pid or 0
+        return self._process.pid
 
     def time(self, models: Mapping[str, bytes]) -> dict[str, Timing | None]:
         """Timings of ``models`` and of the sentinel (``TEACHER``), interleaved; None for a model
@@ -74,11 +86,17 @@ class MeasuringProcess:
         return answer
 
 
-def _serve(pipe: Connection, runtime: str, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which closes the pipe
-    target = make_runtime(runtime, threads)
+def serve(pipe_fd: int, parent: int) -> None:
+    """What the process does: it times what comes through the pipe until that is closed."""
+    if sys.platform == "linux":  # else what hangs in a kernel would outlive who asked
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    pipe = Connection(pipe_fd)
     try:
-        sentinel, inputs = pipe.recv()
+        runtime, threads, sentinel, inputs = pipe.recv()
+        target = make_runtime(runtime, threads)
         teacher = target.load(sentinel)
     except (EOFError, Impossible):
         return  # who asks finds nobody, and says so

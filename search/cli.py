@@ -6,7 +6,6 @@ import logging
 import random
 import sys
 import warnings
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -76,9 +75,11 @@ def plan(spec: Path, as_json: bool) -> int:
 
     Trains nothing. Exit code 1 if a limit is out of reach.
     """
+    from rich.console import Console
+
     from .plan import make_plan, print_plan
 
-    found = make_plan(spec, partial(click.echo, err=True))
+    found = make_plan(spec, Console(stderr=True))
     click.echo(json.dumps(found, indent=2)) if as_json else print_plan(found)
     return 0 if found["reachable"] else 1
 
@@ -87,7 +88,10 @@ def plan(spec: Path, as_json: bool) -> int:
 @SPEC
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [default: runs/...].")
 @click.option("--resume", is_flag=True, help="Go on with the search in --out from its record.")
-@click.option("--address", help="A Ray cluster (ray://host:10001 or auto); local without it.")
+@click.option(
+    "--address",
+    help="A Ray cluster that this machine is a node of (auto, host:6379); a local Ray without it.",
+)
 @WAIT
 @JSON
 def search(
@@ -201,7 +205,10 @@ def profile(
 def predict(
     policies: tuple[Path, ...], profile_path: Path, spec: Path, allow_foreign: bool, as_json: bool
 ) -> None:
-    """Predict the latency of each POLICY (a JSON file) with its 90% interval; builds nothing.
+    """Predict the latency of each POLICY with its 90% interval; builds nothing.
+
+    A POLICY is a JSON file, the folder of an artifact, or with a run as --spec the beginning of the
+    digest of one of its artifacts.
 
     --json: a list in the order of the policies, predicted_latency_ms being lower end, middle and
     upper end, or null for a policy with work that the runtime died of.
@@ -209,9 +216,11 @@ def predict(
     The teacher is timed first, since a device is not always as fast as it was when it was profiled.
     """
     from .predict import predict as run
+    from .store import policy_file
     from .words import milliseconds
 
-    found = run(policies, profile_path, spec, allow_foreign=allow_foreign)
+    files = [policy_file(policy, spec.parent) for policy in policies]
+    found = run(files, profile_path, spec, allow_foreign=allow_foreign)
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -234,7 +243,10 @@ def predict(
 def explain(
     policy: Path, spec: Path, profile_path: Path | None, allow_foreign: bool, as_json: bool
 ) -> None:
-    """Say where the time of POLICY (a JSON file) goes, and what other choices would change.
+    """Say where the time of POLICY goes, and what other choices would change.
+
+    POLICY is a JSON file, the folder of an artifact, or with a run as --spec the beginning of the
+    digest of one of its artifacts.
 
     For each kernel its width, precision and time, beside the teacher's; for each group of channels
     what the next legal width down and up would change; and at which widths a layer is slower in
@@ -248,7 +260,9 @@ def explain(
     from .explain import explain as run
     from .explained import print_explanation
     from .fragile import print_fragile
+    from .store import policy_file
 
+    policy = policy_file(policy, spec.parent)
     found = run(policy, spec, profile_path, allow_foreign=allow_foreign)
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -288,10 +302,12 @@ def sample(spec: Path, count: int, seed: int, out: Path | None) -> None:
 )
 @JSON
 def replay(policy: Path, spec: Path, rung: str, out: Path, as_json: bool) -> None:
-    """Rebuild one artifact from its POLICY file."""
+    """Rebuild one artifact from its POLICY: a JSON file, the folder of an artifact, or with a run
+    as --spec the beginning of the digest of one of its artifacts."""
     from .plan import replay as run
+    from .store import policy_file
 
-    found = run(policy, spec, rung, out)
+    found = run(policy_file(policy, spec.parent), spec, rung, out)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:

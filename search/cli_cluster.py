@@ -19,8 +19,13 @@ JOB = click.argument("job", required=False)
 @SPEC
 @ADDRESS
 @click.option("--out", help="Run directory on the cluster [default: ~/flyweight/JOB].")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the search in --out from its record [default: that of the last job].",
+)
 @WAIT
-def submit(spec: Path, address: str | None, out: str | None, wait: float) -> None:
+def submit(spec: Path, address: str | None, out: str | None, resume: bool, wait: float) -> None:
     """Run the search of SPEC as a job on a Ray cluster; prints the job's id.
 
     `status`, `logs` and `stop` without a JOB mean the job submitted last.
@@ -28,7 +33,7 @@ def submit(spec: Path, address: str | None, out: str | None, wait: float) -> Non
     from .cluster import address_of
     from .cluster import submit as run
 
-    click.echo(run(spec, address_of(address), out=out, wait_s=wait))
+    click.echo(run(spec, address_of(address), out=out, resume=resume, wait_s=wait))
 
 
 @click.command()

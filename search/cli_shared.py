@@ -30,10 +30,11 @@ class Commands(click.Group):
 
 
 def _checked(context: click.Context, _parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Refuses what is no spec before a command imports what takes seconds."""
+    """The file of a spec. Refuses what is none before a command imports what takes seconds."""
     if path is not None and not context.resilient_parsing:
-        from .spec import load_spec
+        from .spec import load_spec, spec_file
 
+        path = spec_file(path)
         load_spec(path)
     return path
 
@@ -41,17 +42,26 @@ def _checked(context: click.Context, _parameter: click.Parameter, path: Path | N
 SPEC = click.argument("spec", type=click.Path(path_type=Path), callback=_checked)
 SPEC_OPTION = click.option(
     "--spec", required=True, type=click.Path(path_type=Path), callback=_checked,
-    help="The search.yaml.",
+    help="The search.yaml, or the folder of one, or a RUN_DIR.",
 )  # fmt: skip
 
 
 def _found(context: click.Context, _parameter: click.Parameter, path: Path) -> Path:
     """Refuses what is no folder, in our words."""
-    if not context.resilient_parsing and not path.is_dir():
+    if context.resilient_parsing:
+        return path
+    if not path.is_dir():
         what = "is no folder" if path.exists() else "is not there"
         raise BadInput(
             f"RUN_DIR {path} {what}; give the folder of a search: the one named with --out, else "
             "runs/TASK-DATE where it was begun"
+        )
+    if path.resolve().parent.name == "artifacts" and (path / "policy.json").is_file():
+        run, digest = path.resolve().parents[1], path.resolve().name[:12]
+        takes = any(option.name == "digest" for option in context.command.params)
+        raise BadInput(
+            f"RUN_DIR {path} is one artifact of a run; name the run: "
+            + (f"{run} --digest {digest}" if takes else str(run))
         )
     return path
 

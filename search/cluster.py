@@ -14,14 +14,19 @@ from typing import TYPE_CHECKING, Any
 from ..spaces import BadInput, FlyweightError
 from .package import pack
 from .remembered import recall, remember
+from .run_files import RECORD
 from .spec import Spec, load_spec
 from .tracking import redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-# Beside what Ray leaves out (.git, .venv, venv, __pycache__): what earlier searches left there.
-EXCLUDES = ["runs/", "mlruns/", "mlartifacts/", "mlflow.db*", "*.egg-info/", ".*_cache/"]
+# Beside what Ray leaves out (.git, .venv, venv, __pycache__): what earlier searches left there, and
+# what is likely to be a secret.
+EXCLUDES = [
+    "runs/", "mlruns/", "mlartifacts/", "mlflow.db*", "*.egg-info/", ".*_cache/",
+    ".env*", "*.pem", "*.key", "auth.ini", "ray-token",
+]  # fmt: skip
 ENVIRONMENT = {
     # Ray blocks SIGINT in a job unless it is the signal to stop with, and kills after 3 s. A search
     # lets its running trials finish.
@@ -39,6 +44,7 @@ def submit(
     address: str,
     *,
     out: str | None = None,
+    resume: bool = False,
     wait_s: float = 0.0,
     entrypoint: str | None = None,
 ) -> str:
@@ -46,9 +52,10 @@ def submit(
 
     The folder of the spec (also what git ignores there; .rayignore leaves things out) and this
     flyweight travel along. address: of the cluster's dashboard. out: the run directory, on the
-    cluster's head; by default ~/flyweight/ID. wait_s: for nodes that can run the trials, where the
-    cluster has none. entrypoint: a command in place of the search. The job is remembered, for who
-    asks without its id.
+    cluster's head; by default ~/flyweight/ID. resume: goes on with the search in it, by default
+    that of the last job. wait_s: for nodes that can run the trials, where the cluster has none.
+    entrypoint: a command in place of the search. The job is remembered, for who asks without its
+    id.
 
     Raises BadInput for a spec that would not run there, an address at which no Ray cluster of this
     version answers, and a missing or wrong token; FlyweightError where the cluster refuses the job.
@@ -56,17 +63,20 @@ def submit(
     spec = load_spec(spec_path)
     check_travels(spec)
     job = f"flyweight-{uuid.uuid4().hex[:12]}"
+    if resume and not (out := out or recall(LAST_JOB).get("out")):
+        raise BadInput("--resume: no job was submitted from here; say with --out which run goes on")
     place = out or f"~/flyweight/{job}"
     if entrypoint is None:
         # "python": the cluster's own, which is not where this one is.
         entrypoint = (
             f"python -m flyweight.search.cli search {shlex.quote(spec_path.name)} "
             f"--out {_quote(place)} --address auto --wait {wait_s:.0f}s"
+            f"{' --resume' * resume}"
         )
     with TemporaryDirectory(prefix="flyweight-submit-") as folder, _connected(address) as client:
         runtime_env = {
             "working_dir": str(spec.folder),
-            "excludes": EXCLUDES,
+            "excludes": [*EXCLUDES, *_runs(spec.folder)],
             "py_modules": [str(part) for part in pack(Path(folder))],
             "env_vars": ENVIRONMENT,
         }
@@ -76,8 +86,14 @@ def submit(
             runtime_env=runtime_env,
             metadata={"flyweight.spec": spec_path.name, "flyweight.out": place},
         )
-    remember(LAST_JOB, {"job": job, "address": address})
+    remember(LAST_JOB, {"job": job, "address": address, "out": place})
     return job
+
+
+def _runs(folder: Path) -> list[str]:
+    """The run directories in ``folder``, as a .gitignore would name them."""
+    places = (record.parent.relative_to(folder) for record in folder.rglob(RECORD))
+    return [f"/{place.as_posix()}/" for place in places if place.parts]
 
 
 def check_travels(spec: Spec) -> None:
@@ -106,7 +122,9 @@ def address_of(given: str | None) -> str:
         given = given or os.environ.get(name)
     if found := given or recall(LAST_JOB).get("address"):
         return found
-    raise BadInput("give --address, a cluster's dashboard (http://host:8265), or set RAY_ADDRESS")
+    raise BadInput(
+        "give --address, a cluster's dashboard (http://host:8265), or set RAY_API_SERVER_ADDRESS"
+    )
 
 
 def job_of(job: str | None, address: str | None) -> tuple[str, str]:

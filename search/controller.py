@@ -102,9 +102,10 @@ class Controller:
         while self._again and not self.over():
             trial = self._again.pop(0)
             over = trial.price.cost(self.limits) > 0  # a limit that was changed since
-            if not over and (not trial.results or self._in_time(trial, trial.next_rung)):
-                return trial
+            goes_on = not over and (not trial.results or self._in_time(trial, trial.next_rung))
             with self._lock:
+                if goes_on:
+                    return trial if self._append({"kind": "again", **self._name(trial)}) else None
                 self._end(trial, "over_limit" if over else "deadline")
         self._finder.catch_up()
         if self.over():

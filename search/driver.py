@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..compressors import RUNGS
-from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, disturbed, signature
+from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, signature
 from ..kernels.cores import cores
 from ..spaces import BadInput, FlyweightError, Impossible
 from .cache import key_of
@@ -22,16 +22,20 @@ from .controller import Budget, Controller, failures
 from .counting import telling
 from .explain import explanation
 from .limits import Limits
-from .local_ray import check_no_ray, connected, terminable
+from .local_ray import check_no_ray, connected, ctrl_c_given_back, terminable
+from .meter import noise, noisy
 from .opening import (
     Kept,
     asks_anew,
+    changed_limits,
     changed_target,
     check_same,
+    class_of,
     is_done,
     kept,
     lasting,
     opening_entry,
+    target_before,
 )
 from .placement import Place, of_finalists, place_of, trial_request
 from .predict import given_profile, predictor_of
@@ -63,6 +67,10 @@ from .warm import WarmStart
 from .words import clock_time
 from .workers import Job, trainable
 
+CPU_ALONE = (
+    "trials ask for GPUs, but a worker trains on its CPU: torch sees no GPU there (its driver is "
+    "too old, or torch a build for CPUs alone)"
+)
 FINISH_S, AWAY_S = 30.0, 5.0  # for MLflow at the end: one that has answered, one that never did
 
 
@@ -86,25 +94,27 @@ def search(
     wait_s: float = 0.0,
     console: Any = None,
 ) -> Outcome:
-    """Runs the search that ``spec`` describes. Raises BadInput before anything is spent.
-    wait_s: for a node that can run its trials to come, where the cluster has none."""
+    """Runs the search that ``spec`` describes. Raises BadInput before anything is spent. wait_s:
+    for nodes to come that can run its trials, and that measure, where the cluster has none."""
     began = time.time()
     check_no_ray()  # before anything is spent
     profile = given_profile(spec)
-    with kept(spec, out, resume) as run:
+    with terminable(), kept(spec, out, resume) as run:
         say, local = console.print if console else print, address is None
-        check_same(run.record, resolved_task=spec.task)
+        check_same(run.record, task_class=class_of(spec))
         with telling(f"Checking {spec.given_task} and tracing its model", console):
             prepared = _checked(spec, run.record, profile, local)
             prepared.write(run.run_dir)
-        if prepared.doubt:
-            say(f"Note: {prepared.doubt}")
+        for note in (prepared.doubt, changed_limits(spec, run.record)):
+            if note:
+                say(f"Note: {note}")
         text = "Starting Ray" if local else f"Joining the Ray cluster at {address}"
         with contextlib.ExitStack() as joined:
             with telling(text, console):
                 joined.enter_context(connected(spec, address))
             check_cluster(prepared, run.storage, local, wait_s, say)
-            place = place_of(prepared, profile, local, say)
+            before = target_before(run.record)
+            place = place_of(prepared, profile, local, say, wait_s, before)
             whole = _Search(run, prepared, place, profile, began, console, local)
             with contextlib.closing(whole):
                 return whole.run()
@@ -151,11 +161,11 @@ class _Search:
 
     def run(self) -> Outcome:
         with telling("Timing the teacher on the target", self.console):
-            alone = self.place.alone()
-        header = opening_entry(self.ready, self.record, self.place.device, alone)
+            self.alone_ms = self.place.alone()
+        header = opening_entry(self.ready, self.record, self.place.device, self.alone_ms)
         teacher_ms = header["teacher"]["latency_ms"]
         limits = self.ready.limits(teacher_ms)
-        price = timed(self.ready.prepared, self.place)
+        price = timed(self.ready.prepared, self.place, teacher_ms / self.alone_ms)
         new_limits = not self.local and asks_anew(self.spec, self.record)
         if new_limits and self.place.there:
             check_limits(self.ready, limits, price)
@@ -259,10 +269,15 @@ class _Search:
             self.console, trials=search.trials, budget_s=search.time_budget, clock=time.time
         )
 
+        notes = self.notes
+
         def listen(entry: dict[str, Any]) -> None:
             if entry["kind"] in TRACKED:
                 tracker.record(entry)
             self.progress.entry(entry)
+            if entry.get("device") == "cpu" and self.spec.resources.gpus and CPU_ALONE not in notes:
+                notes.append(CPU_ALONE)
+                (self.console.print if self.console else print)(f"Note: {CPU_ALONE}")
 
         for entry in self.record.entries():  # of a resumed search also what came before
             listen(entry)
@@ -289,7 +304,7 @@ class _Search:
         inputs = self._inputs(header)
         job = Job(self.spec, self.storage, facts, inputs, answers, self.ready.made)
         self.progress.spent_s = controller.elapsed()
-        with self.progress, terminable():
+        with self.progress, ctrl_c_given_back():
             run_trials(
                 controller,
                 trainable(job),
@@ -356,7 +371,15 @@ class _Search:
         if self.mirror:
             self._fetch(controller, {entry["digest"] for entry in entries})
         models, tests = self._tested([entry["digest"] for entry in entries])
-        timings = self._timings(models, header["teacher"]["latency_ms"])
+        try:
+            timings = self._timings(models)
+        except KeyboardInterrupt:
+            timings, controller.interrupted = None, True
+        if timings is None:
+            self.notes.append(
+                "The latencies of the front are predicted; on the device that will run the model, "
+                f"`flyweight measure {self.run_dir}` measures them"
+            )
         left = models if timings is None else timings
         entries = [entry for entry in entries if entry["digest"] in left]
         teacher = dict(header["teacher"])
@@ -387,9 +410,10 @@ class _Search:
         return models, tests
 
     def _fetch(self, controller: Controller, kept: set[str]) -> None:
-        """Brings the artifacts into the run directory; the storage keeps those of finalists."""
-        for entry in controller.results(RUNGS[-1]):
-            digest = entry["digest"]
+        """Brings the artifacts into the run directory, those of finalists first; the storage keeps
+        these alone."""
+        found = [entry["digest"] for entry in controller.results(RUNGS[-1])]
+        for digest in sorted(found, key=lambda digest: digest not in kept):
             try:
                 fetch_artifact(self.storage, self.run_dir, digest)
             except OSError as error:
@@ -398,20 +422,17 @@ class _Search:
             if digest not in kept and not (controller.interrupted or controller.fatal):
                 self.storage.remove(f"artifacts/{digest}")
 
-    def _timings(self, models: Mapping[str, bytes], teacher_ms: float) -> dict[str, Timing] | None:
+    def _timings(self, models: Mapping[str, bytes]) -> dict[str, Timing] | None:
         """The finalists, alone, but for those that the runtime refuses or dies of; None where they
         could not be measured."""
         timings, text = None, f"Measuring {len(models)} finalists, alone"
         try:
             with telling(text, self.console) if models else contextlib.nullcontext():
-                timings = of_finalists(self.place, models, teacher_ms)
+                timings = of_finalists(self.place, models, self.alone_ms)
         except (FlyweightError, OSError) as error:
             self.notes.append(f"The finalists could not be measured: {error}")
-        if timings is None:
-            self.notes.append(
-                "The latencies of the front are predicted; on the device that will run the model, "
-                f"`flyweight measure {self.run_dir}` measures them"
-            )
+        if timings is not None and (told := noise(timings, self.place.device.facts, self.run_dir)):
+            self.notes.append(told)
         refused = [] if timings is None else [digest for digest in models if digest not in timings]
         self.notes += [
             f"Finalist {digest[:12]} is left out: the target's runtime refuses it, or dies of it"
@@ -421,7 +442,9 @@ class _Search:
 
     def _feed_back(self, controller: Controller, timings: Mapping[str, Timing]) -> None:
         """Adds the finalists to the device profile, which they make better where it matters."""
-        if self.profile is None or self.spec.target.profile is None or disturbed(timings):
+        if self.profile is None or self.spec.target.profile is None:
+            return
+        if noisy(timings, self.place.device.facts):
             return
         path = Path(self.spec.target.profile)
         try:

@@ -4,13 +4,19 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import signal
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import services
+from ray._private.utils import detect_fate_sharing_support
 
 from ..kernels.cores import cores
 from ..spaces import BadInput, FlyweightError
@@ -19,21 +25,60 @@ from .spec import Spec
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM (a job that is stopped) ends a search as Ctrl-C does: with the best so far. Tune
-    (2.60) takes Ctrl-C for itself and keeps it unless it came: it is given back here, so that one
-    that comes later, while finalists are measured, is an interruption.
+    """SIGTERM (a job that is stopped, `timeout`, a shutdown) ends a search as Ctrl-C does: with the
+    best so far. Once: `timeout` sends it to a process and again to the group of that.
 
     Signals are the main thread's: a search in another one leaves them alone, as Tune does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    interrupt = signal.getsignal(signal.SIGINT)
-    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+
+    def end(*_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGINT, interrupt)
+
+
+def ctrl_c_given_back() -> contextlib.AbstractContextManager[None]:
+    """Tune (2.60) takes Ctrl-C for itself and keeps it unless it came: it is given back here, so
+    that one that comes later, while finalists are measured, is an interruption."""
+    return _given_back(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _given_back(number: signal.Signals) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """What is begun here of Ray gets a process group of its own: what is sent to the whole group of
+    a search (Ctrl-C in a terminal, SIGTERM of `timeout` or of a CI) is the search's to handle, and
+    without Ray's processes it could end nothing well. Ray (2.60) has no setting for it; where the
+    kernel does not end them with this process, Ray itself does by the group, and so it stays."""
+    shared: bool = detect_fate_sharing_support()  # type: ignore[no-untyped-call]
+    if not (shared and sys.platform == "linux"):
+        yield
+        return
+    inside: Any = services
+    popen = inside.ConsolePopen
+    inside.ConsolePopen = partial(popen, process_group=0)
+    try:
+        yield
+    finally:
+        inside.ConsolePopen = popen
 
 
 def check_no_ray() -> None:
@@ -49,7 +94,12 @@ def check_no_ray() -> None:
 
 @contextlib.contextmanager
 def connected(spec: Spec, address: str | None) -> Iterator[None]:
-    """Ray for a search, with the CPUs that it asks for."""
+    """Ray for a search, with the CPUs that it asks for. Raises BadInput."""
+    if address and address.startswith("ray://"):
+        raise BadInput(
+            f"--address {address}: Ray's client cannot run a search; send it with `flyweight "
+            "submit` to the dashboard, or give --address auto on a node of the cluster"
+        )
     with started(int(spec.search.concurrency * spec.resources.cpus + 0.999), address):
         yield
 
@@ -65,17 +115,18 @@ def started(cpus: int, address: str | None) -> Iterator[None]:
         "num_cpus": max(cores(), cpus),
         "include_dashboard": False,
     }
-    here = Path.cwd()
-    scratch = Path(os.environ.get("TMPDIR", "/tmp"))
-    os.chdir(scratch)  # Ray puts the driver's folder on every worker's path
+    here, scratch = Path.cwd(), tempfile.mkdtemp(prefix="flyweight-")
+    # Ray puts the driver's folder on every worker's path: one that nobody else can write to.
+    os.chdir(scratch)
     try:
         try:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **({} if address else local),
-            )
+            with _apart(), _given_back(signal.SIGTERM):  # Ray sets a handler of its own
+                ray.init(
+                    address=address or "local",  # else RAY_ADDRESS, if that is set
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **({} if address else local),
+                )
         except Exception as error:
             if type(error) is not Exception:  # as Ray (2.60) raises of a node that does not come up
                 raise
@@ -105,3 +156,4 @@ def started(cpus: int, address: str | None) -> Iterator[None]:
     finally:
         ray.shutdown()
         os.chdir(here)
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..kernels import disturbed
+from ..kernels import MeasuringProcess
 from ..spaces import BadInput
 from .choose import how_to_end, read_result
-from .meter import Device, Meter
+from .meter import Device, Meter, noise
 from .record import Entry, FileRecord
 from .report import write_report
 from .results import final_front, finalists, full_results, measured_entry, remeasured
@@ -52,19 +52,23 @@ def measure(run_dir: Path, say: Callable[[str], None] = print) -> Measured:
             raise BadInput(f"{run_dir} holds none of its finalists: there is nothing to measure")
         models = {e["digest"]: read_artifact(run_dir, e["digest"]) for e in present}
         teacher = (run_dir / TEACHER).read_bytes()
-        meter = Meter(target["runtime"], target["threads"], teacher, read_request(run_dir))
+        start = target["runtime"], target["threads"], teacher, read_request(run_dir)
         say(f"Measuring {len(models)} finalists on this device ({device.fingerprint})")
-        timings = meter.finalists(models, meter.alone())
+        with MeasuringProcess(*start) as process:  # which outlives what it dies of
+            bears = process.time(models)
+        meter = Meter(*start)
+        bearable = {digest: model for digest, model in models.items() if bears[digest]}
+        timings = meter.finalists(bearable, meter.alone())
         if refused := [e["digest"][:12] for e in present if e["digest"] not in timings]:
-            notes.append(f"The runtime here refuses {', '.join(refused)}: left out")
+            notes.append(f"The runtime here refuses {', '.join(refused)}, or dies of it: left out")
         present = [e for e in present if e["digest"] in timings]
         if not present:
             raise BadInput(
                 f"the runtime here refuses all finalists of {run_dir}; measure on a device like "
                 "the one that was searched for"
             )
-        if disturbed(timings):
-            notes.append("Something else ran on this device: measure again when it is quiet")
+        if told := noise(timings, device.facts, run_dir):
+            notes.append(told)
         if header.get("capabilities") != device.capabilities:
             notes.append(
                 "The kernels here do int8 otherwise than those that were searched for: the metrics "
@@ -88,8 +92,12 @@ def check_ended(run_dir: Path, entries: list[Entry]) -> None:
     """Raises BadInput for the record of a search that was cut off."""
     if not any(e["kind"] == "search" for e in entries):
         raise BadInput(f"{run_dir / RECORD} does not say what was searched")
-    open_trials = {e["trial"] for e in entries if e["kind"] == "begin"}
-    open_trials -= {e["trial"] for e in entries if e["kind"] == "end"}
+    open_trials = set()
+    for entry in entries:
+        if entry["kind"] in ("begin", "again"):
+            open_trials.add(entry["trial"])
+        elif entry["kind"] == "end":
+            open_trials.discard(entry["trial"])
     if open_trials:
         raise BadInput(
             f"the search in {run_dir} was cut off: {len(open_trials)} trials have not ended; "

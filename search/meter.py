@@ -1,21 +1,33 @@
 """Measures latency: provisional while trials run, and of finalists alone."""
 
 import contextlib
+import math
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from ..kernels import MeasuringProcess, Runtime, Timing, disturbed, make_runtime, time_sessions
+from ..kernels import (
+    MeasuringProcess,
+    Runtime,
+    Session,
+    Timing,
+    disturbed,
+    make_runtime,
+    time_sessions,
+)
+from ..kernels.timing import MOST_WAITING
 from ..spaces import Impossible
 from .cache import key_of
 
 Feed = dict[str, np.ndarray[Any, Any]]
-AGAIN = 8  # tries to measure finalists undisturbed, with half a minute between them in all
-MOST_S = 60.0  # for one measurement, and after which no further try begins
+AGAIN = 8  # tries to measure undisturbed, with half a minute between them in all
+MOST_S = 60.0  # for one measurement, and after which no further try to measure finalists begins
+ALONE_S = 10.0  # the same for the teacher, before anything else
 PRICE_S = 10.0  # for one policy, while trials wait for others
 QUIET = 1.05  # share of its latency alone within which the teacher says that nothing else runs
 
@@ -23,23 +35,54 @@ QUIET = 1.05  # share of its latency alone within which the teacher says that no
 @dataclass(frozen=True)
 class Device:
     """What is measured on. facts, fingerprint: as the runtime tells them. capabilities: a digest of
-    what its kernels can do. node: of a cluster, where it is one."""
+    what its kernels can do. weight_bits: of an int8 weight. node: of a cluster, where it is one."""
 
     facts: Mapping[str, str]
     fingerprint: str
     capabilities: str
+    weight_bits: int
     node: str | None = None
 
     @classmethod
     def of(cls, runtime: Runtime, node: str | None = None) -> Self:
         """This machine, as ``runtime`` uses it."""
         capabilities = key_of(repr(runtime.capabilities))
-        return cls(runtime.device, runtime.fingerprint, capabilities, node)
+        bits = runtime.capabilities.weight_bits
+        return cls(runtime.device, runtime.fingerprint, capabilities, bits, node)
+
+    @property
+    def int8(self) -> str:
+        """How its kernels do int8, in words."""
+        return f"weights of {self.weight_bits} bits (kernels {self.capabilities[:8]})"
 
     @classmethod
     def of_this(cls, runtime: str, threads: int, node: str | None = None) -> Self:
         """The same, by the name of the runtime."""
         return cls.of(make_runtime(runtime, threads), node)
+
+
+def on_cpu(facts: Mapping[str, str]) -> bool:
+    """Whether the device of ``facts`` runs models on its CPU, which every device has."""
+    return "gpu" not in facts
+
+
+def noisy(timings: Mapping[str, Timing], facts: Mapping[str, str]) -> bool:
+    """Whether the device of ``facts`` was too busy to trust ``timings``. For a GPU the calling
+    thread waits in any case: that says nothing there."""
+    return disturbed(timings, most_waiting=MOST_WAITING if on_cpu(facts) else 1.0)
+
+
+def noise(timings: Mapping[str, Timing], facts: Mapping[str, str], run_dir: Path) -> str | None:
+    """What is to be known of the finalists of ``run_dir`` where their timings are ``noisy``."""
+    if not noisy(timings, facts):
+        return None
+    waited = max(timing.waiting for timing in timings.values())
+    return (
+        "Something else ran on this device while the finalists were timed: the rounds of the "
+        f"teacher spread by {timings['teacher'].spread:.0%}, calls waited for a core for up to "
+        f"{waited:.0%} of their time. When it is quiet, `flyweight measure {run_dir}` times them "
+        "again"
+    )
 
 
 class ThisMachine:
@@ -55,18 +98,22 @@ class ThisMachine:
 
 
 class Meter:
-    """Times models beside the teacher, on one target. Knows neither torch nor Ray."""
+    """Times models beside the teacher, on one target. Knows neither torch nor Ray. teacher_ms: what
+    the teacher takes alone, 0 where that is not known yet."""
 
-    def __init__(self, runtime: str, threads: int, teacher: bytes, feed: Feed) -> None:
+    def __init__(
+        self, runtime: str, threads: int, teacher: bytes, feed: Feed, teacher_ms: float = 0.0
+    ) -> None:
         self._runtime: Runtime = make_runtime(runtime, threads)
         self._feed = feed
         self._teacher = self._runtime.load(teacher)
-        self.teacher_ms = 0.0
+        self.teacher_ms = teacher_ms
 
     def alone(self) -> float:
-        """The teacher's latency in ms, measured while nothing else runs; remembered."""
-        timings = time_sessions({"teacher": self._teacher}, self._feed, most_ms=1e3 * MOST_S)
-        self.teacher_ms = timings["teacher"].median_ms
+        """The teacher's latency in ms, measured while nothing else runs; remembered. Where
+        something does (the processes of Ray that just begin), it is measured again for a while."""
+        found = self._quietest({"teacher": self._teacher}, math.inf, ALONE_S)
+        self.teacher_ms = found["teacher"].median_ms
         return self.teacher_ms
 
     def provisional(self, model: bytes) -> tuple[float, float, float]:
@@ -76,7 +123,7 @@ class Meter:
         """
         sessions = {"teacher": self._teacher, "model": self._runtime.load(model)}
         # With one thread the CPU time of that thread is what an undisturbed machine would take.
-        single = self._runtime.threads == 1 and "CPU" in str(self._runtime.device).upper()
+        single = self._runtime.threads == 1 and on_cpu(self._runtime.device)
         clock = time.thread_time_ns if single else time.perf_counter_ns
         how: dict[str, Any] = {"rounds": 9, "most_ms": 1e3 * PRICE_S}
         timings = time_sessions(sessions, self._feed, clock=clock, **how)
@@ -103,13 +150,20 @@ class Meter:
                 session = self._runtime.load(model)
                 session.run(self._feed)
                 sessions[name] = session
+        return self._quietest(sessions, QUIET * alone_ms, MOST_S)
+
+    def _quietest(
+        self, sessions: Mapping[str, Session], teacher_ms: float, seconds: float
+    ) -> dict[str, Timing]:
+        """Timings from when the machine is quiet and the teacher takes no more than ``teacher_ms``;
+        where it is not so within about ``seconds``, the quietest."""
         began, tries = time.monotonic(), []
         for attempt in range(AGAIN):
             time.sleep(attempt)
             tries.append(time_sessions(sessions, self._feed, most_ms=1e3 * MOST_S))
-            quiet = tries[-1]["teacher"].median_ms <= QUIET * alone_ms
-            if quiet and not disturbed(tries[-1]):
+            slow = tries[-1]["teacher"].median_ms > teacher_ms
+            if not slow and not noisy(tries[-1], self._runtime.device):
                 return tries[-1]
-            if time.monotonic() - began > MOST_S:
+            if time.monotonic() - began > seconds:
                 break
         return min(tries, key=lambda timings: timings["teacher"].median_ms)

@@ -66,6 +66,10 @@ def kept(spec: Spec, out: Path | None, resume: bool) -> Iterator[Kept]:
                 what = redact(f"{spec.storage} cannot be written: {error}", spec.storage)
                 raise BadInput(f"storage: {what}") from error
             record.holds(hold)
+            if len(kept_record(spec, run_dir) or b"") > record.path.stat().st_size:
+                raise BadInput(
+                    f"storage: who held {run_dir.name} before has just written its last; try again"
+                )
             mirror = Mirror(record.path, storage, hold.look)
             held.callback(mirror.close)
         yield Kept(run_dir, record, storage, mirror)
@@ -169,12 +173,18 @@ def check_same(record: Record, **found: Any) -> None:
             )
 
 
+def class_of(spec: Spec) -> str:
+    """The class of the task, by the name of its file: on another head that lies elsewhere. What the
+    class gives is compared by its content."""
+    return spec.task.rpartition("/")[2]
+
+
 def lasting(ready: Ready) -> dict[str, Any]:
     """What a search is for good: results of another seed, teacher or length of a rung stand for
     nothing beside those that it has."""
     spec = ready.spec
     return {
-        "resolved_task": spec.task,
+        "task_class": class_of(spec),
         "seed": spec.search.seed,
         "rungs": spec.rungs.model_dump(),
         "teacher_digest": ready.teacher_digest,
@@ -247,6 +257,30 @@ def asks_anew(spec: Spec, record: Record) -> bool:
     """Whether ``spec`` has limits other than the last session of ``record``."""
     earlier = _sessions(record)
     return not earlier or earlier[-1]["objective"] != spec.objective.model_dump()
+
+
+def changed_limits(spec: Spec, record: Record) -> str | None:
+    """By which limits ``spec`` judges otherwise than the last session of ``record``, in words; None
+    if by none."""
+    earlier = _sessions(record)
+    if not earlier:
+        return None
+    was, now = earlier[-1]["objective"], spec.objective.model_dump()
+    told = [
+        f"{name} was {_limit(was.get(name))} and is {_limit(now[name])} now"
+        for name in now
+        if was.get(name) != now[name]
+    ]
+    return f"{'; '.join(told)}: what is known is judged anew" if told else None
+
+
+def _limit(value: float | None) -> str:
+    return "no limit" if value is None else f"{value}"
+
+
+def target_before(record: Record) -> str | None:
+    """The target node of the last session of ``record``; None if that was no node of a cluster."""
+    return next((s.get("target_node") for s in reversed(_sessions(record))), None)
 
 
 def _sessions(record: Record) -> list[Entry]:

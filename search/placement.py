@@ -10,9 +10,10 @@ a cluster without  anywhere       the given device profile says;   nowhere: what
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Protocol
 
@@ -74,15 +75,29 @@ def of_finalists(
         return place.finalists({n: m for n, m in models.items() if found[n]}, alone_ms)
 
 
-def place_of(ready: Ready, profile: DeviceProfile | None, local: bool, say: Say) -> Place:
+def place_of(
+    ready: Ready,
+    profile: DeviceProfile | None,
+    local: bool,
+    say: Say,
+    wait_s: float = 0.0,
+    before: str | None = None,
+) -> Place:
     """Where a search measures. profile: the one that its spec names. local: Ray is of this machine
-    alone. Raises BadInput where that is another kind of device than artifacts are made for."""
+    alone. wait_s: for a target node to come, where neither one nor a profile is there. before: the
+    target node of the session before, if it had one. Raises BadInput where that is another kind of
+    device than artifacts are made for, or has gone."""
     here = Here(ready)
     if local:
         return here
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    if cluster.get(TARGET):
+    if _target_comes(0.0 if profile else wait_s, say):
         return OnTarget(ready, say)
+    if before and profile is None:
+        raise BadInput(
+            f"--resume: the search measured on a node that carries the resource {TARGET!r}, and "
+            "there is none now; wait for it with --wait 20m, or name the profile that it made as "
+            "target.profile to go on without"
+        )
     later = "latencies are predicted until `flyweight measure RUN_DIR` on the device measures them"
     if profile is None or profile.fingerprint == here.device.fingerprint:
         say(
@@ -92,6 +107,24 @@ def place_of(ready: Ready, profile: DeviceProfile | None, local: bool, say: Say)
         return Unmeasured(ready)
     say(f"No node of this cluster carries the resource {TARGET!r}: {later}")
     return Profiled(ready, profile)
+
+
+def _target_comes(wait_s: float, say: Say) -> bool:
+    """Whether a node carries the resource, within ``wait_s`` seconds."""
+    until, told = time.monotonic() + wait_s, False
+    while True:
+        cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        if cluster.get(TARGET):
+            return True
+        if time.monotonic() >= until:
+            return False
+        if not told:
+            told = True
+            say(
+                f"Waiting for a node that carries the resource {TARGET!r} (where none will: name "
+                "the device's profile as target.profile, or leave --wait out)"
+            )
+        time.sleep(min(LOOK_S, max(0.0, until - time.monotonic())))
 
 
 class Here(ThisMachine):
@@ -104,12 +137,19 @@ class Here(ThisMachine):
         target = ready.spec.target
         super().__init__(target.runtime, target.threads, ready.teacher, ready.request())
         self._meter: Any = None
+        self._teacher, self._teacher_ms = ready.teacher, 0.0
 
     def alone(self) -> float:
-        return float(_get(self._kept().alone.remote()))
+        self._teacher_ms = float(_get(self._kept().alone.remote()))
+        return self._teacher_ms
 
     def provisional(self, model: bytes) -> tuple[float, float, float]:
-        low, middle, high = _get(self._kept().provisional.remote(model))
+        try:
+            low, middle, high = _get(self._kept().provisional.remote(model))
+        except Died as error:
+            self._meter = None
+            _get(self._kept().provisional.remote(self._teacher))  # else it is not the model
+            raise Impossible(f"the runtime dies of it ({error})") from error
         return low, middle, high
 
     def finalists(self, models: Mapping[str, bytes], alone_ms: float) -> dict[str, Timing] | None:
@@ -134,7 +174,7 @@ class Here(ThisMachine):
         node = ray.get_runtime_context().get_node_id()
         here = NodeAffinitySchedulingStrategy(node, soft=False)
         options = ray.remote(Meter).options(num_cpus=0, scheduling_strategy=here)
-        return options.remote(*self.start)
+        return options.remote(*self.start, self._teacher_ms)
 
 
 class Unmeasured(Here):
@@ -151,11 +191,14 @@ class Profiled(Unmeasured):
 
     def __init__(self, ready: Ready, profile: DeviceProfile) -> None:
         super().__init__(ready)
-        self.device = Device(profile.device, profile.fingerprint, self.device.capabilities)
-        self._teacher_ms = median(timed.teacher_ms for timed in profile.timed)
+        self.device = replace(
+            self.device, facts=profile.device, fingerprint=profile.fingerprint,
+            weight_bits=profile.weight_bits,
+        )  # fmt: skip
+        self._profiled_ms = median(timed.teacher_ms for timed in profile.timed)
 
     def alone(self) -> float:
-        return self._teacher_ms
+        return self._profiled_ms
 
     def provisional(self, _: bytes) -> tuple[float, float, float]:
         raise OSError(f"device {self.device.fingerprint} is not there: nothing can be timed on it")
@@ -176,13 +219,12 @@ class OnTarget:
         self._teacher_ms = 0.0
         self.device: Device = self._wait(_alone(_device).remote(*self._runtime))
         int8 = "int8" in ready.spec.space.quantize.precisions
-        own = Device.of(ready.prepared.runtime)
-        if int8 and self.device.capabilities != own.capabilities:
+        if int8 and self.device.int8 != (own := Device.of(ready.prepared.runtime)).int8:
             raise BadInput(
-                f"the kernels of the {TARGET} node ({_told(self.device)}) do int8 otherwise than "
-                f"those of this machine ({_told(own)}): artifacts would be quantized for this "
-                "one. Run the search from a machine whose CPU is like the target's, or let "
-                "space.quantize.precisions be [fp32]"
+                f"the kernels of the {TARGET} node ({_told(self.device)}) do int8 by "
+                f"{self.device.int8}, those of this machine ({_told(own)}) by {own.int8}: "
+                "artifacts would be quantized for this one. Run the search from a machine whose "
+                "CPU is like the target's, or let space.quantize.precisions be [fp32]"
             )
 
     def alone(self) -> float:
@@ -190,7 +232,11 @@ class OnTarget:
         return self._teacher_ms
 
     def provisional(self, model: bytes) -> tuple[float, float, float]:
-        low, middle, high = self._measure("provisional", model)
+        try:
+            low, middle, high = self._measure("provisional", model)
+        except Died as error:
+            self._measure("alone")  # else it is not the model
+            raise Impossible(f"the runtime dies of it ({error})") from error
         return low, middle, high
 
     def finalists(self, models: Mapping[str, bytes], alone_ms: float) -> dict[str, Timing] | None:
@@ -264,9 +310,7 @@ def _on_target(
     teacher: bytes, feed: Feed, teacher_ms: float,
 ) -> Any:  # fmt: skip
     _check_same(device, runtime, threads)
-    meter = Meter(runtime, threads, teacher, feed)
-    meter.teacher_ms = teacher_ms
-    return getattr(meter, method)(*arguments)
+    return getattr(Meter(runtime, threads, teacher, feed, teacher_ms), method)(*arguments)
 
 
 def _check_same(device: Device, runtime: str, threads: int) -> None:

@@ -1,7 +1,7 @@
 """What a search would do, before it costs anything; and single policies by hand."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ from rich.text import Text
 
 from ..compressors import RUNGS, compress
 from ..spaces import BadInput, Impossible, Policy, Space
-from .limits import COSTS
+from .counting import telling
+from .limits import COSTS, Limits
 from .meter import Meter
 from .predict import given_profile, predictor_of
-from .ready import facts_of, make_space, prepare_task, ready, score
-from .spec import load_spec
+from .ready import Ready, facts_of, make_space, prepare_task, ready, score
+from .spec import Objective, load_spec
 from .storage import Storage
 from .store import compressed_bytes, read_policy, write_artifact
 from .whole import left_whole
@@ -25,44 +26,33 @@ LISTED = 4  # names of what stays whole for one reason
 SHOWN = 40  # groups, and layers of one choice of precisions; --json has all
 
 
-def make_plan(spec_path: Path, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+def make_plan(spec_path: Path, console: Console | None = None) -> dict[str, Any]:
     """Space, teacher, best case and expected cost of a search. Trains nothing.
 
-    Metrics are on selection validation, the teacher's as well as the cases'. say: is told what
-    takes its time.
+    Metrics are on selection validation, the teacher's as well as the cases'. console: where it is
+    told what takes its time; None for standard output.
     """
     spec = load_spec(spec_path)
     profile = given_profile(spec)
-    say(f"Checking {spec.given_task} and tracing its model")
-    found = ready(spec)
-    say("Timing the teacher and the simplest policies, untrained")
+    with telling(f"Checking {spec.given_task} and tracing its model", console):
+        found = ready(spec)
     meter = Meter(spec.target.runtime, spec.target.threads, found.teacher, found.request())
-    teacher_ms = meter.alone()
-    if profile is not None:  # a search would refuse what this refuses
-        predictor_of(spec, found.prepared, profile, teacher_ms=teacher_ms)
+    with telling("Timing the teacher and the simplest policies, untrained", console):
+        teacher_ms = meter.alone()
+        if profile is not None:  # a search would refuse what this refuses
+            predictor_of(spec, found.prepared, profile, teacher_ms=teacher_ms)
+        cases = _cases(found, meter, teacher_ms)
     limits = found.limits(teacher_ms)
-    cases: list[dict[str, Any]] = []
-    for name, policies in (("smallest", found.smallest()), ("uniform", found.recipes())):
-        for policy in policies:
-            candidate = compress(found.prepared, policy, RUNGS[0])
-            latency = meter.provisional(candidate.model)[1]
-            cases.append(
-                {
-                    "kind": name,
-                    "digest": policy.digest,
-                    "kept": _kept(found.space, policy),
-                    "dropped": list(policy.prune.drop),
-                    "int8_layers": len(policy.quantize.precision),
-                    "latency_ms": latency,
-                    "speedup": teacher_ms / latency,
-                    "metric_untrained": score(
-                        found.prepared, candidate.model, found.prepared.splits.selection
-                    ),
-                    "size_bytes": len(candidate.model),
-                    "compressed_bytes": compressed_bytes(candidate.model),
-                }
-            )
     out_of_reach = limits.out_of_reach(cases)
+    teacher = {
+        "metric": found.metric,
+        "metric_test": found.metric_test,
+        "doubt": found.doubt,
+        "latency_ms": teacher_ms,
+        "size_bytes": len(found.teacher),
+        "compressed_bytes": compressed_bytes(found.teacher),
+        "parameters": found.prepared.network.parameters,
+    }
     return {
         "task": spec.given_task,
         "space": {
@@ -75,16 +65,9 @@ def make_plan(spec_path: Path, say: Callable[[str], None] = lambda _: None) -> d
             student: left_whole(found.space, student, found.prepared.starts[student].model)
             for student in found.space.networks
         },
-        "teacher": {
-            "metric": found.metric,
-            "metric_test": found.metric_test,
-            "doubt": found.doubt,
-            "latency_ms": teacher_ms,
-            "size_bytes": len(found.teacher),
-            "compressed_bytes": compressed_bytes(found.teacher),
-            "parameters": found.prepared.network.parameters,
-        },
+        "teacher": teacher,
         "limits": {name: getattr(limits, name) for name in ("max_drop", *COSTS)},
+        "idle": idle(spec.objective, limits, teacher),
         "cases": cases,
         "fastest_ms": min(case["latency_ms"] for case in cases),
         "out_of_reach": list(out_of_reach),
@@ -98,6 +81,50 @@ def make_plan(spec_path: Path, say: Callable[[str], None] = lambda _: None) -> d
             ),
         },
     }
+
+
+def _cases(found: Ready, meter: Meter, teacher_ms: float) -> list[dict[str, Any]]:
+    """The simplest policies, untrained: their figures, timed here and now."""
+    named = [("smallest", policy) for policy in found.smallest()]
+    cases = []
+    for name, policy in [*named, *(("uniform", policy) for policy in found.recipes())]:
+        model = compress(found.prepared, policy, RUNGS[0]).model
+        latency = meter.provisional(model)[1]
+        cases.append(
+            {
+                "kind": name,
+                "digest": policy.digest,
+                "kept": _kept(found.space, policy),
+                "dropped": list(policy.prune.drop),
+                "int8_layers": len(policy.quantize.precision),
+                "latency_ms": latency,
+                "speedup": teacher_ms / latency,
+                "metric_untrained": score(found.prepared, model, found.prepared.splits.selection),
+                "size_bytes": len(model),
+                "compressed_bytes": compressed_bytes(model),
+            }
+        )
+    return cases
+
+
+def idle(objective: Objective, limits: Limits, teacher: Mapping[str, Any]) -> list[str]:
+    """The limits that ask for nothing, since the teacher itself keeps them, or has no more to lose;
+    with why, a sentence each. teacher: its ``metric`` and its ``COSTS``."""
+    told = []
+    if limits.max_drop is not None and 0 < teacher["metric"] <= limits.max_drop:
+        told.append(
+            f"max_drop {limits.max_drop:g} asks for nothing: all that the model has of the metric "
+            f"is {teacher['metric']:.2f}"
+        )
+    for name, most in limits.costs().items():
+        if teacher[name] > most:
+            continue
+        asked = "speedup" if name == "latency_ms" and objective.speedup else name
+        amounts = f"{_amount(name, teacher[name])}, and the limit is {_amount(name, most)}"
+        told.append(
+            f"{asked} {getattr(objective, asked)} asks for nothing: the model itself has {amounts}"
+        )
+    return told
 
 
 def _kept(space: Space, policy: Policy) -> float:
@@ -139,6 +166,8 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     console.print(table)
     for name in COSTS:
         _print_limit(plan, name, console)
+    for note in plan["idle"]:
+        console.print(f"Note: {note}", markup=False, soft_wrap=True)
     if not plan["reachable"]:
         console.print(
             f"{plan['advice']}; the search would refuse.",
@@ -150,7 +179,7 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     budget = ""
     if seconds:
         long = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.3g} min"
-        budget = f", about {long} of them and then the finalists"
+        budget = f" in about {long}, preparation included, and then the finalists"
     console.print(
         f"Cost: up to {cost['trials']} trials{budget}; one that climbs to the top trains on "
         f"{cost['samples_of_a_full_trial']:,} samples"

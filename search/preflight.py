@@ -119,7 +119,10 @@ def _check_nodes(nodes: list[Node], ready: Ready, storage: Storage) -> None:
     problems: dict[str, list[str]] = {}
     ray.wait([*answers], num_returns=len(answers), timeout=PATIENCE_S)
     seen = _seen(storage)
+    there = {node["NodeID"] for node in _fitting(ready.spec.resources)}  # a spot node may be gone
     for answer, node in answers.items():
+        if there and node["NodeID"] not in there:
+            continue
         for problem in _problems(answer, own, node["NodeID"] in seen):
             problems.setdefault(problem, []).append(node["NodeManagerAddress"])
     if problems:
@@ -171,7 +174,8 @@ def lacking(found: Mapping[str, str], own: Mapping[str, str], seen: bool) -> lis
 def facts(spec: Spec, storage: Storage | None = None, mark: str = "") -> dict[str, str]:
     """What a process has of what a trial of ``spec`` needs. storage: where it leaves ``mark``, so
     that the driver sees whether it can. problem: why the task or its runtime cannot be had."""
-    found = {"Python": platform.python_version()}
+    # Pickles are of a minor version; Ray takes nodes of other patches.
+    found = {"Python": ".".join(platform.python_version_tuple()[:2])}
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -184,8 +188,9 @@ def facts(spec: Spec, storage: Storage | None = None, mark: str = "") -> dict[st
             found["unwritable"] = redact(str(error), spec.storage or "")
     try:
         device = Device.of_this(spec.target.runtime, spec.target.threads)
-        # Artifacts are quantized, run and scored by workers: as the driver plans them.
-        found["what the kernels can do (digest)"] = device.capabilities
+        if "int8" in spec.space.quantize.precisions:
+            # Artifacts are quantized, run and scored by workers: as the driver plans them.
+            found["int8"] = device.int8
         if storage is not None:
             with spec.loaded_task():
                 pass

@@ -15,12 +15,16 @@ from .store import compressed_bytes
 Pricing = Callable[[Policy], Price]
 
 
-def timed(prepared: Prepared, place: Place | Meter) -> Pricing:
-    """Timed untrained where it is to be measured. Raises OSError if what measures is lost."""
+def timed(prepared: Prepared, place: Place | Meter, pace: float = 1.0) -> Pricing:
+    """Timed untrained where it is to be measured. pace: what a millisecond of now counts, where the
+    limits are of a day on which the device was as much faster or slower. Raises OSError if what
+    measures is lost."""
 
     def price(policy: Policy) -> Price:
         model = untrained(prepared, policy)
-        return Price(place.provisional(model), len(model), compressed_bytes(model))
+        low, middle, high = place.provisional(model)
+        latency_ms = pace * low, pace * middle, pace * high
+        return Price(latency_ms, len(model), compressed_bytes(model))
 
     return price
 

@@ -19,14 +19,13 @@ from ..kernels import (
     Signature,
     Timed,
     Timing,
-    disturbed,
     signature,
 )
 from ..kernels.predictor import LEAST, SESSIONS, check_own, large_sessions, least
 from ..kernels.signature import digest
-from ..kernels.timing import MOST_WAITING, TEACHER
+from ..kernels.timing import TEACHER
 from ..spaces import BadInput, FlyweightError, Impossible, Policy, Space
-from .meter import Device, ThisMachine
+from .meter import Device, ThisMachine, noisy
 from .ready import Ready, request_of
 from .spec import Spec
 
@@ -159,9 +158,8 @@ def empty_profile(spec: Spec, prepared: Prepared, device: Device | None = None) 
     shapes = {name: tuple(value.shape) for name, value in request_of(spec, prepared).items()}
     device = device or Device.of(prepared.runtime)
     teacher = signature(prepared.plan(Policy()))
-    bits = prepared.runtime.capabilities.weight_bits
     return DeviceProfile(
-        device.facts, device.fingerprint, shapes, digest(teacher), weight_bits=bits
+        device.facts, device.fingerprint, shapes, digest(teacher), weight_bits=device.weight_bits
     )
 
 
@@ -224,10 +222,10 @@ class _Quiet:
         """Another process, with a teacher of its own."""
         self.fastest = math.inf
 
-    def __call__(self, timings: dict[str, Timing], most_waiting: float) -> bool:
+    def __call__(self, timings: dict[str, Timing], facts: Mapping[str, str]) -> bool:
         took = timings[TEACHER].median_ms
         self.fastest = min(self.fastest, took)
-        return took <= QUIET * self.fastest and not disturbed(timings, most_waiting=most_waiting)
+        return took <= QUIET * self.fastest and not noisy(timings, facts)
 
     def check(self) -> None:
         if self.noisy > NOISY * max(self.groups, SESSIONS):  # one group says little
@@ -246,13 +244,12 @@ def _time(
     quiet: _Quiet,
 ) -> Iterator[Timed]:
     """The networks of ``group`` on the device; none if the machine would not be quiet."""
-    cpu = "gpu" not in ready.prepared.runtime.device
     models = {name: model for name, (_, model) in group.items()}
     quiet.groups += 1
     for _ in range(AGAIN):
         found = process.time(models)
         alive = {name: timing for name, timing in found.items() if timing is not None}
-        if quiet(alive, MOST_WAITING if cpu else 1.0):
+        if quiet(alive, ready.prepared.runtime.device):
             break
     else:
         quiet.noisy += 1

@@ -22,6 +22,7 @@ from .record import Entry
 from .summary import Summary, front_figures, is_sound
 from .words import clock_time, lost, milliseconds, one_line, size, speed
 
+REPEATS = 0.01  # within which a measured time repeats: what is that near is equally fast
 PACE = 3  # trials that must have ended until their pace says how long the others will take
 
 
@@ -206,7 +207,11 @@ def closing_sentence(result: Mapping[str, Any]) -> str:
     text = f"{speed(figures.speedup)} {'than' if figures.speedup >= 1 else 'as'} the teacher"
     text = f"{text}, {lost(summary.drop(figures))}"
     test = _difference(teacher.get("metric_test"), chosen.get("metric_test"))
-    text += f" ({lost(float(test))} on test)" if test else ""
+    if test:
+        most = summary.objective.get("max_drop")
+        over = result.get("best") and most is not None and round(float(test) - most, 9) > 0
+        beyond = ", over max_drop" if over else ""
+        text += f" ({lost(float(test))} on test{beyond})"
     ratio = teacher["size_bytes"] / figures.size_bytes
     text += f", {ratio:.1f} times smaller" if ratio >= 1 else f", {1 / ratio:.1f} times larger"
     if summary.objective.get("compressed_bytes") is not None:
@@ -239,7 +244,9 @@ def _sureness(best: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     text = f" It keeps max_drop by less than the standard error of what it lost, {error:.2f} points"
     if not sure:
         return f"{text}, as does all that keeps it."
-    surest = max(sure, key=lambda figures: figures.speedup)
+    fastest = max(figures.speedup for figures in sure)
+    equals = [figures for figures in sure if figures.speedup >= (1 - REPEATS) * fastest]
+    surest = max(equals, key=lambda figures: figures.metric)
     return f"{text}; {surest.digest[:10]} keeps it by more, {speed(surest.speedup)}."
 
 

@@ -25,9 +25,10 @@ NOT_FOR_GOOD = ("interrupted", "deadline")
 
 class Record(Protocol):
     """Where results are appended as they come. Entries are JSON objects with a ``kind``:
-    search, begin, result, died, end, rejected, priced, measured, done. priced: what an artifact of
-    an earlier session is predicted to take on this one's target; null where that cannot run it.
-    done: result.json is that of the session."""
+    search, begin, again, result, died, end, rejected, priced, measured, done. again: a trial that
+    its worker's death or the end of a session cut off goes on. priced: what an artifact of an
+    earlier session is predicted to take on this one's target; null where that cannot run it. done:
+    result.json is that of the session."""
 
     def append(self, entry: Entry) -> None:
         """Adds one entry; a process that dies after this has lost nothing. Raises OSError, also
@@ -62,16 +63,19 @@ class FileRecord:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 (held for the search's life)
+        locked = True
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._file.close()
             who = told(held_by(Storage(path.parent)))
             raise BadInput(
                 f"{path} is being written by {who}; wait for it, or use --out"
             ) from error
+        except OSError:  # a network drive without locks: who holds it is known by signs of life
+            locked = False
         try:
-            self._holds = [Hold(Storage(path.parent), str(path.parent), locked=True)]
+            self._holds = [Hold(Storage(path.parent), str(path.parent), locked=locked)]
         except (BadInput, OSError):
             self._file.close()
             raise

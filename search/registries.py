@@ -1,6 +1,7 @@
 """Which registry is meant: the one that is named, else where ``deploy`` registered last."""
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,12 @@ def registry_of(name: str, alias: str, uri: str | None) -> "Registry":
             f"where is {name!r} registered? Give --tracking-uri or set MLFLOW_TRACKING_URI: from "
             "here it was deployed nowhere, or to an address with a password, which is not kept; "
             f"`flyweight deploy RUN_DIR --name {name}` registers an artifact"
+        )
+    file = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
+    if file and not Path(file[1]).exists():  # opening it would make it
+        raise BadInput(
+            f"there is no MLflow database {Path(file[1]).resolve()}, so {name!r} is not registered "
+            f"there; `flyweight deploy RUN_DIR --name {name}` registers an artifact, and says where"
         )
     return open_registry(name, alias, uri)
 

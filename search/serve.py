@@ -8,6 +8,7 @@ serve     all of it, until Ctrl-C; where MODEL is an alias, follows where it poi
 
 import asyncio
 import logging
+import math
 import re
 import socket
 import time
@@ -184,7 +185,7 @@ def serve(
             "no passwords and no TLS. Put a proxy that does before it."
         )
     cpus = 2 * max(options.replicas, options.max_replicas) * source.threads  # old beside new
-    with started(cpus, address), terminable():  # Ray sets its own handler of SIGTERM
+    with terminable(), started(cpus, address):
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # we say it ourselves
         say(f"Starting Ray Serve for {source.where} (SHA-256 {source.sha256[:12]}, as recorded)")
         ray_serve.start(
@@ -200,7 +201,8 @@ def serve(
             deploy(source, options)
             for line in _where(source, options):
                 say(line)
-            _follow(source, registry, options, say)
+            room = math.inf if address else ray.cluster_resources()["CPU"]  # type: ignore[no-untyped-call]
+            _follow(source, registry, options, say, room)
         except KeyboardInterrupt:
             say("Ending: no new requests; what was accepted is answered")
         finally:
@@ -248,9 +250,14 @@ def _where(source: Source, options: Options) -> list[str]:
 
 
 def _follow(
-    source: Source, registry: "Registry | None", options: Options, say: Callable[[str], None]
+    source: Source,
+    registry: "Registry | None",
+    options: Options,
+    say: Callable[[str], None],
+    room: float,
 ) -> None:
     """Waits; where there is a registry, serves what its alias names, as soon as it names another.
+    room: CPUs that there are to serve with, for as long as this serves.
 
     A registry that does not answer, or a version that is not what it should be, changes nothing.
     """
@@ -272,18 +279,24 @@ def _follow(
             continue
         trouble = ""
         try:
-            source = _replace(source, new, options)
+            source = _replace(source, new, options, room)
             say(f"Version {version} serves now (SHA-256 {source.sha256[:12]})")
         except FlyweightError as error:
             refused = version
             say(f"Version {version} is refused, version {source.version} goes on: {error}")
 
 
-def _replace(old: Source, new: Source, options: Options) -> Source:
+def _replace(old: Source, new: Source, options: Options, room: float) -> Source:
     if new.io != old.io:
         raise BadInput(
             "its inputs and outputs are others, which clients do not expect; serve it under "
             "another name or end this one first"
+        )
+    beside = max(options.replicas, options.max_replicas) * (old.threads + new.threads)
+    if beside > room:  # Ray Serve would wait for CPUs for ever
+        raise BadInput(
+            f"it is of {new.threads} threads a replica, for which the {room:g} CPUs that this "
+            "serves with have no room beside the version before; end this one and serve again"
         )
     try:
         deploy(new, options)

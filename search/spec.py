@@ -21,8 +21,10 @@ from ..kernels import RUNTIMES
 from ..spaces import BadInput, Settings, nearest
 from ..spaces.policy import MAX_SPARSITY
 from .live import LiveTask
+from .run_files import SPEC
 from .tracking import redact
 
+STARTER = "search.yaml"  # what `flyweight init` calls it
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -70,7 +72,7 @@ class Target(Section):
     runtime: str = "onnxruntime"
     threads: int = Field(1, ge=1)
     batch_size: int = Field(1, ge=1)
-    profile: str | None = None  # a device profile; without one each policy is timed
+    profile: str | None = None  # a device profile; without one a long search makes its own
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -154,6 +156,9 @@ class SpaceSection(Section):
 
 
 class Search(Section):
+    """time_budget: seconds for all that comes between timing the teacher and measuring finalists,
+    the device profile and the sensitivity table as well as the trials."""
+
     strategy: Literal["joint", "sequential", "uniform", "solver", "random"] = "joint"
     trials: int = Field(64, ge=1)
     time_budget: Duration | None = None
@@ -230,14 +235,28 @@ class Spec(Section):
         """The spec with every default written out and no secrets: what a run directory keeps."""
         values = self.model_dump(mode="json")
         if self.tracking is not None:
-            values["tracking"]["uri"] = redact(self.tracking.uri)
+            values["tracking"]["uri"] = redact(self.tracking.uri, self.tracking.uri)
         if self.storage is not None:
-            values["storage"] = redact(self.storage)
+            values["storage"] = redact(self.storage, self.storage)
         return yaml.safe_dump(values, sort_keys=False)
+
+
+def spec_file(path: Path) -> Path:
+    """The spec at ``path``: the file itself, or that of a folder, of a run say. Raises BadInput."""
+    if not path.is_dir():
+        return path
+    for name in (STARTER, SPEC):
+        if (path / name).is_file():
+            return path / name
+    raise BadInput(
+        f"{path} is a folder without a {STARTER} or, of a run, a {SPEC}; name the file, or let "
+        "`flyweight init DIR` write a starter"
+    )
 
 
 def load_spec(path: Path) -> Spec:
     """The spec in ``path``, with paths made absolute. Raises BadInput."""
+    path = spec_file(path)
     if path.suffix == ".py":
         raise BadInput(
             f"{path} is Python, but a search.yaml is expected, which names the task in it; "

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -151,6 +152,22 @@ def remove_checkpoints(storage: Storage, digest: str | None = None) -> None:
     storage.remove(checkpoint_folder(digest))
 
 
+def policy_file(path: Path, run_dir: Path) -> Path:
+    """The file of the policy that is called ``path``: a file, the folder of an artifact, or the
+    beginning of the digest of an artifact of ``run_dir``. Raises BadInput."""
+    if path.is_dir() and (path / "policy.json").is_file():
+        return path / "policy.json"
+    if path.exists() or not re.fullmatch("[0-9a-f]+", str(path)):
+        return path  # what is not there is told where it is read
+    found = sorted(run_dir.glob(f"artifacts/{path}*/policy.json"))
+    if len(found) > 1:
+        named = ", ".join(file.parent.name[: len(str(path)) + 8] for file in found)
+        raise BadInput(
+            f"several artifacts of {run_dir} begin with {path}: {named}; give more of it"
+        )
+    return found[0] if found else path
+
+
 def read_policy(path: Path) -> Policy:
     """The policy in a JSON file. Raises BadInput."""
     try:
@@ -158,7 +175,8 @@ def read_policy(path: Path) -> Policy:
     except OSError as error:
         raise BadInput(
             f"no policy at {path}: {error.strerror}; `flyweight sample` writes some, and a run has "
-            "those of its artifacts, artifacts/DIGEST/policy.json"
+            "those of its artifacts, artifacts/DIGEST/policy.json: with --spec RUN_DIR the first "
+            "digits of DIGEST suffice"
         ) from error
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not a policy: {error}") from error

@@ -54,7 +54,7 @@ class Summary:
             self.objective = dict(entry.get("objective") or self.objective)
             self.running.clear()  # a search that is resumed: what ran was cut off
             self.ended = {t: reason for t, reason in self.ended.items() if reason != "interrupted"}
-        elif kind == "begin":
+        elif kind in ("begin", "again"):
             self.running.add(int(entry["trial"]))
             self.ended.pop(int(entry["trial"]), None)
         elif kind == "result":

@@ -361,4 +361,4 @@ def redact(text: str, uri: str = "") -> str:
     if password:  # also where a message names it apart from its URI
         text = text.replace(password, "***")
     text = re.sub(r"://[^/\s]*@", "://***@", text)
-    return re.sub(r"(?i)\b((?:ssl)?password|token|secret)=[^&\s;]+", r"\1=***", text)
+    return re.sub(r"(?i)\b(\w*(?:password|passwd|token|secret|key)|sig)=[^&\s;]+", r"\1=***", text)

@@ -59,7 +59,7 @@ class TrackerProcess:
         self._gone = False
         # A session of its own: Ctrl-C in the terminal ends the search, not what follows it.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-P", "-m", __name__],  # nothing is imported from the folder here
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,

@@ -96,6 +96,8 @@ class ControlledScheduler(_Unpickled, FIFOScheduler):
             # It died while it was idle, before it began with this trial.
             idle = trial in tuner._resetting_trials
             controller.died(number, reason, "idle" if idle else _lost(error))
+        elif isinstance(error, RayTaskError):  # of a GPU that may be out of order: see workers.py
+            controller.died(number, reason)
         else:
             controller.failed(number, reason)
 

@@ -103,7 +103,9 @@ class CompressionTrial(tune.Trainable):
                 write_checkpoint(self.job.storage, candidate, self.job.inputs)
         self.candidate = candidate
         self.rung += 1
-        outcome |= {"rung_seconds": time.perf_counter() - began}
+        outcome |= {
+            "rung_seconds": time.perf_counter() - began, "device": self.prepared.device.type
+        }  # fmt: skip
         return outcome | ({"note": note} if note else {})
 
     def _resumed(self, prepared: Prepared, rung: str) -> tuple[Candidate, str | None]:

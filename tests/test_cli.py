@@ -12,7 +12,9 @@ from click.testing import CliRunner, Result
 
 from flyweight.search.cli import main
 from flyweight.search.plan import space_of
-from flyweight.spaces import Policy
+from flyweight.search.spec import load_spec, spec_file
+from flyweight.search.store import policy_file
+from flyweight.spaces import BadInput, Policy
 
 
 def run(*words: object) -> Result:
@@ -82,6 +84,66 @@ def test_a_run_that_is_not_there_is_one_line_with_what_to_give(
         assert found.exit_code == 2
         (line,) = found.output.splitlines()
         assert line.startswith(f"flyweight: RUN_DIR {place} {what}; give the folder of a search")
+
+
+@pytest.mark.parametrize("command", ["deploy", "report", "measure"])
+def test_an_artifact_in_place_of_its_run_is_told_what_to_name(command: str, tmp_path: Path) -> None:
+    place = tmp_path / "run" / "artifacts" / ("ab" * 32)
+    place.mkdir(parents=True)
+    (place / "policy.json").write_text("{}")
+    found = run(command, place)
+    assert found.exit_code == 2
+    rest = f" --digest {'ab' * 6}" if command == "deploy" else ""
+    (line,) = found.output.splitlines()
+    assert line.endswith(f"is one artifact of a run; name the run: {tmp_path / 'run'}{rest}")
+
+
+def test_a_spec_may_be_named_by_its_folder(tmp_path: Path) -> None:
+    text = "task: task.py:T\nobjective: {max_drop: 1}\n"
+    for name in ("spec.yaml", "search.yaml"):  # of a run; of what one writes, which goes first
+        (tmp_path / name).write_text(text)
+        assert spec_file(tmp_path) == tmp_path / name
+        assert load_spec(tmp_path).task == f"{tmp_path / 'task.py'}:T"
+    for words in (("plan", tmp_path), ("sample", "--spec", tmp_path, "-n", 1)):
+        found = run(*words)
+        assert found.exit_code == 2
+        assert f"task: no file {tmp_path / 'task.py'}" in found.output
+    (tmp_path / "empty").mkdir()
+    found = run("search", tmp_path / "empty")
+    assert found.exit_code == 2
+    assert "empty is a folder without a search.yaml or, of a run, a spec.yaml" in found.output
+
+
+def test_a_policy_may_be_named_by_its_artifact(tmp_path: Path) -> None:
+    files = {}
+    for digest in ("ab12" * 16, "ab34" * 16):
+        files[digest] = tmp_path / "artifacts" / digest / "policy.json"
+        files[digest].parent.mkdir(parents=True)
+        files[digest].write_text("{}")
+    first, second = files.values()
+    assert policy_file(first, tmp_path) == first
+    assert policy_file(first.parent, tmp_path) == first
+    assert policy_file(Path("ab3"), tmp_path) == second
+    assert policy_file(Path("cd"), tmp_path) == Path("cd")  # told where it is read
+    with pytest.raises(BadInput, match=r"several artifacts of .* begin with ab: ab12ab12"):
+        policy_file(Path("ab"), tmp_path)
+    (tmp_path / "task.py").write_text("")
+    (tmp_path / "spec.yaml").write_text("task: task.py:T\nobjective: {max_drop: 1}\n")
+    for words in (("explain", "ab3"), ("replay", second.parent), ("predict", "ab3")):
+        more = ("--profile", tmp_path / "none") if words[0] == "predict" else ()
+        found = run(*words, "--spec", tmp_path, *more)
+        assert found.exit_code == 2
+        assert "no policy at" not in found.output
+    assert "no policy at cd" in run("explain", "cd", "--spec", tmp_path).output
+
+
+def test_a_rollback_makes_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for uri in ("sqlite:///mlflow.db", f"sqlite:///{tmp_path}/mlflow.db"):
+        found = run("rollback", "digits", "--tracking-uri", uri)
+        assert found.exit_code == 2
+        assert f"there is no MLflow database {tmp_path / 'mlflow.db'}" in found.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_task_that_cannot_be_loaded(tmp_path: Path) -> None:

@@ -72,6 +72,14 @@ def test_a_spec_is_checked_before_it_leaves(tmp_path: Path) -> None:
         cluster.submit(spec, nowhere)
 
 
+def test_earlier_runs_stay_behind(tmp_path: Path) -> None:
+    for place in ("run", "kept/older"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "record.jsonl").touch()
+    assert sorted(cluster._runs(tmp_path)) == ["/kept/older/", "/run/"]
+    assert cluster._runs(tmp_path / "run") == []  # of which the spec is taken
+
+
 def test_a_database_file_is_told_to_stay_behind(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

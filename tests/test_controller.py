@@ -26,6 +26,7 @@ from flyweight.search.limits import Limits
 from flyweight.search.proposals import Proposals
 from flyweight.search.record import Entry, MemoryRecord
 from flyweight.search.results import at_full
+from flyweight.search.summary import Summary
 from flyweight.search.trial import Trial
 from flyweight.spaces import (
     BadInput,
@@ -520,6 +521,24 @@ def test_any_prefix_of_a_record_goes_on_without_repeating(cut: int, announced: b
     assert control.proposals.running() == 0
 
 
+def test_what_an_earlier_session_left_counts_as_running_once_it_goes_on() -> None:
+    record = MemoryRecord()
+    first = controller(record, trials=2)
+    for _ in range(2):
+        assert first.propose() is not None
+    first.close()
+    record.append({"kind": "search", "time": 0.0})
+    seen = Summary()
+    for entry in record.entries():
+        seen.add(entry)
+    resumed = controller(record, trials=2, listen=[seen.add])
+    assert seen.state().startswith("0 running")
+    for count in (1, 2):
+        assert resumed.propose() is not None
+        assert seen.state().startswith(f"{count} running")
+        assert len(resumed.running()) == count
+
+
 @given(st.integers(1, len(WHOLE)))
 def test_the_same_record_gives_the_same_next_decision(cut: int) -> None:
     twins = [controller(MemoryRecord(WHOLE[:cut]), trials=50, seed=3) for _ in range(2)]
@@ -669,7 +688,7 @@ def test_a_trial_whose_worker_died_goes_on_from_its_last_rung() -> None:
     assert not control.running()
     assert not control.cut_off()
     assert [e["kind"] for e in record.entries()] == [
-        "begin", "result", "result", "died", "result", "end",
+        "begin", "result", "result", "died", "again", "result", "end",
     ]  # fmt: skip
     assert [e["rung"] for e in kinds(record, "result")] == list(RUNGS)
     assert control.proposals.running() == 0

@@ -12,14 +12,14 @@ import pytest
 
 from flyweight.kernels import Timing
 from flyweight.kernels.probe import CHANNELS, probe_model
-from flyweight.search import driver, meter
+from flyweight.search import driver, meter, pricing
 from flyweight.search.limits import Limits
 from flyweight.search.meter import Meter
 from flyweight.search.placement import Died, of_finalists
 from flyweight.search.record import MemoryRecord
 from flyweight.search.storage import write_whole
 from flyweight.search.store import artifact_path, write_json
-from flyweight.spaces import Impossible
+from flyweight.spaces import Impossible, Policy
 
 TEACHER = probe_model("conv", 3)[0].SerializeToString()
 OTHER = probe_model("conv", 5)[0].SerializeToString()
@@ -56,6 +56,36 @@ def test_a_machine_that_is_never_quiet_is_given_about_a_minute(
     assert 13 - left == tries
 
 
+def test_the_teacher_is_timed_again_while_something_else_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = iter([Timing((9.0,), waiting=0.3), Timing((7.0,) * 8), Timing((5.0,))])
+    monkeypatch.setattr(meter, "time_sessions", lambda *_, **__: {"teacher": next(found)})
+    monkeypatch.setattr(meter.time, "sleep", lambda _: None)
+    measured = Meter("onnxruntime", 1, TEACHER, FEED)
+    assert measured.alone() == measured.teacher_ms == 7.0  # no other try after a quiet one
+
+
+def test_a_thread_that_waits_for_a_gpu_is_not_disturbed() -> None:
+    timings = {"teacher": Timing((7.0,) * 8, waiting=0.9)}
+    assert meter.noisy(timings, {"cpu": "c"})
+    assert not meter.noisy(timings, {"cpu": "c", "gpu": "g"})
+    told = meter.noise(timings, {"cpu": "c"}, Path("run"))
+    assert told
+    assert "for up to 90% of their time" in told
+
+
+def test_on_a_slower_day_policies_are_priced_as_the_limits_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pricing, "untrained", lambda *_: b"model")
+    now: Any = SimpleNamespace(provisional=lambda _: (1.0, 2.0, 4.0))
+    prepared: Any = None
+    price = pricing.timed(prepared, now, pace=0.5)(Policy())
+    assert price.latency_ms == (0.5, 1.0, 2.0)
+    assert price.size_bytes == len(b"model")
+
+
 def test_a_clock_that_sees_no_call_is_replaced_by_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meter.time, "thread_time_ns", lambda: 0)
     low, middle, high = Meter("onnxruntime", 1, TEACHER, FEED).provisional(OTHER)
@@ -66,7 +96,7 @@ class Target:
     """A place whose runtime refuses what begins with "refused" and dies of what begins with
     "deadly"."""
 
-    device = SimpleNamespace(fingerprint="f", node=None)
+    device = SimpleNamespace(fingerprint="f", node=None, facts={"cpu": "c"})
 
     def finalists(self, models: Mapping[str, bytes], _: float) -> dict[str, Timing]:
         if any(model.startswith(b"deadly") for model in models.values()):
@@ -117,7 +147,7 @@ def test_a_search_ends_with_what_can_be_measured(
     search.run_dir, search.place, search.record = tmp_path, Target(), MemoryRecord()
     search.mirror = search.profile = None
     search.notes, search.console = [], None
-    search.began, search.earlier_s = 10.0, 5.0
+    search.began, search.earlier_s, search.alone_ms = 10.0, 5.0, 1.0
     monkeypatch.setattr(driver, "time", SimpleNamespace(time=lambda: 30.0))
     controller = SimpleNamespace(results=lambda _: known, limits=Limits(93.0), trials={})
     header = {

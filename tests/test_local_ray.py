@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from flyweight.search.driver import search
-from flyweight.search.local_ray import started, terminable
+from flyweight.search.local_ray import connected, ctrl_c_given_back, started, terminable
 from flyweight.search.spec import Objective, Spec
 from flyweight.spaces import BadInput, FlyweightError
 
 
 def test_ctrl_c_is_given_back_by_what_takes_it() -> None:
     mine = signal.getsignal(signal.SIGINT)
-    with terminable():
+    with ctrl_c_given_back():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray Tune does, with a handler of its own
     assert signal.getsignal(signal.SIGINT) is mine
 
@@ -44,6 +44,15 @@ def test_a_ray_of_the_process_is_not_ended_but_refused(
     with refused:
         search(spec, tmp_path / "run")
     assert not (tmp_path / "run").exists()  # before anything else is looked at
+
+
+def test_a_local_search_does_not_go_where_jobs_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")  # which ray.init would take
+    monkeypatch.setattr("ray.init", lambda **options: asked.append(options["address"]))
+    with started(1, None):
+        pass
+    assert asked == ["local"]
 
 
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +89,13 @@ def test_a_cluster_that_cannot_be_joined_is_bad_input(
 
     monkeypatch.setattr("ray.init", refuses)
     with pytest.raises(BadInput, match=words), started(1, "ray://head:10001"):
+        pass
+
+
+def test_rays_client_is_refused() -> None:
+    spec = Spec(task="nowhere.py:Net", objective=Objective(max_drop=1))
+    refused = pytest.raises(BadInput, match="send it with `flyweight submit`")
+    with refused, connected(spec, "ray://head:10001"):
         pass
 
 

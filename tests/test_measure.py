@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
-from flyweight.kernels import make_runtime
+from flyweight.kernels import MeasuringProcess, Timing, make_runtime
 from flyweight.search.cli import main
 from flyweight.search.deploy import deploy
 from flyweight.search.measure import measure
@@ -171,6 +172,9 @@ def refused(run: Run, error: type[Exception], message: str) -> None:
 def test_a_run_that_has_not_ended_is_refused_with_what_to_do(run: Run) -> None:
     run.append({"kind": "begin", "trial": 7, "digest": "d", "time": 3.0, "policy": {}})
     refused(run, BadInput, f"cut off.* --out {run.path} --resume")
+    run.append({"kind": "end", "trial": 7, "digest": "d", "time": 4.0, "reason": "interrupted"})
+    run.append({"kind": "again", "trial": 7, "digest": "d", "time": 5.0})  # and killed
+    refused(run, BadInput, f"cut off.* --out {run.path} --resume")
     (run.path / "result.json").unlink()
     refused(run, BadInput, f"not the directory of a search that ended.* --out {run.path} --resume")
 
@@ -233,5 +237,21 @@ def test_a_finalist_that_the_runtime_refuses_is_left_out_and_told(run: Run) -> N
     (place / "metrics.json").write_text(json.dumps({"sha256": sha256}))
     found = measure(run.path)
     assert [row["digest"] for row in found.result["front"]] == [WIDE.digest]
-    assert f"The runtime here refuses {NARROW.digest[:12]}: left out" in found.notes
+    told = f"The runtime here refuses {NARROW.digest[:12]}, or dies of it: left out"
+    assert told in found.notes
+
+
+def test_a_finalist_that_kills_the_runtime_costs_itself_alone(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = MeasuringProcess.time
+
+    def dies(self: MeasuringProcess, models: Mapping[str, bytes]) -> dict[str, Timing | None]:
+        alive = {name: model for name, model in models.items() if name != NARROW.digest}
+        return times(self, alive) | {NARROW.digest: None}  # as of a process that died of it
+
+    monkeypatch.setattr(MeasuringProcess, "time", dies)
+    found = measure(run.path)
+    assert [row["digest"] for row in found.result["front"]] == [WIDE.digest]
+    assert any(NARROW.digest[:12] in note and "dies of it" in note for note in found.notes)
     assert {e["digest"] for e in run.entries("measured")} == {WIDE.digest}

@@ -2,6 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,3 +63,58 @@ def test_a_teacher_that_does_not_load_is_said() -> None:
         pytest.raises(FlyweightError, match="teacher's model"),
     ):
         process.time({"a": OTHER})
+
+
+SCRIPT = """
+import sys
+import numpy as np
+from flyweight.kernels import MeasuringProcess
+print("begun")
+teacher = open(sys.argv[1], "rb").read()
+with MeasuringProcess("onnxruntime", 1, teacher, dict(np.load(sys.argv[2]))) as process:
+    print(*process.time({}))
+"""
+
+
+def script(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """``code`` run as a user's script, with the files of a teacher and its inputs."""
+    (folder / "script.py").write_text(code)
+    (folder / "teacher.onnx").write_bytes(TEACHER_MODEL)
+    np.savez(folder / "inputs.npz", **INPUTS)
+    command = [sys.executable, "script.py", "teacher.onnx", "inputs.npz"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_a_script_without_a_guard_is_not_run_anew(tmp_path: Path) -> None:
+    done = script(SCRIPT, tmp_path)
+    assert done.stdout.split() == ["begun", TEACHER], done.stderr
+
+
+HANGS = """
+import os, signal, sys
+import numpy as np
+from flyweight.kernels import MeasuringProcess
+teacher = open(sys.argv[1], "rb").read()
+process = MeasuringProcess("onnxruntime", 1, teacher, dict(np.load(sys.argv[2]))).__enter__()
+process.time({})
+os.kill(process.pid, signal.SIGSTOP)  # it does not see that the pipe is closed
+print(process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing else ends a process with its parent")
+def test_what_hangs_does_not_outlive_who_asked(tmp_path: Path) -> None:
+    pid = int(script(HANGS, tmp_path).stdout)
+    ends = time.monotonic() + 60
+    while time.monotonic() < ends and alive(pid):
+        time.sleep(0.1)
+    assert not alive(pid)
+
+
+def alive(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"

@@ -247,6 +247,7 @@ def test_finalists_that_are_fed_back_are_there_for_the_next_search(folder: Path)
     searched: Any = object.__new__(driver._Search)
     searched.ready, searched.run_dir, searched.profile = found, run, made
     searched.spec, searched.preparation, searched.notes = found.spec, first, []
+    searched.place = first.place
     searched._name_profile()
     controller = SimpleNamespace(trials={0: SimpleNamespace(policy=policy)})
     timings = {"teacher": Timing((1.0, 1.0)), policy.digest: Timing((0.7, 0.7))}

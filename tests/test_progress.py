@@ -397,6 +397,21 @@ def test_closing_says_where_the_best_may_have_been_lucky() -> None:
         )
 
 
+def test_closing_names_the_most_accurate_of_those_that_are_as_fast() -> None:
+    doubtful, sure = model(10, 92.6, 0.4) | {"drop_error": 0.3}, {"drop_error": 0.01}
+    front = [model(12, 92.8, 0.4500) | sure, model(13, 92.9, 0.4501) | sure]
+    for order in (front, front[::-1], [*front, model(14, 93.0, 0.48) | sure]):
+        assert "; dddddddddd keeps it by more" in closing_sentence(ended(front=[doubtful, *order]))
+
+
+def test_closing_flags_a_best_that_loses_more_on_test_than_it_may() -> None:
+    far = model(10, 92.7, 0.4) | {"metric_test": 92.2}
+    assert "(0.60 points lost on test, over max_drop)" in closing_sentence(ended(front=[far]))
+    just = model(10, 92.7, 0.4) | {"metric_test": 92.3}
+    assert "(0.50 points lost on test)" in closing_sentence(ended(front=[just]))
+    assert "over max_drop" not in closing_sentence(ended(front=[far], objective={"speedup": 2.0}))
+
+
 def test_closing_where_the_compressed_size_is_limited() -> None:
     result = ended(objective={"compressed_bytes": 400_000})
     assert closing_sentence(result).endswith("4.0 times smaller (8.0 times when compressed).")

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from flyweight.search import driver
+from flyweight.search.meter import Device
+from flyweight.search.opening import lasting
+from flyweight.search.ready import ready
 from flyweight.search.run_files import RECORD, SPEC
 from flyweight.search.spec import load_spec
 from flyweight.spaces import BadInput
@@ -75,9 +78,34 @@ def test_on_a_cluster_only_what_this_machine_can_tell(tmp_path: Path) -> None:
         search(tmp_path, "auto", objective={"speedup": 10000})
 
 
+def test_limits_that_a_resume_changes_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = {"speedup": 1.01, "max_drop": 0.5}
+    with pytest.raises(Started):
+        search(tmp_path, objective=first)
+    ours = load_spec(tmp_path / "search.yaml")
+    found = ready(ours)
+    header = {
+        "kind": "search", **lasting(found), "objective": ours.objective.model_dump(), "time": 0.0,
+    }  # fmt: skip
+    (tmp_path / "run" / RECORD).write_text(json.dumps(header) + "\n")
+    capsys.readouterr()
+    with pytest.raises(Started):
+        search(tmp_path, objective=first)
+    assert "judged anew" not in capsys.readouterr().out
+    with pytest.raises(Started):
+        search(tmp_path, objective={"speedup": 1.01, "max_drop": 1, "size_bytes": 10**6})
+    (note,) = (line for line in capsys.readouterr().out.splitlines() if "judged anew" in line)
+    assert note == (
+        "Note: max_drop was 0.5 and is 1.0 now; size_bytes was no limit and is 1000000 now: what "
+        "is known is judged anew"
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
-    [({"task": "task.py:Others"}, "resolved_task"), ({"task_args": {"seed": 5}}, "data_digest")],
+    [({"task": "task.py:Others"}, "task_class"), ({"task_args": {"seed": 5}}, "data_digest")],
 )
 def test_a_resume_with_another_task_leaves_the_run_as_it_is(
     tmp_path: Path, changes: dict[str, Any], name: str
@@ -86,12 +114,9 @@ def test_a_resume_with_another_task_leaves_the_run_as_it_is(
     with pytest.raises(Started):
         search(tmp_path)
     ours = load_spec(tmp_path / "search.yaml")
-    from flyweight.search.meter import Device
-    from flyweight.search.ready import ready
-
     found = ready(ours)
     header = {
-        "kind": "search", "resolved_task": ours.task, "data_digest": found.data_digest,
+        "kind": "search", "task_class": "task.py:Patterns", "data_digest": found.data_digest,
         "capabilities": Device.of(found.prepared.runtime).capabilities,
         "objective": ours.objective.model_dump(), "time": 0.0,
     }  # fmt: skip

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -274,14 +274,28 @@ def test_a_search_that_is_killed_goes_on_within_a_trial(starter: Path, tmp_path:
     assert not (run / "checkpoints").exists()
 
 
-def test_ctrl_c_ends_with_the_best_so_far(starter: Path, tmp_path: Path) -> None:
+def ctrl_c(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGINT)
+
+
+def timed_out(process: subprocess.Popen[str]) -> None:
+    """As ``timeout`` ends a command: the process, and the group that it is in."""
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("end", [ctrl_c, timed_out])
+def test_a_search_that_is_told_to_end_ends_with_the_best_so_far(
+    starter: Path, tmp_path: Path, end: Callable[[subprocess.Popen[str]], None]
+) -> None:
     # Random: it begins at once, without a device profile.
     how = {"trials": 500, "concurrency": 1, "strategy": "random"}
     path = small(starter, "interrupted.yaml", search=how)
     run = tmp_path / "run"
     with started("search", path, "--out", run, cwd=starter) as process:
         wait_for(run, "end", 1, process)
-        process.send_signal(signal.SIGINT)
+        end(process)
         out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert f"--out {run} --resume` goes on." in out
@@ -465,10 +479,14 @@ def test_ctrl_c_while_finalists_are_measured_is_an_interruption(
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert not (run / "result.json").exists()
+    predicted = json.loads((run / "result.json").read_text())["front"]
+    assert predicted  # the best so far, not measured
+    assert all(row["latency_spread"] is None for row in predicted)
     done = flyweight("search", path, "--out", run, "--resume", cwd=starter)
     assert done.returncode == 0, done.stderr
-    assert json.loads((run / "result.json").read_text())["front"]
+    measured = json.loads((run / "result.json").read_text())["front"]
+    assert measured
+    assert all(row["latency_spread"] is not None for row in measured)
 
 
 def test_a_search_whose_trials_all_fail_ends_early_and_says_why(

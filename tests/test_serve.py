@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -581,6 +582,21 @@ def register(uri: str, folder: Path, content: bytes, digest: str, alias: str = "
     path, policy = folder / "model.onnx", folder / "policy.json"
     chosen = Artifact(digest, content, path, policy, metrics, 0.1, "t.py:T", TARGET)
     return open_registry("net", alias, uri).register(chosen, None, "e").version
+
+
+def test_a_version_that_has_no_room_beside_the_one_before_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from flyweight.search import serve
+
+    deployed: list[Any] = []
+    monkeypatch.setattr(serve, "deploy", lambda source, _: deployed.append(source))
+    old: Any = SimpleNamespace(io={}, threads=1)
+    new: Any = SimpleNamespace(io={}, threads=2)
+    assert serve._replace(old, new, serve.Options(), 3.0) is new
+    with pytest.raises(BadInput, match="of 2 threads a replica, for which the 5 CPUs"):
+        serve._replace(old, new, serve.Options(replicas=2), 5.0)  # Ray Serve would wait for ever
+    assert deployed == [new]
 
 
 @dataclass

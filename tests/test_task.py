@@ -167,7 +167,8 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"loss": lambda output, _: output.sum() * float("nan")}, "loss must be one finite number"),
     ({"loss": lambda output, _: output.sum(1)}, "loss must be one finite number, but got"),
     ({"loss": lambda output, _: output.argmax(1).sum()}, "loss cannot be differentiated"),
-    ({"loss": fails}, "loss or metric fails on output"),
+    ({"loss": fails}, r"task: loss\(output, target\) fails on 10 items of val.*: FileNotFound"),
+    ({"metric": fails}, r"task: metric\(output, target\) fails on 10 items of val"),
     ({"metric": lambda *_: float("nan")}, "metric must be one finite number, but got nan"),
     ({"model": lambda: torch.jit.script(model())}, "the model is a TorchScript module"),
     ({"model": lambda: torch.jit.trace(model(), torch.rand(1, 6))}, "was made from"),
@@ -176,10 +177,43 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"metric": lambda *_: torch.rand(3)}, r"metric must be one finite number, but got tensor"),
     ({"metric": lambda *_: None}, "metric must be one finite number, but got None"),
     ({"metric": lambda *_: "good"}, "metric must be one finite number, but got 'good'"),
-    ({"val": Data((x, float(y)) for x, y in items())}, r"float64, but labels .* give int\(label\)"),
+    (
+        {"val": Data((x, float(y)) for x, y in items())},
+        r"task: labels of classes must be whole numbers, but the targets of val are float64: give "
+        r"int\(label\)\. loss\(output, target\) fails .* output float32 \[10, 3\], target float64 "
+        r"\[10\] of 0 to 2: RuntimeError: expected",
+    ),
     (
         {"loss": lambda o, y: nn.functional.binary_cross_entropy(o.sigmoid()[:, 0], y)},
-        r"the targets are int64, but this loss takes floats: give float\(target\)",
+        r"loss takes targets in floats, but those of val are int64: give float\(target\)",
+    ),
+    (
+        {"loss": lambda o, y: nn.functional.binary_cross_entropy(o.sigmoid()[:, 0], y.float())},
+        "must lie between 0 and 1, but val has 2",
+    ),
+    (
+        {"val": Data((x, y + 1) for x, y in items())},
+        "labels of 3 classes, .* must be 0 to 2, but val has 3: number the labels from 0.*out of b",
+    ),
+    # One label among many, which would end the search in the middle.
+    ({"train": Data([*items(90), (torch.rand(6), 7)])}, "must be 0 to 2, but train has 7"),
+    ({"train": Data([*items(90), (torch.rand(6), -1)])}, "must be 0 to 2, but train has -1"),
+    ({"val": Data([*items(90), (torch.rand(6), 3)])}, "must be 0 to 2, but val has 3"),
+    (
+        {"val": Data((x, torch.tensor([y])) for x, y in items())},
+        r"in val it is \[1\], beside an answer of \[3\]: for a loss of classes give one number",
+    ),
+    (
+        {"val": Data((x, nn.functional.one_hot(torch.tensor(y), 3)) for x, y in items())},
+        r"those of val are int64: give target\.float\(\)",
+    ),
+    (
+        {"loss": nn.functional.binary_cross_entropy_with_logits},
+        r"in val it is \[\], beside an answer of \[3\]",
+    ),
+    (
+        {"train": Data([(torch.rand(4), 0)] * 6), "example_input": lambda: torch.rand(1, 6)},
+        "does not take items of train",
     ),
 ]
 
@@ -191,6 +225,11 @@ def test_a_broken_task_is_refused_with_the_rule_it_breaks(
 ) -> None:
     with pytest.raises(BadInput, match=message):
         prepare(Mine(**broken), make_runtime("onnxruntime", 1), Schedule())
+
+
+def test_a_label_that_the_loss_ignores_is_taken() -> None:
+    train = Data([*items(), (torch.rand(6), -100)])
+    prepare(Mine(train=train), make_runtime("onnxruntime", 1), Schedule())
 
 
 class Backbone(nn.Module):

@@ -577,6 +577,9 @@ class TestNoServer:
         ("http://a:b@c@h", "http://***@h"),
         ("sqlite:////home/a@b/x.db", "sqlite:////home/a@b/x.db"),
         ("postgresql://h/x?password=b&y=1", "postgresql://h/x?password=***&y=1"),
+        ("abfs://c/x?client_id=a&client_secret=b", "abfs://c/x?client_id=a&client_secret=***"),
+        ("abfs://c/x?sv=1&sig=b%2F&se=2", "abfs://c/x?sv=1&sig=***&se=2"),
+        ("s3://b?access_key=a&secret_key=c", "s3://b?access_key=***&secret_key=***"),
         ("nothing here", "nothing here"),
     ],
 )

@@ -1,0 +1,81 @@
+"""What a plan tells before anything is spent."""
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flyweight.search import counting
+from flyweight.search.limits import limits
+from flyweight.search.plan import idle, make_plan, print_plan
+from flyweight.search.spec import Objective
+
+TASK = """
+import torch
+from torch import nn
+from flyweight.compressors import ClassificationTask
+
+class Patterns(ClassificationTask):
+    def __init__(self):
+        torch.manual_seed(0)
+        self.train = self.val = [(torch.randn(6), i % 3) for i in range(60)]
+
+    def model(self):
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 3))
+"""
+TEACHER = {"metric": 93.0, "latency_ms": 2.0, "size_bytes": 2_800_000, "compressed_bytes": 900_000}
+
+
+def write(folder: Path, **objective: Any) -> Path:
+    (folder / "task.py").write_text(TASK)
+    path = folder / "search.yaml"
+    path.write_text(
+        json.dumps({"task": "task.py:Patterns", "objective": objective, "tracking": None})
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        ({"speedup": 2, "max_drop": 0.5, "size_bytes": 900_000}, []),
+        ({"max_drop": 93}, ["max_drop 93 asks for nothing: all that the model has of the metric"]),
+        ({"speedup": 1}, ["speedup 1.0 asks for nothing: the model itself has 2.00 ms, and the"]),
+        ({"latency_ms": 3}, ["latency_ms 3.0 asks for nothing"]),
+        (
+            {"size_bytes": 2_800_000, "compressed_bytes": 950_000, "speedup": 1.1},
+            ["size_bytes 2800000 asks for nothing", "compressed_bytes 950000 asks for nothing"],
+        ),
+    ],
+)
+def test_a_limit_that_the_teacher_keeps_is_named(objective: Any, told: list[str]) -> None:
+    asked = Objective(**objective)
+    found = idle(asked, limits(asked.model_dump(), 93.0, 2.0), TEACHER)
+    assert len(found) == len(told)
+    assert all(text.startswith(words) for text, words in zip(found, told, strict=True))
+
+
+def test_of_a_metric_that_is_negative_nothing_is_said() -> None:
+    asked = Objective(max_drop=5.0)
+    assert idle(asked, limits(asked.model_dump(), -1.0, 2.0), TEACHER | {"metric": -1.0}) == []
+
+
+def test_a_plan_says_where_a_limit_limits_nothing_and_that_it_still_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting, "LINE_S", 0.02)
+    monkeypatch.setattr(counting, "LOOK_S", 0.001)
+    said, shown = StringIO(), StringIO()
+    found = make_plan(write(tmp_path, speedup=0.5, max_drop=100), Console(file=said, width=60))
+    print_plan(found, Console(file=shown, width=60))
+    notes = [line for line in shown.getvalue().splitlines() if line.startswith("Note: ")]
+    assert [note.split()[1] for note in notes if "asks for nothing" in note] == [
+        "max_drop", "speedup",
+    ]  # fmt: skip
+    assert found["reachable"]
+    text = "Timing the teacher and the simplest policies, untrained"
+    assert f"{text}\n{text}, 0:0" in said.getvalue()
