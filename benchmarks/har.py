@@ -16,20 +16,14 @@ from typing import Any
 
 import torch
 from common import write
+from executed import float_layers, int8_layers, optimized_kernels
 
 from flyweight.compressors import RUNGS, Candidate, Prepared, Schedule, compress, load_task, prepare
 from flyweight.compressors.compress import quantize
 from flyweight.compressors.data import Items, split, stack
 from flyweight.compressors.freeze import freeze
 from flyweight.compressors.parity import compare, feed, run_module, run_session
-from flyweight.kernels import (
-    disturbed,
-    float_layers,
-    int8_layers,
-    make_runtime,
-    optimized_kernels,
-    time_sessions,
-)
+from flyweight.kernels import disturbed, make_runtime, time_sessions
 from flyweight.spaces import Distill, Policy, Prune, Settings, Space
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "har"

@@ -20,13 +20,13 @@ from typing import Any
 import onnxruntime as ort
 import torch
 from common import write
+from executed import INT8_KERNELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from flyweight.compressors import ClassificationTask, Schedule, prepare, untrained
 from flyweight.kernels import make_runtime, time_sessions
-from flyweight.kernels.executed import INT8_KERNELS
 from flyweight.spaces import Policy, Settings, Space
 
 CALLS = 200  # profiled

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from common import OUT, write
+from executed import float_layers, int8_layers
 from networks import NETWORKS, joined
 from torch import fx
 
@@ -27,7 +28,7 @@ from flyweight.compressors.compress import quantize
 from flyweight.compressors.freeze import freeze
 from flyweight.compressors.observe import ACTIVATION_RANGES
 from flyweight.compressors.parity import AGREEMENT, INPUTS, compare, run_module, run_session
-from flyweight.kernels import float_layers, int8_layers, make_runtime
+from flyweight.kernels import make_runtime
 from flyweight.spaces import Settings, Space
 
 ULP = 1e-7  # of single precision, as a share

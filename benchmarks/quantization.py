@@ -30,6 +30,7 @@ import numpy as np
 import onnx
 import torch
 from common import versions, write
+from executed import float_layers, int8_layers
 from networks import EXAMPLES, NETWORKS, joined
 from onnxruntime.quantization import (
     CalibrationDataReader,
@@ -47,7 +48,7 @@ from flyweight.compressors.export import to_onnx
 from flyweight.compressors.freeze import freeze
 from flyweight.compressors.parity import INPUTS, compare, feed, run_module, run_session
 from flyweight.compressors.quantize import fold_norms
-from flyweight.kernels import float_layers, int8_layers, make_runtime, time_sessions
+from flyweight.kernels import make_runtime, time_sessions
 from flyweight.spaces import Policy, Quantize
 from flyweight.spaces.tracing import trace_graph
 

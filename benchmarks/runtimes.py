@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from common import write
+from executed import float_layers, int8_layers
 
 from flyweight.compressors import Schedule, compress, load_task, prepare
-from flyweight.kernels import float_layers, int8_layers, make_runtime, time_sessions
+from flyweight.kernels import make_runtime, time_sessions
 from flyweight.spaces import Policy, Settings, Space
 
 TASK = Path(__file__).resolve().parents[1] / "examples" / "fashion_mnist" / "task.py"

@@ -113,6 +113,29 @@ class _Table:
             out += dense @ self._alike(self._places[columns], columns) @ dense.T
         return out
 
+    def variances(self) -> Array:
+        """Of every sum: the diagonal of ``covariance``, without the rest of it."""
+        out: Array = self.weights.power(2).sum(1)
+        if self.part.octaves is None:
+            return out
+        # And every two values of one form: sorted by sum and form, they are d places apart.
+        forms = np.zeros(len(self._places), np.int64)
+        for number, columns in enumerate(self._forms.values()):
+            forms[columns] = number
+        found = self.weights.tocoo()
+        group = found.row * len(self._forms) + forms[found.col]
+        order = np.argsort(group)
+        group, row, weight = group[order], found.row[order], found.data[order]
+        at = self._places[found.col[order]]
+        for d in range(1, len(group)):
+            pair = np.flatnonzero(group[d:] == group[:-d])
+            if not len(pair):
+                break
+            apart = at[pair + d] - at[pair]
+            alike = self.part.alike(np.einsum("ij,ij->i", apart, apart))
+            out += np.bincount(row[pair], 2 * weight[pair + d] * weight[pair] * alike, len(out))
+        return out
+
     def rows(self, pieces: Sequence[Signature]) -> Array:
         """[pieces, sums]: the same between every piece, at a nominal time of 1, and every sum."""
         out = np.zeros((len(pieces), self.weights.shape[0]))
@@ -183,7 +206,7 @@ class AdditiveProcess:
         added = weights @ rows
         mean = added @ self.white
         variance = sum(
-            deviation**2 * np.diag(_Table(part, sums).covariance())
+            deviation**2 * _Table(part, sums).variances()
             for part, deviation in zip(PARTS, self.deviations, strict=True)
         )
         variance = np.maximum(variance - (added**2).sum(1), 0) + (self.noise * mean) ** 2

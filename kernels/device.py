@@ -3,8 +3,10 @@
 import hashlib
 import json
 import platform
+import subprocess
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 # Instruction sets that choose a kernel, and so a latency and (VNNI) an arithmetic.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
@@ -12,24 +14,54 @@ VNNI = {"avx512_vnni", "avx_vnni"}
 X86 = {"x86_64", "amd64", "i686", "i386"}
 
 
-def parse_cpuinfo(text: str) -> tuple[str, frozenset[str]]:
-    """Model name ("" if it is not said, as on many ARM boards) and flags of the first core."""
+# What tells CPUs apart where a virtual machine has a name for all generations ("AMD EPYC").
+MODEL = ("cpu family", "model", "stepping", "cpu implementer", "cpu part")
+
+
+class Cpu(NamedTuple):
+    """name: "" if it is not said, as on many ARM boards. model: which of that name."""
+
+    name: str
+    flags: frozenset[str]
+    model: str
+
+
+def parse_cpuinfo(text: str) -> Cpu:
+    """The first core."""
     fields: dict[str, str] = {}
     for line in text.splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip().lower(), value.strip())
     flags = fields.get("flags", fields.get("features", ""))  # x86 and ARM call it differently
-    model = fields.get("model name") or fields.get("hardware") or fields.get("cpu part", "")
-    return model, frozenset(flags.split())
+    name = fields.get("model name") or fields.get("hardware") or fields.get("cpu part", "")
+    model = " ".join(f"{key} {fields[key]}" for key in MODEL if key in fields)
+    return Cpu(name, frozenset(flags.split()), model)
 
 
-def cpu() -> tuple[str, frozenset[str]]:
-    """Model name and flags of this machine's CPU; no flags where there is no /proc/cpuinfo."""
+def cpu() -> Cpu:
+    """This machine's CPU; no flags and no model where there is no /proc/cpuinfo."""
+    found = parse_cpuinfo(_read(Path("/proc/cpuinfo")))
+    name = found.name or brand() or platform.processor() or platform.machine()
+    board = _read(Path("/proc/device-tree/model")).strip("\0\n ")  # of ARM
+    return found._replace(name=name, model=f"{found.model} {board}".strip())
+
+
+def brand() -> str:
+    """What macOS calls the CPU, "" elsewhere."""
+    if platform.system() != "Darwin":
+        return ""
+    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
     try:
-        model, flags = parse_cpuinfo(Path("/proc/cpuinfo").read_text(errors="replace"))
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
     except OSError:
-        model, flags = "", frozenset()
-    return model or platform.processor() or platform.machine(), flags
+        return ""
 
 
 def gpu() -> str:
@@ -41,17 +73,20 @@ def gpu() -> str:
     return "unknown"
 
 
-def saturates(flags: Collection[str], arch: str) -> bool:
-    """Whether u8 x s8 kernels add pairs of products in saturating 16-bit arithmetic.
-
-    They do on x86 without VNNI (vpmaddubsw): 2 x 255 x 127 does not fit 16 bits, 2 x 255 x 64 does.
-    """
-    return arch.lower() in X86 and VNNI.isdisjoint(flags)
-
-
 def weight_bits_by_flags(flags: Collection[str], arch: str) -> int:
-    """Bits an int8 weight may use, by the rule of ``saturates``."""
-    return 7 if saturates(flags, arch) else 8
+    """Bits an int8 weight may use.
+
+    x86 without VNNI adds pairs of products of u8 x s8 in saturating 16-bit arithmetic (vpmaddubsw):
+    2 x 255 x 127 does not fit 16 bits, 2 x 255 x 64 does.
+    """
+    return 7 if arch.lower() in X86 and VNNI.isdisjoint(flags) else 8
+
+
+def weight_bits_of(device: Mapping[str, str]) -> int:
+    """The same of a device by its facts, as ``describe`` tells them."""
+    if "gpu" in device:  # the flags are those of the CPU beside it
+        return 8
+    return weight_bits_by_flags(device.get("flags", "").split(), device.get("architecture", ""))
 
 
 def describe(runtime: str, version: str, threads: int) -> dict[str, str]:
@@ -59,11 +94,12 @@ def describe(runtime: str, version: str, threads: int) -> dict[str, str]:
 
     The operating system without its version: a patched kernel keeps its profiles.
     """
-    model, flags = cpu()
+    name, flags, model = cpu()
     return {
         "architecture": platform.machine(),
-        "cpu": model,
+        "cpu": name,
         "flags": " ".join(flag for flag in FLAGS if flag in flags),
+        "model": model,
         "os": platform.system(),
         "runtime": runtime,
         "threads": str(threads),

@@ -10,7 +10,7 @@ from ..spaces.capabilities import Capabilities
 from ..spaces.errors import BadInput, Impossible
 from .device import describe, fingerprint_of, gpu
 from .probe import measured_weight_bits
-from .runtime import Array, Executed, Inputs
+from .runtime import Array, Inputs
 
 CPU, CUDA, TENSORRT = (f"{p}ExecutionProvider" for p in ("CPU", "CUDA", "Tensorrt"))
 NAMES = {CPU: "onnxruntime", CUDA: "onnxruntime-cuda", TENSORRT: "onnxruntime-tensorrt"}
@@ -110,9 +110,3 @@ class OnnxRuntime:
         if (outputs := len(session.get_outputs())) != 1:
             raise Impossible(f"a model has one output, but this one has {outputs}")
         return OnnxSession(session)
-
-    def executed(self, model: bytes) -> list[Executed]:
-        """The kernels of the CPU provider, also where this is another provider's runtime."""
-        from .executed import onnxruntime_kernels  # which imports this file
-
-        return onnxruntime_kernels(model, self.threads)

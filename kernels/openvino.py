@@ -5,15 +5,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import onnx
 import openvino as ov  # type: ignore[import-untyped]
 
 from ..spaces.capabilities import Capabilities
 from ..spaces.errors import Impossible
 from .device import describe, fingerprint_of
-from .layers import layers
 from .probe import measured_weight_bits
-from .runtime import Array, Executed, Inputs
+from .runtime import Array, Inputs
 
 NAME = "openvino"
 # A static shape was 8 to 25% faster on one image (ResNet, vision transformer), and is still 0 to 8%
@@ -145,19 +143,6 @@ class OpenVinoRuntime:
         """The model, read; the first call compiles it. Raises Impossible if it cannot be read."""
         return OpenVinoSession(_read(model), self.threads)
 
-    def executed(self, model: bytes) -> list[Executed]:
-        """The kernels of ``model`` at batch 1. Raises Impossible if it does not load."""
-        read = _read(model)
-        shapes = {
-            port.any_name: tuple(1 if a.is_dynamic else a.get_length() for a in port.partial_shape)
-            for port in read.inputs
-        }
-        try:
-            compiled = _core().compile_model(_at(read, shapes), "CPU", settings(self.threads))
-        except RuntimeError as error:
-            raise Impossible(f"OpenVINO cannot load the model: {_reason(error)}") from error
-        return _kernels(compiled.get_runtime_model(), model)
-
 
 def _read(model: bytes | Path) -> Any:
     try:
@@ -167,58 +152,3 @@ def _read(model: bytes | Path) -> Any:
     if (outputs := len(read.outputs)) != 1:
         raise Impossible(f"a model has one output, but this one has {outputs}")
     return read
-
-
-def _kernels(executed: Any, model: bytes) -> list[Executed]:
-    """What ``executed`` (the graph that the plugin made of ``model``) runs."""
-    nodes = [(node, _facts(node)) for node in executed.get_ordered_ops()]
-    known = {name for _, facts in nodes for name in facts["originalLayersNames"].split(",")}
-    products = _products(model, known)
-    return [
-        Executed(f"{facts['layerType']} {facts['primitiveType']}", _layers(node, facts, products))
-        for node, facts in nodes
-        if facts["layerType"] not in ("Const", "Input", "Output")
-    ]
-
-
-def _facts(node: Any) -> dict[str, str]:
-    return {key: value.astype(str) for key, value in node.get_rt_info().items()}
-
-
-def _products(model: bytes, known: set[str]) -> set[str]:
-    """The names that the products of the layers of ``model`` go by in the plugin's graph.
-
-    A node with a bias becomes a product, with a suffix, and a sum; one that gives the model's
-    output is called as that is.
-    """
-    found = set()
-    for node in layers(onnx.load_from_string(model).graph):
-        suffixed = f"{node.name}/WithoutBiases"
-        found.update({suffixed} if suffixed in known else {node.name, node.output[0]})
-    return found
-
-
-def _layers(node: Any, facts: dict[str, str], products: set[str]) -> tuple[str, ...]:
-    """The precision of each layer that the executed ``node`` computes.
-
-    A layer is int8 if its weights are and its input is. A "Subgraph" is code generated for several
-    operations, a row of linear layers among them; it may quantize in between.
-    """
-    kind, ports = facts["layerType"], node.inputs()
-    integers = [port.get_element_type().get_type_name() in ("i8", "u8") for port in ports]
-    constant = [_is_constant(port) for port in ports]
-    if kind == "Subgraph":
-        int8 = sum(i and c for i, c in zip(integers, constant, strict=True))
-        count = len(products.intersection(facts["originalLayersNames"].split(",")))
-        return ("int8",) * int8 + ("fp32",) * (count - int8)
-    if kind not in ("Convolution", "FullyConnected", "MatMul") or not constant[1]:
-        return ()
-    return ("int8",) if all(integers[:2]) else ("fp32",)
-
-
-def _is_constant(port: Any) -> bool:
-    """Whether what arrives at ``port`` is a constant, rearranged or not."""
-    node = port.get_source_output().get_node()
-    while (kind := _facts(node)["layerType"]) in ("Transpose", "Reshape", "Reorder"):
-        node = node.input(0).get_source_output().get_node()
-    return bool(kind == "Const")

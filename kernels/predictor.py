@@ -200,6 +200,18 @@ class LatencyPredictor:
         return (piece.kind, piece.form) in self._unavailable
 
 
+def check_own(profile: DeviceProfile, fingerprint: str) -> None:
+    """Raises BadInput unless ``profile`` is of the device that is the target."""
+    if profile.fingerprint == fingerprint:
+        return
+    raise BadInput(
+        f"the profile is of device {profile.told()}, but the target is {fingerprint}; make one on "
+        "the target with `flyweight profile`, where a few networks are enough with --like this one "
+        "(`flyweight predict` takes this one with --allow-foreign, for wider intervals that "
+        "promise nothing)"
+    )
+
+
 def predictor_for(
     profile: DeviceProfile,
     fingerprint: str,
@@ -208,14 +220,7 @@ def predictor_for(
 ) -> LatencyPredictor:
     """The predictor for a device. Raises BadInput if ``profile`` is of another one, unless that is
     allowed: then with wider intervals."""
-    if profile.fingerprint == fingerprint:
-        return LatencyPredictor(profile, teacher_ms)
     if not allow_foreign:
-        known = ", ".join(f"{k}={v}" for k, v in profile.device.items())
-        raise BadInput(
-            f"the profile is of device {profile.fingerprint} ({known}), but the target is "
-            f"{fingerprint}; make one on the target with `flyweight profile`, where a few networks "
-            "are enough with --like this one (`flyweight predict` takes this one with "
-            "--allow-foreign, for wider intervals that promise nothing)"
-        )
-    return LatencyPredictor(profile, teacher_ms, FOREIGN)
+        check_own(profile, fingerprint)
+    own = profile.fingerprint == fingerprint
+    return LatencyPredictor(profile, teacher_ms, 1.0 if own else FOREIGN)

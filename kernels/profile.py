@@ -9,11 +9,12 @@ may lean on that of another device, whose networks then stand in the file too.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from ..spaces.errors import BadInput
+from .device import weight_bits_of
 from .files import write_whole
 from .signature import Signature
 
@@ -39,7 +40,8 @@ class Timed:
 class DeviceProfile:
     """device, fingerprint: as the runtime tells them. request: shape of each input, by name.
     network: digest of the teacher's work, whose time is the unit of all others. like: the profile
-    of another device, for the same requests and network, that this one leans on."""
+    of another device, for the same requests and network, that this one leans on. weight_bits: that
+    an int8 weight may use there; by the rule for the device's facts where nobody has said."""
 
     device: Mapping[str, str]
     fingerprint: str
@@ -47,6 +49,10 @@ class DeviceProfile:
     network: str
     timed: list[Timed] = field(default_factory=list)
     like: "DeviceProfile | None" = None
+    weight_bits: int = 0
+
+    def __post_init__(self) -> None:
+        self.weight_bits = self.weight_bits or weight_bits_of(self.device)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -79,10 +85,13 @@ class DeviceProfile:
             )
         try:
             request = {str(k): tuple(map(int, v)) for k, v in head["request"].items()}
-            found = cls(dict(head["device"]), head["fingerprint"], request, head["network"])
+            found = cls(
+                dict(head["device"]), head["fingerprint"], request, head["network"],
+                weight_bits=int(head.get("weight_bits", 0)),  # an earlier flyweight did not say
+            )  # fmt: skip
             if other := head.get("like"):
-                found.like = replace(
-                    found, device=dict(other["device"]), fingerprint=other["fingerprint"], timed=[]
+                found.like = cls(
+                    dict(other["device"]), other["fingerprint"], request, found.network
                 )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{path}, line 1: no head of a device profile: {error!r}") from error
@@ -96,11 +105,19 @@ class DeviceProfile:
                 raise BadInput(f"{path}, line {number}: no timed network: {error!r}") from error
         return found
 
+    def told(self) -> str:
+        """Its device, for people."""
+        facts = [f"{key}={value}" for key, value in self.device.items()]
+        if "model" not in self.device:
+            facts.append("of an earlier flyweight, which did not ask for the model of the CPU")
+        return f"{self.fingerprint} ({', '.join(facts)})"
+
     def create(self, path: Path) -> None:
         """Writes the profile anew. Raises OSError."""
         head: dict[str, Any] = {
             "version": VERSION, "fingerprint": self.fingerprint, "device": dict(self.device),
             "request": {k: list(v) for k, v in self.request.items()}, "network": self.network,
+            "weight_bits": self.weight_bits,
         }  # fmt: skip
         entries = [_plain(t) for t in self.timed]
         if self.like is not None:

@@ -1,7 +1,6 @@
 """The narrow seam to whatever runs a model: a runtime loads it, a session answers with it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,18 +12,6 @@ from .cores import cores
 
 Array = NDArray[Any]
 Inputs = Mapping[str, Array]
-
-
-@dataclass(frozen=True)
-class Executed:
-    """One kernel that a runtime runs.
-
-    name: the runtime's own. layers: the precision of each convolution or linear layer that it
-        computes; a runtime may put several into one kernel, and most kernels hold none.
-    """
-
-    name: str
-    layers: tuple[str, ...] = ()
 
 
 class Session(Protocol):
@@ -62,10 +49,6 @@ class Runtime(Protocol):
 
     def load(self, model: bytes | Path, /) -> Session:
         """The ONNX file, or its content. Raises Impossible with the reason if it does not load."""
-
-    def executed(self, model: bytes, /) -> list[Executed]:
-        """The kernels that run for ``model`` at batch 1, in order. Raises Impossible if it does not
-        load."""
 
 
 def _onnxruntime(provider: str) -> Callable[[int], Runtime]:

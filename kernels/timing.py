@@ -101,7 +101,6 @@ def time_sessions(
     most_ms: float = math.inf,
     clock: Clock = time.perf_counter_ns,
     cpu_clock: Clock | None = None,
-    on_round: Callable[[int], None] | None = None,
 ) -> dict[str, Timing]:
     """The latency of each session on the same ``inputs``, measured side by side.
 
@@ -109,7 +108,7 @@ def time_sessions(
     fastest counts. A slow model gets fewer calls, so that they last about ``visit_ms``, but never
     fewer than 3. most_ms: where all rounds would take longer, there are fewer, but never fewer than
     5. cpu_clock: the time that the calling thread was on the CPU, for ``waiting``; the thread's
-    own, or ``clock`` where that is not the real one. on_round: told how many rounds are done.
+    own, or ``clock`` where that is not the real one.
     Raises ValueError for counts below 1 (``warmup``: 0).
     """
     if rounds < 1 or repeats < 1 or warmup < 0:
@@ -131,8 +130,6 @@ def time_sessions(
             name = names[place]
             seen = _visit(sessions[name], inputs, warmup, calls[name], clock, cpu_clock)
             visits[name].append(seen)
-        if on_round is not None:
-            on_round(round_ + 1)
     return {
         name: Timing(tuple(ms for ms, _ in seen), median(waiting for _, waiting in seen))
         for name, seen in visits.items()
@@ -157,11 +154,7 @@ def _visit(
     return wall / 1e6, max(0.0, 1 - on_cpu / wall) if wall and on_cpu else 0.0
 
 
-def disturbed(
-    timings: Mapping[str, Timing],
-    most_spread: float = MOST_SPREAD,
-    most_waiting: float = MOST_WAITING,
-) -> bool:
+def disturbed(timings: Mapping[str, Timing], most_waiting: float = MOST_WAITING) -> bool:
     """Whether the machine was too busy to trust ``timings``.
 
     Either the rounds of the sentinel spread widely (the teacher: every measurement has it; without
@@ -170,4 +163,4 @@ def disturbed(
     """
     watched = [timings[TEACHER]] if TEACHER in timings else list(timings.values())
     waited = any(timing.waiting > most_waiting for timing in timings.values())
-    return waited or any(timing.spread > most_spread for timing in watched)
+    return waited or any(timing.spread > MOST_SPREAD for timing in watched)

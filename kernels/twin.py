@@ -15,8 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from ..spaces.capabilities import Capabilities
 from ..spaces.errors import Impossible
 from .device import fingerprint_of
-from .layers import layers
-from .runtime import Array, Executed, Inputs
+from .runtime import Array, Inputs
 
 SIMULATED = Capabilities(precisions={"conv": ("fp32", "int8"), "linear": ("fp32", "int8")})
 
@@ -91,17 +90,6 @@ class SimulatedRuntime:
         if (outputs := len(proto.graph.output)) != 1:
             raise Impossible(f"a model has one output, but this one has {outputs}")
         return SimulatedSession(self.clock, self.latencies_ms(content), _answer(evaluator))
-
-    def executed(self, model: bytes) -> list[Executed]:
-        """The operations of the file: the reference implementation runs each by itself, in float.
-        Raises Impossible if it does not load."""
-        self.load(model)
-        graph = onnx.load_from_string(model).graph
-        heavy = {node.output[0] for node in layers(graph)}
-        return [
-            Executed(node.op_type, ("fp32",) if node.output[0] in heavy else ())
-            for node in graph.node
-        ]
 
 
 def _answer(evaluator: Any) -> Callable[[Inputs], Array]:

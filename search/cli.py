@@ -175,16 +175,23 @@ def profile(
     """
     from rich.console import Console
 
+    from ..kernels.predictor import enough
     from .predict import profile as run
 
     made = run(
         spec, out, like=like, runtime=runtime, threads=threads, networks=networks, minutes=minutes,
         seed=seed, console=Console(stderr=True),
     )  # fmt: skip
-    click.echo(
-        f"Wrote {out}: {len(made.timed)} networks on device {made.fingerprint}. For searches:"
-    )
-    click.echo(f"  target: {{profile: {out.resolve()}}}")
+    click.echo(f"Wrote {out}: {len(made.timed)} networks on device {made.fingerprint}")
+    try:
+        enough(made)
+    except BadInput as error:
+        click.echo(
+            f"No search takes it: {error}. Where the space has no more, name no target.profile: a "
+            "search then times its policies by itself"
+        )
+    else:
+        click.echo(f"For searches:\n  target: {{profile: {out.resolve()}}}")
 
 
 @main.command()
@@ -206,8 +213,7 @@ def predict(
     --json: a list in the order of the policies, predicted_latency_ms being lower end, middle and
     upper end, or null for a policy with work that the runtime died of.
 
-    On the profile's own device the teacher is timed first, since a device is not always as fast as
-    it was when it was profiled.
+    The teacher is timed first, since a device is not always as fast as it was when it was profiled.
     """
     from .predict import predict as run
     from .store import policy_file

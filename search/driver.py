@@ -42,7 +42,7 @@ from .predict import given_profile, predictor_of
 from .preflight import check_cluster
 from .preparation import Preparation, worth_preparing
 from .pricing import Pricing, predicted, timed
-from .profiling import check_profile, empty_profile
+from .profiling import check_device, check_profile, empty_profile
 from .progress import Progress
 from .reach import check_limits, check_without_ray
 from .ready import Ready, facts_of, ready, score, teacher_answers
@@ -126,6 +126,7 @@ def _checked(spec: Spec, record: Record, profile: DeviceProfile | None, local: b
     check_same(record, **lasting(found))
     if profile is not None:
         check_profile(profile, empty_profile(spec, found.prepared), device=False)
+        check_device(profile, found, local)
     if asks_anew(spec, record):
         check_without_ray(found, local)
     return found
@@ -457,6 +458,8 @@ class _Search:
                     took, teacher = timings[digest].median_ms, timings["teacher"].median_ms
                     profile.timed.append(Timed(counts, took, teacher, session, digest))
             profile.create(path)
+            if path == self.run_dir / PROFILE:
+                self.preparation.keep()
         except (BadInput, OSError) as error:
             self.notes.append(f"the finalists were not added to the device profile: {error}")
 

@@ -191,7 +191,10 @@ class Profiled(Unmeasured):
 
     def __init__(self, ready: Ready, profile: DeviceProfile) -> None:
         super().__init__(ready)
-        self.device = replace(self.device, facts=profile.device, fingerprint=profile.fingerprint)
+        self.device = replace(
+            self.device, facts=profile.device, fingerprint=profile.fingerprint,
+            weight_bits=profile.weight_bits,
+        )  # fmt: skip
         self._profiled_ms = median(timed.teacher_ms for timed in profile.timed)
 
     def alone(self) -> float:

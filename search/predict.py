@@ -106,10 +106,10 @@ def predictor_of(
 ) -> LatencyPredictor:
     """The predictor for the target of ``spec``. fingerprint, teacher_ms: of the device that is the
     target, and what the teacher takes there now; without them the target is this device, where the
-    teacher is timed if the profile is this device's."""
+    teacher is timed."""
     here = prepared.runtime.fingerprint
     check_profile(found, empty_profile(spec, prepared), device=False)
-    if teacher_ms is None and found.fingerprint == here:
+    if teacher_ms is None and (allow_foreign or found.fingerprint == here):
         model = untrained(prepared, Policy())
         request = request_of(spec, prepared)
         teacher_ms = Meter(spec.target.runtime, spec.target.threads, model, request).alone()

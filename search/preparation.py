@@ -1,16 +1,19 @@
 """What a search finds out before its first trial, so that its trials are worth their training: a
 device profile, the sensitivity table, and the policies that these two give."""
 
+import contextlib
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from ..kernels import DeviceProfile, LatencyPredictor
+from ..kernels import DeviceProfile, LatencyPredictor, signature
 from ..kernels.predictor import enough
-from ..spaces import BadInput, FlyweightError
+from ..kernels.signature import digest
+from ..spaces import BadInput, Distill, FlyweightError, Policy
 from .batch import BatchPredictor
 from .cache import cache_folder, key_of
 from .counting import counting
@@ -22,7 +25,6 @@ from .profiling import check_profile, empty_profile, make_profile
 from .ready import Ready
 from .run_files import PROFILE, SENSITIVITY
 from .sensitivity import Sensitivity, measure
-from .storage import write_whole
 from .store import write_json
 from .warm import WarmStart
 
@@ -55,16 +57,13 @@ class Preparation:
         """The device profile of the place, gone on with from the cache; None if none can be made.
         It lies in the run directory, and in the cache for the next search of the same space."""
         ready, path = self.ready, self.run_dir / PROFILE
-        wanted = empty_profile(ready.spec, ready.prepared, self.place.device)
-        request = {name: list(shape) for name, shape in wanted.request.items()}
-        name = key_of(wanted.fingerprint, request, wanted.network, repr(ready.space.settings))
-        kept = cache_folder(ready.spec) / f"profile-{name}.jsonl"
         torch.set_num_threads(1)  # what builds the networks must not spin while they are timed
         try:
-            ours = kept.exists()  # else what is known is of another space: its intervals decide
-            known = self._known(path, kept, wanted)
+            earlier = _loaded(self._kept, self._wanted)
+            known = self._known(path, earlier)
             more = min(MOST, FOR_EACH * ready.spec.search.trials)
-            networks = more if ours else min(2 * MOST, known + more)
+            # Without one of this space what is known is of another: its intervals decide.
+            networks = more if earlier else min(2 * MOST, known + more)
             with counting("Timing networks for the device profile", networks, self.console) as bar:
                 make_profile(
                     ready, path, place=self.place, networks=networks,
@@ -74,30 +73,50 @@ class Preparation:
         except (FlyweightError, OSError) as error:
             self.notes.append(f"The device profile is not complete: {error}")
         finally:  # also when it was interrupted
-            _keep(path, kept)
+            self.keep()
         return self.made()
 
     def made(self) -> DeviceProfile | None:
         """The profile of the place that the run has; None if it is none that could be used."""
-        wanted = empty_profile(self.ready.spec, self.ready.prepared, self.place.device)
         try:
             found = DeviceProfile.load(self.run_dir / PROFILE)
-            check_profile(found, wanted)
+            check_profile(found, self._wanted)
             enough(found)
         except BadInput as error:
             self.notes.append(f"No device profile: {error}. Each policy is timed instead.")
             return None
         return found
 
-    def _known(self, path: Path, kept: Path, wanted: DeviceProfile) -> int:
-        """How many networks ``path`` holds, taken from ``kept`` if need be. One of another device
-        is put aside. Raises BadInput, OSError."""
+    def keep(self) -> None:
+        """Copies the profile of the run to the cache, if it is of more networks than the one there.
+        Losing it costs the next search time and nothing else."""
+        found, earlier = (_loaded(p, self._wanted) for p in (self.run_dir / PROFILE, self._kept))
+        if found and (earlier is None or len(found.timed) > len(earlier.timed)):
+            with contextlib.suppress(OSError):
+                found.create(self._kept)
+
+    @cached_property
+    def _wanted(self) -> DeviceProfile:
+        return empty_profile(self.ready.spec, self.ready.prepared, self.place.device)
+
+    @cached_property
+    def _kept(self) -> Path:
+        """The profile in the cache, of this space alone."""
+        ready, wanted = self.ready, self._wanted
+        request = {name: list(shape) for name, shape in wanted.request.items()}
+        students = [Policy(distill=Distill(student=name)) for name in ready.prepared.others]
+        others = [digest(signature(ready.prepared.plan(policy))) for policy in students]
+        settings = repr(ready.space.settings)
+        name = key_of(wanted.fingerprint, request, wanted.network, settings, *others)
+        return cache_folder(ready.spec) / f"profile-{name}.jsonl"
+
+    def _known(self, path: Path, earlier: DeviceProfile | None) -> int:
+        """How many networks ``path`` holds, taken from the ``earlier`` profile if need be. One that
+        is not what is wanted, say of another batch size, is put aside. Raises OSError."""
         if path.exists():
-            found = DeviceProfile.load(path)
-            if found.fingerprint == wanted.fingerprint:
+            if found := _loaded(path, self._wanted):
                 return len(found.timed)
-            path.replace(path.with_stem(f"{path.stem}-{found.fingerprint}"))
-        earlier = _earlier(kept, wanted)
+            path.replace(path.with_stem(f"{path.stem}-{key_of(path.read_bytes())}"))
         if earlier is None:
             return 0
         earlier.create(path)
@@ -139,21 +158,11 @@ class Preparation:
         return otherwise if budget is None else share * budget
 
 
-def _earlier(path: Path, wanted: DeviceProfile) -> DeviceProfile | None:
-    """The profile that an earlier search left, if it is what is wanted."""
+def _loaded(path: Path, wanted: DeviceProfile) -> DeviceProfile | None:
+    """The profile at ``path``, if there is one and it is what is wanted."""
     try:
         found = DeviceProfile.load(path)
         check_profile(found, wanted)
     except BadInput:
         return None
     return found
-
-
-def _keep(path: Path, kept: Path) -> None:
-    """Copies the profile at ``path`` to the cache, if it is larger than the one there. Losing it
-    costs the next search time and nothing else."""
-    try:
-        if path.exists() and (not kept.exists() or path.stat().st_size > kept.stat().st_size):
-            write_whole(kept, path.read_bytes())
-    except OSError:
-        return

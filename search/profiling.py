@@ -21,7 +21,7 @@ from ..kernels import (
     Timing,
     signature,
 )
-from ..kernels.predictor import LEAST, SESSIONS, large_sessions, least
+from ..kernels.predictor import LEAST, SESSIONS, check_own, large_sessions, least
 from ..kernels.signature import digest
 from ..kernels.timing import TEACHER
 from ..spaces import BadInput, FlyweightError, Impossible, Policy, Space
@@ -60,9 +60,10 @@ class Bench(Protocol):
 
 
 Network = tuple[Counter[Signature], bytes]  # its work and its model
+Work = frozenset[tuple[Signature, int]]
 
 
-def mixed_policies(space: Space, seed: int) -> Iterator[Policy]:
+def mixed_policies(space: Space, seed: int | str) -> Iterator[Policy]:
     """Policies as a search meets them, without end: as many in each precision as mixed, of each two
     with random widths and one near a uniform recipe."""
     rng = random.Random(f"profile {seed}")
@@ -130,7 +131,7 @@ def make_profile(
         policies, groups = _unseen(ready, profile, -2 - seed), 1
     session = max((t.session for t in profile.timed), default=-1)
     quiet = _Quiet()
-    while len(profile.timed) < networks and _wide(ready, profile, seed, narrow, say):
+    while len(profile.timed) < networks and _wide(ready, profile, narrow, say):
         session += 1
         quiet.begin()
         with place.process() as process:
@@ -157,7 +158,9 @@ def empty_profile(spec: Spec, prepared: Prepared, device: Device | None = None) 
     shapes = {name: tuple(value.shape) for name, value in request_of(spec, prepared).items()}
     device = device or Device.of(prepared.runtime)
     teacher = signature(prepared.plan(Policy()))
-    return DeviceProfile(device.facts, device.fingerprint, shapes, digest(teacher))
+    return DeviceProfile(
+        device.facts, device.fingerprint, shapes, digest(teacher), weight_bits=device.weight_bits
+    )
 
 
 def lean(profile: DeviceProfile, like: DeviceProfile) -> None:
@@ -165,19 +168,17 @@ def lean(profile: DeviceProfile, like: DeviceProfile) -> None:
     check_profile(like, profile, device=False)
     if like.fingerprint == profile.fingerprint:
         raise BadInput(
-            f"the profile to be like is of this device itself, {like.fingerprint} "
-            f"({_told(like)}): go on with it, `flyweight profile -o` its file"
+            f"the profile to be like is of this device itself, {like.told()}: go on with it, "
+            "`flyweight profile -o` its file"
         )
     if like.like is not None:
         raise BadInput(
-            f"the profile to be like is itself made like that of {like.like.fingerprint} "
-            f"({_told(like.like)}): name that one"
+            f"the profile to be like is itself made like that of {like.like.told()}: name that one"
         )
     if profile.like is not None and profile.like.fingerprint != like.fingerprint:
         raise BadInput(
-            f"this profile was begun like that of {profile.like.fingerprint} "
-            f"({_told(profile.like)}), not {like.fingerprint} ({_told(like)}); write to another "
-            "file"
+            f"this profile was begun like that of {profile.like.told()}, not {like.told()}; write "
+            "to another file"
         )
     if (count := sum(t.ms is not None for t in like.timed)) < LEAST:
         raise BadInput(
@@ -189,7 +190,7 @@ def lean(profile: DeviceProfile, like: DeviceProfile) -> None:
 
 def _unseen(ready: Ready, profile: DeviceProfile, seed: int) -> Iterator[tuple[str, Network]]:
     """Policies whose work is in neither ``profile`` nor before, until none are found, by digest."""
-    known = {frozenset(t.counts.items()) for t in profile.timed}
+    known = _known(profile)
     misses = -len(known)  # those of ``profile`` come first, if its seed was this one
     for policy in mixed_policies(ready.space, seed):
         misses += 1
@@ -204,6 +205,10 @@ def _unseen(ready: Ready, profile: DeviceProfile, seed: int) -> Iterator[tuple[s
         except Impossible:
             continue
         misses = 0
+
+
+def _known(profile: DeviceProfile) -> set[Work]:
+    return {frozenset(t.counts.items()) for t in profile.timed}
 
 
 class _Quiet:
@@ -255,20 +260,38 @@ def _time(
         yield Timed(counts, ms, alive[TEACHER].median_ms, session, name)
 
 
-def _wide(ready: Ready, profile: DeviceProfile, seed: int, narrow: float, say: Say) -> bool:
+def _wide(ready: Ready, profile: DeviceProfile, narrow: float, say: Say) -> bool:
     """Whether intervals of networks that are not in the profile are wider than is wanted."""
     if not narrow or len(large_sessions(profile.timed, least(profile))) < SESSIONS:
         return True
-    unseen = islice(mixed_policies(ready.space, seed - 1), UNSEEN)
-    ends = LatencyPredictor(profile).predict([ready.prepared.plan(p) for p in unseen])
+    drawn = islice(mixed_policies(ready.space, "unseen"), UNSEEN)  # as no seed draws
+    works = [signature(ready.prepared.plan(policy)) for policy in drawn]
+    known = _known(profile)
+    unseen = [counts for counts in works if frozenset(counts.items()) not in known]
+    if not unseen:  # of a small space
+        return True
+    ends = LatencyPredictor(profile).predict_work(unseen)
     ends = ends[np.isfinite(ends).all(1)]
     width = float(np.median((ends[:, 2] - ends[:, 0]) / ends[:, 1])) if len(ends) else math.inf
     say(f"90% intervals are {100 * width:.1f}% wide (enough: {100 * narrow:g}%)")
     return not width <= narrow
 
 
-def _told(profile: DeviceProfile) -> str:
-    return ", ".join(f"{key}={value}" for key, value in profile.device.items())
+def check_device(found: DeviceProfile, ready: Ready, local: bool) -> None:
+    """Raises BadInput where a search could not do with ``found``, which its spec names, for the
+    device that it is of: on one machine, ``local``, that of another one says nothing of where
+    finalists are measured; elsewhere int8 artifacts must be made for its kernels."""
+    runtime = ready.prepared.runtime
+    bits = runtime.capabilities.weight_bits
+    if local:
+        check_own(found, runtime.fingerprint)
+    elif "int8" in ready.spec.space.quantize.precisions and found.weight_bits != bits:
+        raise BadInput(
+            f"target.profile: its device {found.told()} bears int8 weights of "
+            f"{found.weight_bits} bits, this machine those of {bits}: artifacts would be quantized "
+            "for this one. Run the search from a machine whose CPU is like the target's, or let "
+            "space.quantize.precisions be [fp32]"
+        )
 
 
 def check_profile(found: DeviceProfile, wanted: DeviceProfile, device: bool = True) -> None:
@@ -276,8 +299,8 @@ def check_profile(found: DeviceProfile, wanted: DeviceProfile, device: bool = Tr
     ``device``, of its device."""
     if device and found.fingerprint != wanted.fingerprint:
         raise BadInput(
-            f"the profile is of device {found.fingerprint} ({_told(found)}), but this one is "
-            f"{wanted.fingerprint} ({_told(wanted)}); write to another file"
+            f"the profile is of device {found.told()}, but this one is {wanted.told()}; write to "
+            "another file"
         )
     if dict(found.request) != dict(wanted.request):
         raise BadInput(

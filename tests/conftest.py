@@ -20,6 +20,7 @@ from flyweight.spaces import Capabilities
 importlib.import_module("flyweight.search")
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # as for its scripts
 
 # No deadline: the first example of a property often pays for an import or a trace.
 settings.register_profile("flyweight", deadline=None, max_examples=50, derandomize=True)

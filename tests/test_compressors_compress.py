@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from executed import float_layers, int8_layers
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -26,7 +27,7 @@ from flyweight.compressors.compress import drop_error
 from flyweight.compressors.data import Items
 from flyweight.compressors.distill import Epoch
 from flyweight.compressors.parity import run_session
-from flyweight.kernels import float_layers, int8_layers, make_runtime
+from flyweight.kernels import make_runtime
 from flyweight.spaces import Distill, Impossible, Policy, Prune, Quantize
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from executed import float_layers, int8_layers, optimized_graph, optimized_kernels
 from torch import Tensor, fx, nn
 
 from flyweight.compressors.data import Items
@@ -29,8 +30,7 @@ from flyweight.compressors.quantize import (
     insert_quantizers,
     settle_biases,
 )
-from flyweight.kernels import Runtime, float_layers, int8_layers, make_runtime, optimized_kernels
-from flyweight.kernels.executed import optimized_graph
+from flyweight.kernels import Runtime, make_runtime
 from flyweight.spaces import Impossible, Policy, Quantize, blueprint
 from flyweight.spaces.tracing import trace, trace_graph
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from executed import float_layers, int8_layers
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -31,7 +32,7 @@ from flyweight.compressors.quantize import (
     settle_biases,
 )
 from flyweight.compressors.reconstruct import LARGEST, input_rows
-from flyweight.kernels import float_layers, int8_layers, make_runtime
+from flyweight.kernels import make_runtime
 from flyweight.spaces import Blueprint, Capabilities, Policy, Quantize, blueprint
 from flyweight.spaces.tracing import trace, trace_graph
 

@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from executed import float_layers, int8_layers, optimized_kernels
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -18,13 +19,7 @@ from flyweight.compressors.export import to_onnx
 from flyweight.compressors.freeze import freeze
 from flyweight.compressors.parity import compare, feed, run_module, run_session
 from flyweight.compressors.quantize import calibrate, fold_norms, insert_quantizers, settle_biases
-from flyweight.kernels import (
-    Runtime,
-    float_layers,
-    int8_layers,
-    make_runtime,
-    optimized_kernels,
-)
+from flyweight.kernels import Runtime, make_runtime
 from flyweight.spaces import Impossible, Policy, Quantize, blueprint
 from flyweight.spaces.tracing import arguments, trace, trace_graph
 

@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
+from executed import int8_layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flyweight.compressors import ClassificationTask, Schedule, compress, prepare
-from flyweight.kernels import int8_layers, make_runtime
+from flyweight.kernels import make_runtime
 from flyweight.spaces import Policy, Prune, Quantize
 
 

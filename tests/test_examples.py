@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from executed import float_layers, int8_layers, optimized_kernels
 
 from flyweight.compressors import Schedule, compress, load_task, prepare
 from flyweight.compressors.parity import run_module
-from flyweight.kernels import float_layers, int8_layers, make_runtime, optimized_kernels
+from flyweight.kernels import make_runtime
 from flyweight.spaces import Capabilities, Policy, Settings, Space
 
 

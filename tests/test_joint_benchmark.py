@@ -3,23 +3,17 @@
 import dataclasses
 import math
 import random
-import sys
 from pathlib import Path
 from types import ModuleType
 
+import joint_record as record
+import joint_rungs as rungs
+import joint_surrogate as fitted
+import joint_table as table
 import numpy as np
 import pytest
 
 from flyweight.compressors import RUNGS
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-if str(BENCHMARKS) not in sys.path:
-    sys.path.insert(0, str(BENCHMARKS))
-
-import joint_record as record  # noqa: E402
-import joint_rungs as rungs  # noqa: E402
-import joint_surrogate as fitted  # noqa: E402
-import joint_table as table  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The additive process against a slow, plain one, and against a device whose truth is known."""
 
 import random
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from types import ModuleType
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flyweight.kernels.additive import BLOCK, PARTS, AdditiveProcess, Part
+from flyweight.kernels.additive import BLOCK, PARTS, AdditiveProcess, Part, _Table
 from flyweight.kernels.pieces import AdditivePieces
 from flyweight.kernels.signature import SESSION, Signature
 
@@ -75,6 +76,27 @@ def test_predictions_are_those_of_a_plain_gaussian_process(device: ModuleType) -
     slow_mean, slow_deviation = plain(process, sums, ms, new, pace_of(sums, ms))
     np.testing.assert_allclose(mean, slow_mean, rtol=1e-6)
     np.testing.assert_allclose(deviation, slow_deviation, rtol=1e-4)
+
+
+def test_variances_are_those_of_the_covariance(device: ModuleType) -> None:
+    sums = [*device.networks(1, 200), *device.networks(1, 3), Counter()]
+    for part in PARTS:
+        table = _Table(part, sums)
+        np.testing.assert_allclose(table.variances(), np.diag(table.covariance()), rtol=1e-12)
+    for few in ([], [Counter()]):
+        assert _Table(PARTS[-2], few).variances().tolist() == [0.0] * len(few)
+
+
+def test_many_sums_at_once_take_no_square_of_memory(device: ModuleType) -> None:
+    """A profile that leans on another one asks it so, of all policies that a search looks at."""
+    sums = device.networks(1, 40)
+    process = AdditiveProcess(sums, [device.total(counts) for counts in sums])
+    many = device.networks(2, 3000)
+    tracemalloc.start()
+    process.predict(many)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8 * len(many) ** 2 / 2  # of half a matrix
 
 
 @pytest.mark.parametrize("groups", [list(range(12)), [i // 4 for i in range(12)]])

@@ -82,6 +82,28 @@ def test_a_profile_comes_back_from_its_file(device: ModuleType, tmp_path: Path) 
     assert len(made.timed) == 12
 
 
+@pytest.mark.parametrize(
+    ("facts", "bits"),
+    [
+        ({"architecture": "x86_64", "flags": "avx2"}, 7),
+        ({"architecture": "x86_64", "flags": "avx2 avx512f avx512_vnni"}, 8),
+        ({"architecture": "aarch64", "flags": "asimddp"}, 8),
+        ({"architecture": "x86_64", "flags": "avx2", "gpu": "a GPU"}, 8),
+    ],
+)
+def test_a_profile_knows_the_weights_that_its_device_bears(
+    facts: dict[str, str], bits: int, device: ModuleType, tmp_path: Path
+) -> None:
+    path, told = tmp_path / "p.jsonl", replace(profile(measured(device, 1, 3)), weight_bits=6)
+    told.create(path)
+    assert DeviceProfile.load(path).weight_bits == 6  # as its kernels were found to
+    head, *rest = path.read_text().splitlines()
+    old = json.loads(head) | {"device": facts}  # an earlier flyweight's
+    del old["weight_bits"]
+    path.write_text("\n".join([json.dumps(old), *rest]))
+    assert DeviceProfile.load(path).weight_bits == bits
+
+
 def test_two_that_write_a_profile_at_once_do_not_mix(device: ModuleType, tmp_path: Path) -> None:
     """Two searches that end together: each writes all of it, under a name of its own first."""
     path, made = tmp_path / "p.jsonl", profile(measured(device, 0, 30))
@@ -258,8 +280,11 @@ def test_a_profile_of_another_device_is_refused_or_used_with_wider_intervals(
     made = profile(measured(device, 3, 60))
     with pytest.raises(BadInput) as caught:
         predictor_for(made, "fedcba9876543210")
-    for word in ("0123456789abcdef", "fedcba9876543210", "a CPU", "--allow-foreign"):
+    words = "0123456789abcdef", "fedcba9876543210", "a CPU", "--allow-foreign", "earlier flyweight"
+    for word in words:
         assert word in str(caught.value)
+    known = replace(made, device=DEVICE | {"model": "family 25"})
+    assert "earlier flyweight" not in known.told()
     unseen = device.networks(9, 10)
     own = predictor_for(made, made.fingerprint).predict_work(unseen)
     foreign = predictor_for(made, "fedcba9876543210", allow_foreign=True).predict_work(unseen)

@@ -8,6 +8,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from executed import float_layers, int8_layers, optimized_kernels
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
@@ -18,7 +19,7 @@ from flyweight.compressors.parity import run_module
 from flyweight.compressors.prune import remove
 from flyweight.compressors.quantize import fold_norms
 from flyweight.compressors.reconstruct import input_moments, reconstruct_
-from flyweight.kernels import float_layers, int8_layers, make_runtime, optimized_kernels
+from flyweight.kernels import make_runtime
 from flyweight.spaces import (
     BadInput,
     Capabilities,

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+from executed import float_layers, int8_layers
 
 from flyweight.compressors import Schedule, compress, prepare
 from flyweight.compressors.compress import quantize
 from flyweight.compressors.freeze import freeze
 from flyweight.compressors.parity import check_parity, run_session
 from flyweight.compressors.task import load_task
-from flyweight.kernels import float_layers, int8_layers, make_runtime
+from flyweight.kernels import make_runtime
 from flyweight.spaces import Policy, Quantize
 
 COUNT = 200

@@ -96,11 +96,10 @@ PUBLIC = {
         "Quantize", "Settings", "Space", "Untraceable", "blueprint", "nearest", "trace",
     },
     "kernels": {
-        "RUNTIMES", "Array", "Batch", "DeviceProfile", "Executed", "Inputs", "KernelTime", "Known",
-        "LatencyPredictor", "MeasuringProcess", "OnnxRuntime", "Runtime", "Session", "Signature",
-        "SimulatedClock", "SimulatedRuntime", "SimulatedSession", "Timed", "Timing", "disturbed",
-        "float_layers", "int8_layers", "make_runtime", "measured_weight_bits",
-        "optimized_kernels", "predictor_for", "saturates", "signature", "time_sessions",
+        "RUNTIMES", "Array", "Batch", "DeviceProfile", "Inputs", "KernelTime", "Known",
+        "LatencyPredictor", "MeasuringProcess", "Runtime", "Session", "Signature",
+        "SimulatedClock", "SimulatedRuntime", "Timed", "Timing", "disturbed",
+        "make_runtime", "predictor_for", "signature", "time_sessions",
     },
 }  # fmt: skip
 

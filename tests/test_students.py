@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from executed import float_layers, int8_layers
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -20,7 +21,7 @@ from flyweight.compressors import (
     prepare,
     untrained,
 )
-from flyweight.kernels import float_layers, int8_layers, make_runtime
+from flyweight.kernels import make_runtime
 from flyweight.spaces import (
     BadInput,
     Distill,

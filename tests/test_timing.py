@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flyweight.kernels import SimulatedClock, SimulatedSession, Timing, disturbed, time_sessions
+from flyweight.kernels import SimulatedClock, Timing, disturbed, time_sessions
 from flyweight.kernels.timing import calls_within, visiting_order
+from flyweight.kernels.twin import SimulatedSession
 
 INPUTS = {"input": np.zeros((1, 2), np.float32)}
 LATENCIES = st.lists(st.integers(1, 10**9).map(lambda ns: ns / 1e6), min_size=1, max_size=30)
@@ -176,12 +177,6 @@ def test_a_cpu_clock_that_is_too_coarse_says_nothing():
         {"m": simulated(clock, 1)}, INPUTS, clock=clock, cpu_clock=SimulatedClock()
     )
     assert timings["m"].waiting == 0
-
-
-def test_progress_is_told_after_each_round():
-    clock, told = SimulatedClock(), []
-    time_sessions({"m": simulated(clock, 1)}, INPUTS, 3, clock=clock, on_round=told.append)
-    assert told == [1, 2, 3]
 
 
 def test_nothing_to_time():

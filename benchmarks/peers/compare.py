@@ -24,19 +24,13 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from common import write  # noqa: E402
+from executed import int8_layers  # noqa: E402
 from run import PEERS  # noqa: E402
 
 from flyweight.compressors import Schedule, compress, load_task, prepare  # noqa: E402
 from flyweight.compressors.data import Items, stack  # noqa: E402
 from flyweight.compressors.parity import run_session  # noqa: E402
-from flyweight.kernels import (  # noqa: E402
-    Session,
-    Timing,
-    disturbed,
-    int8_layers,
-    make_runtime,
-    time_sessions,
-)
+from flyweight.kernels import Session, Timing, disturbed, make_runtime, time_sessions  # noqa: E402
 from flyweight.kernels.timing import TEACHER  # noqa: E402
 from flyweight.spaces import Policy  # noqa: E402
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from executed import float_layers, int8_layers, optimized_kernels
 from onnx import TensorProto, helper, numpy_helper
 
-from flyweight.kernels import float_layers, int8_layers, make_runtime, optimized_kernels
+from flyweight.kernels import make_runtime
 from flyweight.spaces.errors import Impossible
 
 node = helper.make_node
@@ -102,8 +103,9 @@ def test_a_dequantized_activation_is_no_weight():
 
 
 def test_a_broken_model_is_impossible():
-    with pytest.raises(Impossible, match="load"):
-        optimized_kernels(b"not a model")
+    for runtime in (None, make_runtime("openvino", 1)):
+        with pytest.raises(Impossible, match="load"):
+            optimized_kernels(b"not a model", runtime)
 
 
 # -- OpenVINO ------------------------------------------------------------------------------------
