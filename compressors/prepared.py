@@ -223,7 +223,10 @@ def _students(task: Task) -> dict[str, nn.Module]:
 
 def _check_values(model: nn.Module, whose: str) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        sound = tensor.isfinite()
+        if not isinstance(tensor, nn.Parameter):
+            sound |= tensor == -torch.inf  # an attention mask: what is added hides
+        if not sound.all():
             raise BadInput(f"task: {whose}'s {name!r} has values that are NaN or infinite")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, IterableDataset
 
-from flyweight.compressors import ClassificationTask, Schedule, load_task, prepare
+from flyweight.compressors import ClassificationTask, Schedule, compress, load_task, prepare
 from flyweight.compressors.data import Items, split, stack
 from flyweight.compressors.parity import run_module
 from flyweight.compressors.task import metric_of
 from flyweight.kernels import make_runtime
-from flyweight.spaces import BadInput
+from flyweight.spaces import BadInput, Policy, Quantize
 
 GOOD = """
 from flyweight.compressors import ClassificationTask
@@ -315,6 +315,33 @@ def test_preparing_leaves_the_users_model_alone() -> None:
     assert all(p.requires_grad for p in own.parameters())
     assert all(torch.equal(before[k], v) for k, v in own.state_dict().items())
     assert found.teacher is not own
+
+
+class Hidden(nn.Module):
+    """Attention whose mask, a buffer, hides what comes later."""
+
+    def __init__(self, hidden: float) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(6, 24), nn.Linear(8, 3)
+        self.register_buffer("mask", torch.full((4, 4), hidden).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 4, 6]
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.head(((q @ k.transpose(1, 2) + self.mask).softmax(-1) @ v).mean(1))
+
+
+@pytest.mark.parametrize("hidden", [float("-inf"), float("nan"), float("inf")])
+def test_a_mask_may_hide_with_minus_infinity(hidden: float) -> None:
+    data = Data([(torch.rand(4, 6), i % 3) for i in range(40)])
+    task = ClassificationTask(Hidden(hidden).eval(), data, data)
+    if hidden > 0 or hidden != hidden:
+        with pytest.raises(BadInput, match="the model's 'mask' has values that are NaN or infin"):
+            prepare(task, make_runtime("onnxruntime", 1), Schedule())
+        return
+    ready = prepare(task, make_runtime("onnxruntime", 1), Schedule())
+    everything = Policy(quantize=Quantize(dict.fromkeys(ready.network.layers, "int8")))
+    for policy in (Policy(), everything):
+        assert compress(ready, policy, "full").parity is not None
 
 
 def test_a_loss_is_tried_where_students_train() -> None:
