@@ -275,6 +275,11 @@ def _check(graph: fx.GraphModule) -> None:
                 "integers it would be another; give the other use a parameter of its own"
             )
     answer = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+    if isinstance(answer, fx.Node) and answer.meta.get(SHAPE) == ():
+        raise Untraceable(
+            "the model's answer to one request is a number, without the axis of requests in a "
+            "batch: squeeze() takes that off too; say squeeze(-1)"
+        )
     if not isinstance(answer, fx.Node) or not shape_of(answer):
         kind = "no tensor" if isinstance(answer, fx.Node) else type(answer).__name__
         kind = kind.removeprefix("immutable_")  # torch.fx's own dict and list
