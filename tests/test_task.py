@@ -145,6 +145,11 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"example_input": fails}, r"example_input\(\) fails"),
     ({"example_input": lambda: torch.rand(1, 5)}, r"does not run on example_input\(\)"),
     ({"example_input": lambda: torch.rand(1, 6).double()}, r"float32: give x.float\(\)"),
+    (
+        {"example_input": lambda: torch.rand(6)},
+        r"items of train have shape \(6,\), so it has \(1, 6\), but got \(6,\)",
+    ),
+    ({"train": Data([([0.1] * 6, 0)] * 3)}, "has 1 tensors, but an item of train has 6"),
     ({"train": Data()}, "train is empty"),
     ({"train": items(1)}, "train needs at least 2 items, but has 1"),
     ({"val": items(1)}, "val needs at least 2 items, but has 1"),
@@ -342,6 +347,30 @@ def test_a_mask_may_hide_with_minus_infinity(hidden: float) -> None:
     everything = Policy(quantize=Quantize(dict.fromkeys(ready.network.layers, "int8")))
     for policy in (Policy(), everything):
         assert compress(ready, policy, "full").parity is not None
+
+
+class Rarely(nn.Module):
+    """Answers NaN where the first of its inputs is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + torch.where(x[:, :1] > 9, -x[:, :1], 1).log()
+
+
+def test_answers_of_the_model_that_are_not_finite_are_its_own() -> None:
+    data = [(torch.rand(6), i % 3) for i in range(100)]
+    data[-1][0][0] = 10.0
+    good = Data(data[:-1])
+    runtime, schedule = make_runtime("onnxruntime", 1), Schedule()
+    ready = prepare(ClassificationTask(Rarely().eval(), good, Data(data)), runtime, schedule)
+    with pytest.raises(BadInput, match=r"NaN or infinity to 1 of 50 items of val"):
+        compress(ready, Policy(), "full")
+    ready = prepare(ClassificationTask(Rarely().eval(), Data(data), good), runtime, schedule)
+    with pytest.raises(BadInput, match=r"NaN or infinity to 1 of 100 items of train"):
+        ready.epoch(0)
 
 
 def test_a_loss_is_tried_where_students_train() -> None:
