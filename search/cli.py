@@ -284,13 +284,14 @@ def sample(spec: Path, count: int, seed: int, out: Path | None) -> None:
 def replay(policy: Path, spec: Path, rung: str, out: Path, as_json: bool) -> None:
     """Rebuild one artifact from its POLICY file."""
     from .plan import replay as run
+    from .words import points
 
     found = run(policy, spec, rung, out)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
         click.echo(
-            f"{found['artifact']}: metric {found['metric']:.2f}, {found['size_bytes']} bytes"
+            f"{found['artifact']}: metric {points(found['metric'])}, {found['size_bytes']} bytes"
         )
 
 
