@@ -124,7 +124,8 @@ class Labels(fx.Interpreter):
         if name in REDUCES:
             return self._reduce(n, inputs[0], result)
         if name in MEETS:
-            return self._meet(inputs, result)
+            mixed = self._mixed_rows(n, inputs, result)
+            return self._meet(inputs, result) if mixed is None else mixed
         if name == "einsum":
             return self._contract(n, inputs, result)
         plain = name.lower().replace("_", "")
@@ -265,6 +266,20 @@ class Labels(fx.Interpreter):
                 found = found.repeat_interleave(batch[-1] // found.shape[-1], -1)
             heads.append(found)
         return self._together(heads, batch)[..., None, None].expand(result.shape)
+
+    def _mixed_rows(self, n: fx.Node, inputs: list[Tensor], result: Tensor) -> Tensor | None:
+        """The product of a matrix of which nothing can go (the edges of a graph, weights of
+        places) and channels, each of which it mixes along the other axis: they keep their labels.
+        None where it is something else."""
+        if len(inputs) != 2 or inputs[1].ndim < 2:
+            return None
+        edges, channels = inputs[0], core(inputs[1])
+        own = n.all_input_nodes[0].op == "get_attr"
+        apart = all(size == 1 for size in channels.shape[:-1]) and channels.shape[-1] > 1
+        if not apart or not (own or bool((core(edges) == FIXED).all())):
+            return None
+        self.ties.fix(edges)
+        return channels.expand(result.shape)
 
     def _contract(self, n: fx.Node, inputs: list[Tensor], result: Tensor) -> Any:
         """torch.einsum of two values, as a product of matrices: the axes that both and the result

@@ -302,6 +302,22 @@ class Summed(nn.Module):
         return self.head(x + self.out(y.flatten(2))).mean(1)
 
 
+class Edges(nn.Module):
+    """Graph convolutions (Kipf and Welling 2017), whose edges mix nodes and no channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        edges = torch.eye(5) + torch.eye(5).roll(1, 1)
+        self.register_buffer("edges", edges / 2)
+        self.a, self.n, self.b = nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 24)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor, more: Tensor) -> Tensor:  # [N, 5, 6], [N, 5, 5]
+        x = F.relu(self.n(torch.matmul(self.edges, self.a(x))))
+        x = F.relu(torch.bmm(more / more.sum(-1, keepdim=True), self.b(x)))
+        return self.head(x.sum(1))
+
+
 class Library(nn.Module):
     """PyTorch's own attention, which has no layers of its own, and a feed-forward block."""
 
@@ -687,6 +703,7 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "separate": lambda: (Separate(), tokens()),
     "interleaved": lambda: (Interleaved(), torch.rand(1, 5, 16)),
     "summed": lambda: (Summed(), torch.rand(1, 5, 16)),
+    "edges": lambda: (Edges(), (torch.rand(1, 5, 6), torch.rand(1, 5, 5))),
     "library": lambda: (Library(), torch.rand(1, 5, 6)),
     "shuffle": lambda: (Shuffle(), image()),
     "inverted": lambda: (Inverted(), image()),
