@@ -255,6 +255,20 @@ def _embedding(w: Writer, node: fx.Node, _: Any) -> None:
     w.node("Gather", [weight, w.value(node)], w.names[node])
 
 
+BAGS = {"mean": "ReduceMean", "sum": "ReduceSum", "max": "ReduceMax"}
+
+
+def _bag(w: Writer, node: fx.Node, _: Any) -> None:
+    """What the words of each request have in common; torch.onnx makes a loop of it."""
+    module = w.owner(node)
+    plain = len(node.args) == 1 and not node.kwargs and len(w.shape(node)) == 2
+    if not plain or module.padding_idx is not None or module.max_norm is not None:
+        raise NotCovered  # bags by offsets, weights of words, words that do not count
+    out, weight = w.names[node], w.constant(f"{node.target}.weight", module.weight)
+    each = w.node("Gather", [weight, w.value(node)], f"{out}:each")
+    w.node(BAGS[module.mode], [each, w.numbers([1])], out, keepdims=0)
+
+
 def _prelu(w: Writer, node: fx.Node, _: Any) -> None:
     module = w.owner(node)
     slope: Tensor = module.weight.reshape(-1, *[1] * (len(w.shape(node)) - 2))
@@ -268,6 +282,7 @@ LAYERS: dict[Any, Operation] = {
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d), _instance_norm),
     **dict.fromkeys((nn.LayerNorm, F.layer_norm), _layer_norm),
     **dict.fromkeys((nn.Embedding, F.embedding), _embedding),
+    nn.EmbeddingBag: _bag,
     F.linear: _function,
     **dict.fromkeys((nn.GroupNorm, F.group_norm), _group_norm),
     nn.PReLU: _prelu,

@@ -113,6 +113,12 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     ),
     "transposed conv2d": module(lambda: nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False), 4, 7, 5),
     "embedding": ids(lambda x, m: m.m0(x), 6, owned=(nn.Embedding(5, 3, padding_idx=0),)),
+    **{
+        f"embedding bag, {mode}": ids(
+            lambda x, m: m.m0(x), 6, owned=(nn.EmbeddingBag(5, 3, mode=mode),)
+        )
+        for mode in ("mean", "sum", "max")
+    },
     "F.embedding": ids(lambda x, m: F.embedding(x, m.m0), 6, owned=(parameter(5, 3),)),
     # norms
     "layer norm": module(lambda: shaken(nn.LayerNorm(4, eps=0.1)), 5, 4),
