@@ -60,7 +60,7 @@ from .tracking import TRACKED, MemoryTracker, Status, Tracker, tracked_at
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
 from .warm import WarmStart
-from .words import clock_time
+from .words import clock_time, milliseconds
 from .workers import Job, trainable
 
 FINISH_S, AWAY_S = 30.0, 5.0  # for MLflow at the end: one that has answered, one that never did
@@ -329,8 +329,9 @@ class _Search:
             )
         if controller.exhausted and not controller.trials:
             self.notes.append(
-                "No policy was tried: the upper end of every predicted latency is over the limit. "
-                "Ask for less, or let `flyweight profile` make a device profile of more networks"
+                "No policy was tried: the upper end of every predicted latency is over the limit"
+                f"{nearest_latency(self.record.entries(), controller.limits.latency_ms)}. Ask for "
+                "less, or let `flyweight profile` make a device profile of more networks"
             )
         elif not controller.trials and controller.late_to_look():
             self.notes.append(
@@ -499,6 +500,18 @@ def _worked(entries: Sequence[Entry]) -> float:
     """Seconds that the sessions of ``entries`` took, of one that was killed only those at work."""
     said = (e.get("wall_s", 0.0) for e in reversed(entries) if e["kind"] == "done")
     return max(next(said, 0.0), next(reversed(at_work(entries)), 0.0))
+
+
+def nearest_latency(entries: Sequence[Entry], most: float | None) -> str:
+    """How near the limit ``most``, in ms, the policies came that were over it, in words."""
+    over = [e for e in entries if e["kind"] == "rejected" and "latency_ms" in e]
+    known: list[Any] = [entry["latency_ms"] for entry in over]
+    if most is None or not known:
+        return ""
+    low, _, high = map(milliseconds, min(known, key=lambda interval: interval[2]))
+    return (
+        f": of {len(known)} the fastest takes {low} to {high} ms, the limit is {milliseconds(most)}"
+    )
 
 
 def fruitless(entries: Sequence[Entry], hopeless: bool) -> list[tuple[str, int]]:
