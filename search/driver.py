@@ -504,13 +504,13 @@ def _worked(entries: Sequence[Entry]) -> float:
 
 def nearest_latency(entries: Sequence[Entry], most: float | None) -> str:
     """How near the limit ``most``, in ms, the policies came that were over it, in words."""
-    over = [e for e in entries if e["kind"] == "rejected" and "latency_ms" in e]
-    known: list[Any] = [entry["latency_ms"] for entry in over]
+    known = [e["latency_ms"] for e in entries if e["kind"] == "rejected" and "latency_ms" in e]
     if most is None or not known:
         return ""
-    low, _, high = map(milliseconds, min(known, key=lambda interval: interval[2]))
+    low, _, high = min(known, key=lambda interval: interval[2])
     return (
-        f": of {len(known)} the fastest takes {low} to {high} ms, the limit is {milliseconds(most)}"
+        f": of {len(known)} the fastest takes {milliseconds(low)} to {milliseconds(high)} ms, the "
+        f"limit is {milliseconds(most)}"
     )
 
 
