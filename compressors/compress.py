@@ -126,9 +126,10 @@ def compress(
         metric, parity = metric_of(task, made.answers, splits.search.targets), None
         doubt = None
     else:
+        theirs = prepared.selection_answers  # first, as in _artifact
         answers = _answers(made.session, splits.selection)
         metric = metric_of(task, answers, splits.selection.targets)
-        doubt = drop_error(task, answers, prepared.selection_answers, splits.selection)
+        doubt = drop_error(task, answers, theirs, splits.selection)
         precision = "int8" if plan.quantized else "fp32"
         parity = check_parity(
             made.frozen, made.model, answers, splits.selection, precision, prepared.runtime,
@@ -226,8 +227,9 @@ def _artifact(prepared: Prepared, quantized: fx.GraphModule) -> _Artifact:
     _let_go(quantized)
     model = to_onnx(frozen, prepared.example)
     session = prepared.runtime.load(model)
+    theirs = prepared.search_answers  # first: what the teacher cannot answer is not the artifact's
     answers = _answers(session, prepared.splits.search)
-    loss = kl_divergence(answers, prepared.search_answers, kind=prepared.kind).item()
+    loss = kl_divergence(answers, theirs, kind=prepared.kind).item()
     return _Artifact(frozen, model, session, answers, loss)
 
 

@@ -183,6 +183,22 @@ def _function(w: Writer, node: fx.Node, _: Any) -> None:
         w.node("Add", [w.node("MatMul", [x, turned], f"{out}:product"), w.read(bias)], out)
 
 
+def _filter(w: Writer, node: fx.Node, _: Any) -> None:
+    """F.conv1d and its like, with weights that are no layer's: a filter bank, a blur."""
+    weight, bias, stride, padding, dilation, groups = w.settings(
+        node, weight=None, bias=None, stride=1, padding=0, dilation=1, groups=1
+    )
+    rank = len(w.shape(node)) - 2
+    if not isinstance(weight, fx.Node) or w.env[weight].ndim != rank + 2 or padding == "same":
+        raise NotCovered
+    both = [0] * rank if padding == "valid" else spatial(padding, rank)
+    parts = [w.read(part) for part in (weight, bias) if part is not None]
+    w.node(
+        "Conv", [apart(w, node), *parts], w.names[node], strides=spatial(stride, rank),
+        pads=both * 2, dilations=spatial(dilation, rank), group=groups,
+    )  # fmt: skip
+
+
 def _norm(w: Writer, node: fx.Node, _: Any) -> None:
     module, name = w.owner(node), str(node.target)
     statistics = [getattr(module, part) for part in ("running_mean", "running_var")]
@@ -255,6 +271,20 @@ def _embedding(w: Writer, node: fx.Node, _: Any) -> None:
     w.node("Gather", [weight, w.value(node)], w.names[node])
 
 
+BAGS = {"mean": "ReduceMean", "sum": "ReduceSum", "max": "ReduceMax"}
+
+
+def _bag(w: Writer, node: fx.Node, _: Any) -> None:
+    """What the words of each request have in common; torch.onnx makes a loop of it."""
+    module = w.owner(node)
+    plain = len(node.args) == 1 and not node.kwargs and len(w.shape(node)) == 2
+    if not plain or module.padding_idx is not None or module.max_norm is not None:
+        raise NotCovered  # bags by offsets, weights of words, words that do not count
+    out, weight = w.names[node], w.constant(f"{node.target}.weight", module.weight)
+    each = w.node("Gather", [weight, w.value(node)], f"{out}:each")
+    w.node(BAGS[module.mode], [each, w.numbers([1])], out, keepdims=0)
+
+
 def _prelu(w: Writer, node: fx.Node, _: Any) -> None:
     module = w.owner(node)
     slope: Tensor = module.weight.reshape(-1, *[1] * (len(w.shape(node)) - 2))
@@ -268,6 +298,8 @@ LAYERS: dict[Any, Operation] = {
     **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d), _instance_norm),
     **dict.fromkeys((nn.LayerNorm, F.layer_norm), _layer_norm),
     **dict.fromkeys((nn.Embedding, F.embedding), _embedding),
+    nn.EmbeddingBag: _bag,
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _filter),
     F.linear: _function,
     **dict.fromkeys((nn.GroupNorm, F.group_norm), _group_norm),
     nn.PReLU: _prelu,

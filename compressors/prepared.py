@@ -115,7 +115,7 @@ class Prepared:
             each = self.search_answers[0].numel() * self.search_answers.element_size()
             if each * len(items) * self.variants > KEPT:
                 return Epoch(items, Asked(self.teacher, items))
-            self.answers[variant] = run_module(self.teacher, items)
+            self.answers[variant] = self._answers(items, "train")
         return Epoch(items, self.answers[variant])
 
     def _variant(self, variant: int) -> Items:
@@ -137,12 +137,24 @@ class Prepared:
     @functools.cached_property
     def search_answers(self) -> Tensor:
         """The teacher's answers on search validation, [N, ...]."""
-        return run_module(self.teacher, self.splits.search)
+        return self._answers(self.splits.search, "val")
 
     @functools.cached_property
     def selection_answers(self) -> Tensor:
         """The teacher's answers on selection validation, [N, ...]."""
-        return run_module(self.teacher, self.splits.selection)
+        return self._answers(self.splits.selection, "val")
+
+    def _answers(self, items: Items, name: str) -> Tensor:
+        """The teacher's answers to ``items`` of data set ``name``; BadInput if some are not
+        finite, from which nothing could be learnt."""
+        answers = run_module(self.teacher, items)
+        odd = ~answers.isfinite().reshape(len(answers), -1).all(1)
+        if odd.any():
+            raise BadInput(
+                f"task: the model answers NaN or infinity to {int(odd.sum())} of {len(items)} "
+                f"items of {name}"
+            )
+        return answers
 
     @functools.cached_property
     def kind(self) -> OutputKind:
@@ -186,6 +198,7 @@ def prepare(
     for what, inputs in (("example_input()", example), ("items of train", splits.train.inputs)):
         if halves := [t.dtype for t in tensors(inputs) if getattr(t, "dtype", None) in HALVES]:
             raise BadInput(f"task: {what} must be in float32, but got {halves[0]}: give x.float()")
+    _check_request(example, splits.train)
     starts = {name: _start(model, example) for name, model in models.items()}
     prepared = Prepared(
         task, example, starts, splits, runtime, schedule, dict(answers or {}), device
@@ -223,7 +236,10 @@ def _students(task: Task) -> dict[str, nn.Module]:
 
 def _check_values(model: nn.Module, whose: str) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        sound = tensor.isfinite()
+        if not isinstance(tensor, nn.Parameter):
+            sound |= tensor == -torch.inf  # an attention mask: what is added hides
+        if not sound.all():
             raise BadInput(f"task: {whose}'s {name!r} has values that are NaN or infinite")
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
@@ -234,6 +250,23 @@ def _check_values(model: nn.Module, whose: str) -> None:
                     f"eps, which must be above 0, but is {least:g} in some channel; give it an eps "
                     "like 1e-5"
                 )
+
+
+def _check_request(example: Any, train: Items) -> None:
+    """Raises BadInput if ``example`` is no batch of items as those of ``train``."""
+    request, items = tensors(example), tensors(train.inputs)
+    if len(request) != len(items):
+        raise BadInput(
+            f"task: example_input() has {len(request)} tensors, but an item of train has "
+            f"{len(items)}: an input is a tensor, a tuple or a dict of tensors"
+        )
+    for one, stacked in zip(request, items, strict=True):
+        if getattr(one, "ndim", stacked.ndim) != stacked.ndim:
+            raise BadInput(
+                f"task: example_input() is one request, a batch of one item: items of train have "
+                f"shape {tuple(stacked.shape[1:])}, so it has {(1, *stacked.shape[1:])}, but got "
+                f"{tuple(one.shape)}"
+            )
 
 
 def _start(model: nn.Module, example: Any) -> Start:

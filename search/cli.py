@@ -306,13 +306,14 @@ def replay(policy: Path, spec: Path, rung: str, out: Path, as_json: bool) -> Non
     as --spec the beginning of the digest of one of its artifacts."""
     from .plan import replay as run
     from .store import policy_file
+    from .words import points
 
     found = run(policy_file(policy, spec.parent), spec, rung, out)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
         click.echo(
-            f"{found['artifact']}: metric {found['metric']:.2f}, {found['size_bytes']} bytes"
+            f"{found['artifact']}: metric {points(found['metric'])}, {found['size_bytes']} bytes"
         )
 
 

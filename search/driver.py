@@ -64,7 +64,7 @@ from .tracking import TRACKED, MemoryTracker, Status, Tracker, tracked_at
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
 from .warm import WarmStart
-from .words import clock_time
+from .words import clock_time, milliseconds
 from .workers import Job, trainable
 
 CPU_ALONE = (
@@ -345,8 +345,9 @@ class _Search:
             )
         if controller.exhausted and not controller.trials:
             self.notes.append(
-                "No policy was tried: the upper end of every predicted latency is over the limit. "
-                "Ask for less, or let `flyweight profile` make a device profile of more networks"
+                "No policy was tried: the upper end of every predicted latency is over the limit"
+                f"{nearest_latency(self.record.entries(), controller.limits.latency_ms)}. Ask for "
+                "less, or let `flyweight profile` make a device profile of more networks"
             )
         elif not controller.trials and controller.late_to_look():
             self.notes.append(
@@ -525,6 +526,18 @@ def _worked(entries: Sequence[Entry]) -> float:
     """Seconds that the sessions of ``entries`` took, of one that was killed only those at work."""
     said = (e.get("wall_s", 0.0) for e in reversed(entries) if e["kind"] == "done")
     return max(next(said, 0.0), next(reversed(at_work(entries)), 0.0))
+
+
+def nearest_latency(entries: Sequence[Entry], most: float | None) -> str:
+    """How near the limit ``most``, in ms, the policies came that were over it, in words."""
+    known = [e["latency_ms"] for e in entries if e["kind"] == "rejected" and "latency_ms" in e]
+    if most is None or not known:
+        return ""
+    low, _, high = min(known, key=lambda interval: interval[2])
+    return (
+        f": of {len(known)} the fastest takes {milliseconds(low)} to {milliseconds(high)} ms, the "
+        f"limit is {milliseconds(most)}"
+    )
 
 
 def fruitless(entries: Sequence[Entry], hopeless: bool) -> list[tuple[str, int]]:

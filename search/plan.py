@@ -20,7 +20,7 @@ from .spec import Objective, load_spec
 from .storage import Storage
 from .store import compressed_bytes, read_policy, write_artifact
 from .whole import left_whole
-from .words import milliseconds, size
+from .words import milliseconds, points, size
 
 LISTED = 4  # names of what stays whole for one reason
 SHOWN = 40  # groups, and layers of one choice of precisions; --json has all
@@ -138,9 +138,9 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     """The plan for people."""
     console = console or Console()
     teacher, space = plan["teacher"], plan["space"]
-    test = "" if teacher["metric_test"] is None else f" ({teacher['metric_test']:.2f} on test)"
+    test = "" if teacher["metric_test"] is None else f" ({points(teacher['metric_test'])} on test)"
     console.print(
-        f"{plan['task']}: metric {teacher['metric']:.2f} on selection validation{test}, "
+        f"{plan['task']}: metric {points(teacher['metric'])} on selection validation{test}, "
         f"{milliseconds(teacher['latency_ms'])} ms, {teacher['parameters'] / 1e6:.2f} M parameters",
         markup=False, soft_wrap=True,
     )  # fmt: skip
@@ -161,7 +161,7 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         table.add_row(
             case["kind"], f"{case['kept']:.0%}", str(case["int8_layers"]),
             milliseconds(case["latency_ms"]), f"{case['speedup']:.2f}x",
-            f"{case['metric_untrained']:.2f}",
+            points(case["metric_untrained"]),
         )  # fmt: skip
     console.print(table)
     for name in COSTS:

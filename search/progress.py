@@ -20,7 +20,7 @@ from .counting import LINE_S, Ticker, has_bars
 from .mlflow_entries import RUNGS
 from .record import Entry
 from .summary import Summary, front_figures, is_sound
-from .words import clock_time, lost, milliseconds, one_line, size, speed
+from .words import clock_time, lost, milliseconds, one_line, points, size, speed
 
 REPEATS = 0.01  # within which a measured time repeats: what is that near is equally fast
 PACE = 3  # trials that must have ended until their pace says how long the others will take
@@ -184,7 +184,7 @@ def closing_table(result: Mapping[str, Any]) -> Table:
         table.add_row(
             model["digest"][:10],
             f"{teacher['latency_ms'] / model['latency_ms']:.2f}",
-            f"{teacher['metric'] - model['metric']:.2f}",
+            points(teacher["metric"] - model["metric"]),
             _difference(teacher.get("metric_test"), model.get("metric_test")),
             milliseconds(model["latency_ms"]) if is_measured(model) else "",
             milliseconds(model["predicted_latency_ms"][1]),
@@ -241,7 +241,8 @@ def _sureness(best: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     summary = Summary(teacher, result["objective"])
     known = [front_figures(model, teacher) for model in result["front"] if is_sure(model)]
     sure = [figures for figures in known if not summary.misses(figures)]
-    text = f" It keeps max_drop by less than the standard error of what it lost, {error:.2f} points"
+    text = " It keeps max_drop by less than the standard error of what it lost, "
+    text += f"{points(error)} points"
     if not sure:
         return f"{text}, as does all that keeps it."
     fastest = max(figures.speedup for figures in sure)
@@ -251,7 +252,7 @@ def _sureness(best: Mapping[str, Any], result: Mapping[str, Any]) -> str:
 
 
 def _difference(a: float | None, b: float | None) -> str:
-    return "" if a is None or b is None else f"{a - b:.2f}"
+    return "" if a is None or b is None else points(a - b)
 
 
 def _event(entry: Entry, summary: Summary) -> str | None:

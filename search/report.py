@@ -54,7 +54,7 @@ def render(run: Run, compared: Sequence[Run] = ()) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "size": words.size, "lost": words.lost, "speed": words.speed,
+        "size": words.size, "lost": words.lost, "points": words.points, "speed": words.speed,
         "ms": words.milliseconds, "clock": words.clock_time,
     }  # fmt: skip
     drawing, hidden = figures.front_figure(run, compared)

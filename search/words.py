@@ -12,9 +12,16 @@ def milliseconds(ms: float) -> str:
     return f"{ms:.{max(0, 2 - math.floor(math.log10(ms)))}f}" if 0 < ms < math.inf else f"{ms:g}"
 
 
+def points(value: float) -> str:
+    """A metric, or a difference of two: two decimals, and two digits that mean something of what
+    is smaller, as with a metric of 0 to 1; nothing of what is the rounding of floats."""
+    small = 1e-7 < abs(value) < 0.095
+    return f"{value:.2g}" if small else f"{round(value, 2) + 0.0:.2f}"
+
+
 def lost(drop: float) -> str:
-    drop = round(drop, 2)
-    return f"{-drop:.2f} points gained" if drop < 0 else f"{abs(drop):.2f} points lost"
+    text = points(drop)
+    return f"{text[1:]} points gained" if text[0] == "-" else f"{text} points lost"
 
 
 def size(count: float) -> str:

@@ -124,7 +124,10 @@ class Labels(fx.Interpreter):
         if name in REDUCES:
             return self._reduce(n, inputs[0], result)
         if name in MEETS:
-            return self._meet(inputs, result)
+            mixed = self._mixed_rows(n, inputs, result)
+            return self._meet(inputs, result) if mixed is None else mixed
+        if name == "einsum":
+            return self._contract(n, inputs, result)
         plain = name.lower().replace("_", "")
         if name in OVER:
             self._stand_still(name, n, inputs[0])
@@ -264,6 +267,40 @@ class Labels(fx.Interpreter):
             heads.append(found)
         return self._together(heads, batch)[..., None, None].expand(result.shape)
 
+    def _mixed_rows(self, n: fx.Node, inputs: list[Tensor], result: Tensor) -> Tensor | None:
+        """The product of a matrix of which nothing can go (the edges of a graph, weights of
+        places) and channels, each of which it mixes along the other axis: they keep their labels.
+        None where it is something else."""
+        if len(inputs) != 2 or inputs[1].ndim < 2:
+            return None
+        edges, channels = inputs[0], core(inputs[1])
+        own = n.all_input_nodes[0].op == "get_attr"
+        apart = all(size == 1 for size in channels.shape[:-1]) and channels.shape[-1] > 1
+        if not apart or not (own or bool((core(edges) == FIXED).all())):
+            return None
+        self.ties.fix(edges)
+        return channels.expand(result.shape)
+
+    def _contract(self, n: fx.Node, inputs: list[Tensor], result: Tensor) -> Any:
+        """torch.einsum of two values, as a product of matrices: the axes that both and the result
+        have are those of a batch."""
+        terms, _, out = str(n.args[0]).replace(" ", "").partition("->")
+        parts = terms.split(",")
+        plain = all(c.isalpha() for c in (*out, *"".join(parts)))
+        if len(parts) != 2 or len(inputs) != 2 or not (plain and all(map(_apart, parts))):
+            return self.give_up(inputs, result)
+        batch = [c for c in out if all(c in part for part in parts)]
+        heads = []
+        for labels, part in zip(inputs, parts, strict=True):
+            axes = [part.index(c) for c in (*batch, *(c for c in part if c not in batch))]
+            rows = core(labels)[..., None].permute(*axes, -1).flatten(len(batch))
+            self.ties.tie(rows, rows[..., :1])
+            heads.append(rows[..., 0].expand([labels.shape[part.index(c)] for c in batch]))
+        shape = [result.shape[out.index(c)] for c in batch]
+        found = self._together(heads, shape)
+        line = [result.shape[i] if c in batch else 1 for i, c in enumerate(out)]
+        return found.reshape(line).expand(result.shape)
+
     def _resized(self, labels: Tensor, result: Tensor) -> Tensor:
         """Pooling, padding, interpolation, activations: axes that keep their length keep labels."""
         for axis in range(result.ndim):
@@ -289,6 +326,11 @@ class Labels(fx.Interpreter):
             else:
                 self.ties.tie(lead, other)
         return lead
+
+
+def _apart(letters: str) -> bool:
+    """Whether no axis of an einsum's operand is named twice (a diagonal)."""
+    return len({*letters}) == len(letters)
 
 
 def _places_are_read(extremes: fx.Node) -> bool:

@@ -108,10 +108,10 @@ def _symbolic(model: nn.Module, bound: Sequence[Any], defaults: dict[str, Any]) 
 @contextmanager
 def _sized_by_requests() -> Iterator[None]:
     """While a model is traced, tensors that are made as large as a batch of requests asks (the
-    first state of a recurrent layer) are noted: of sizes alone torch.fx sees nothing. What is as
-    large for every request is made."""
+    first state of a recurrent layer), or expanded to that, are noted: of sizes alone torch.fx sees
+    nothing. What is as large for every request is made."""
 
-    def noted(make: Any) -> Any:
+    def noted(make: Any, kind: str, target: Any) -> Any:
         def maker(*args: Any, **kwargs: Any) -> Any:
             found: list[fx.Proxy] = []
             fx.node.map_aggregate(
@@ -124,16 +124,18 @@ def _sized_by_requests() -> Iterator[None]:
                     (args, kwargs), lambda a: next(values) if isinstance(a, fx.Proxy) else a
                 )
                 return make(*args, **kwargs)
-            return found[0].tracer.create_proxy("call_function", make, args, kwargs)
+            return found[0].tracer.create_proxy(kind, target, args, kwargs)
 
         return maker
 
     known = {name: getattr(torch, name) for name in MAKERS}
     try:
         for name, make in known.items():
-            setattr(torch, name, noted(make))
+            setattr(torch, name, noted(make, "call_function", make))
+        torch.Tensor.expand = noted(torch.Tensor.expand, "call_method", "expand")  # type: ignore[method-assign]
         yield
     finally:
+        del torch.Tensor.expand  # it is inherited
         for name, make in known.items():
             setattr(torch, name, make)
 
@@ -273,6 +275,11 @@ def _check(graph: fx.GraphModule) -> None:
                 "integers it would be another; give the other use a parameter of its own"
             )
     answer = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+    if isinstance(answer, fx.Node) and answer.meta.get(SHAPE) == ():
+        raise Untraceable(
+            "the model's answer to one request is a number, without the axis of requests in a "
+            "batch: squeeze() takes that off too; say squeeze(-1)"
+        )
     if not isinstance(answer, fx.Node) or not shape_of(answer):
         kind = "no tensor" if isinstance(answer, fx.Node) else type(answer).__name__
         kind = kind.removeprefix("immutable_")  # torch.fx's own dict and list

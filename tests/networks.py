@@ -287,6 +287,37 @@ class Interleaved(nn.Module):
         return self.head(x + self.out(y.transpose(1, 2).reshape(-1, 5, 24))).mean(1)
 
 
+class Summed(nn.Module):
+    """Attention by Einstein's sums, as many write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 96, bias=False), nn.Linear(32, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 5, 16]
+        q, k, v = (t.view(-1, 5, 4, 8) for t in self.qkv(x).chunk(3, dim=-1))
+        scores = torch.einsum("bihd, bjhd -> bhij", q, k) * 8**-0.5
+        y = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+        return self.head(x + self.out(y.flatten(2))).mean(1)
+
+
+class Edges(nn.Module):
+    """Graph convolutions (Kipf and Welling 2017), whose edges mix nodes and no channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        edges = torch.eye(5) + torch.eye(5).roll(1, 1)
+        self.register_buffer("edges", edges / 2)
+        self.a, self.n, self.b = nn.Linear(6, 16), nn.LayerNorm(16), nn.Linear(16, 24)
+        self.head = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor, more: Tensor) -> Tensor:  # [N, 5, 6], [N, 5, 5]
+        x = F.relu(self.n(torch.matmul(self.edges, self.a(x))))
+        x = F.relu(torch.bmm(more / more.sum(-1, keepdim=True), self.b(x)))
+        return self.head(x.sum(1))
+
+
 class Library(nn.Module):
     """PyTorch's own attention, which has no layers of its own, and a feed-forward block."""
 
@@ -671,6 +702,8 @@ MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "fused": lambda: (Fused(), image()),
     "separate": lambda: (Separate(), tokens()),
     "interleaved": lambda: (Interleaved(), torch.rand(1, 5, 16)),
+    "summed": lambda: (Summed(), torch.rand(1, 5, 16)),
+    "edges": lambda: (Edges(), (torch.rand(1, 5, 6), torch.rand(1, 5, 5))),
     "library": lambda: (Library(), torch.rand(1, 5, 6)),
     "shuffle": lambda: (Shuffle(), image()),
     "inverted": lambda: (Inverted(), image()),

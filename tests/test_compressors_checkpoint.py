@@ -32,9 +32,9 @@ from flyweight.spaces import Distill, FlyweightError, Network, Policy, Prune, Qu
 
 EVERY = [
     "plain", "mlp", "separable", "concat", "quiet", "two", "sequence", "preactivation", "grouped",
-    "groupnorm", "gate", "fixed", "fused", "separate", "interleaved", "library", "shuffle",
-    "inverted", "gated", "siamese", "recurrent", "dense", "inception", "inplace", "signal",
-    "text", "convnext", "mixer", "shuffled", "crossstage", "heard", "parallel", "parts",
+    "groupnorm", "gate", "fixed", "fused", "separate", "interleaved", "summed", "edges", "library",
+    "shuffle", "inverted", "gated", "siamese", "recurrent", "dense", "inception", "inplace",
+    "signal", "text", "convnext", "mixer", "shuffled", "crossstage", "heard", "parallel", "parts",
 ]  # fmt: skip
 
 

@@ -385,3 +385,17 @@ def test_a_pruned_student_exports(networks: ModuleType, runtime: Runtime) -> Non
     items = items_of(example, 20)
     answers = run_session(runtime.load(to_onnx(pruned, example)), items)
     assert compare(run_module(pruned, items), answers).max_steps < 0.1
+
+
+@pytest.mark.slow  # exported by torch.onnx
+def test_torch_onnx_tells_users_nothing_of_its_passes(caplog: pytest.LogCaptureFixture) -> None:
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.EmbeddingBag(9, 8, padding_idx=0), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.words(x))  # type: ignore[no-any-return]
+
+    assert to_onnx(Bag().eval(), torch.randint(0, 9, (1, 6)))
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == []

@@ -107,7 +107,26 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), 4, 7
     ),
     "transposed conv2d": module(lambda: nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False), 4, 7, 5),
+    "F.conv1d": of(
+        lambda x, m: F.conv1d(x, m.m0, m.m1, stride=2, padding=1),
+        3,
+        9,
+        owned=(torch.randn(4, 3, 3), torch.randn(4)),
+    ),
+    "F.conv2d": of(
+        lambda x, m: F.conv2d(x, m.m0, None, (2, 1), (0, 1), groups=4),
+        4,
+        9,
+        8,
+        owned=(torch.randn(8, 1, 3, 3),),
+    ),
     "embedding": ids(lambda x, m: m.m0(x), 6, owned=(nn.Embedding(5, 3, padding_idx=0),)),
+    **{
+        f"embedding bag, {mode}": ids(
+            lambda x, m: m.m0(x), 6, owned=(nn.EmbeddingBag(5, 3, mode=mode),)
+        )
+        for mode in ("mean", "sum", "max")
+    },
     "F.embedding": ids(lambda x, m: F.embedding(x, m.m0), 6, owned=(parameter(5, 3),)),
     # norms
     "layer norm": module(lambda: shaken(nn.LayerNorm(4, eps=0.1)), 5, 4),

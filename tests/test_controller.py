@@ -28,6 +28,7 @@ from flyweight.search.record import Entry, MemoryRecord
 from flyweight.search.results import at_full
 from flyweight.search.summary import Summary
 from flyweight.search.trial import Trial
+from flyweight.search.words import milliseconds
 from flyweight.spaces import (
     BadInput,
     Capabilities,
@@ -266,6 +267,14 @@ def test_out_of_reach_ends_without_a_trial() -> None:
     assert control.exhausted
     assert not control.trials
     assert control.proposals.running() == 0
+    from flyweight.search.driver import nearest_latency
+
+    entries = record.entries()
+    told = nearest_latency(entries, 1e-6)
+    least = min(entry["latency_ms"][2] for entry in entries)
+    assert told.startswith(f": of {len(entries)} the fastest takes ")
+    assert told.endswith(f" to {milliseconds(least)} ms, the limit is 0.00000100")
+    assert nearest_latency(entries, None) == nearest_latency([], 1.0) == ""
 
 
 def test_looking_ahead_ends_as_cleanly() -> None:

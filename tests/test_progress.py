@@ -444,9 +444,13 @@ def test_closing_without_artifact_or_test_data() -> None:
 
 
 def test_words() -> None:
-    assert (lost(0.304), lost(-0.1), lost(-0.001)) == (
-        "0.30 points lost", "0.10 points gained", "0.00 points lost",
-    )  # fmt: skip
+    assert [lost(drop) for drop in (0.304, -0.1, -1e-12, 0.0, 12.345, 4e7)] == [
+        "0.30 points lost", "0.10 points gained", "0.00 points lost", "0.00 points lost",
+        "12.35 points lost", "40000000.00 points lost",
+    ]  # fmt: skip
+    assert [lost(drop) for drop in (0.0042, -0.013, 2.5e-5)] == [  # of a metric of 0 to 1
+        "0.0042 points lost", "0.013 points gained", "2.5e-05 points lost",
+    ]  # fmt: skip
     assert (size(999_999), size(1_000_000)) == ("1000 kB", "1.00 MB")
     assert [clock_time(s) for s in (-3, 59.6, 61, 3661)] == ["0:00", "1:00", "1:01", "1:01:01"]
     assert math.isnan(summary(result(1, "short", 0.5, None)).results["short"][f"{1:064x}"].metric)

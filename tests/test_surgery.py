@@ -10,7 +10,17 @@ import torch
 
 from flyweight.compressors.prune import call, remove
 
-EXACT = ["fused", "separate", "interleaved", "shuffle", "inverted", "gated", "library", "grouped"]
+EXACT = [
+    "fused",
+    "separate",
+    "interleaved",
+    "summed",
+    "shuffle",
+    "inverted",
+    "gated",
+    "library",
+    "grouped",
+]
 MIXED = {("fused", "patch"), ("separate", "out")}  # layer norms mix these channels
 
 

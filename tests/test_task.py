@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, IterableDataset
 
-from flyweight.compressors import ClassificationTask, Schedule, load_task, prepare
+from flyweight.compressors import ClassificationTask, Schedule, compress, load_task, prepare
 from flyweight.compressors.data import Items, split, stack
 from flyweight.compressors.parity import run_module
 from flyweight.compressors.task import metric_of
 from flyweight.kernels import make_runtime
-from flyweight.spaces import BadInput
+from flyweight.spaces import BadInput, Policy, Quantize
 
 GOOD = """
 from flyweight.compressors import ClassificationTask
@@ -145,6 +145,11 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"example_input": fails}, r"example_input\(\) fails"),
     ({"example_input": lambda: torch.rand(1, 5)}, r"does not run on example_input\(\)"),
     ({"example_input": lambda: torch.rand(1, 6).double()}, r"float32: give x.float\(\)"),
+    (
+        {"example_input": lambda: torch.rand(6)},
+        r"items of train have shape \(6,\), so it has \(1, 6\), but got \(6,\)",
+    ),
+    ({"train": Data([([0.1] * 6, 0)] * 3)}, "has 1 tensors, but an item of train has 6"),
     ({"train": Data()}, "train is empty"),
     ({"train": items(1)}, "train needs at least 2 items, but has 1"),
     ({"val": items(1)}, "val needs at least 2 items, but has 1"),
@@ -354,6 +359,57 @@ def test_preparing_leaves_the_users_model_alone() -> None:
     assert all(p.requires_grad for p in own.parameters())
     assert all(torch.equal(before[k], v) for k, v in own.state_dict().items())
     assert found.teacher is not own
+
+
+class Hidden(nn.Module):
+    """Attention whose mask, a buffer, hides what comes later."""
+
+    def __init__(self, hidden: float) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(6, 24), nn.Linear(8, 3)
+        self.register_buffer("mask", torch.full((4, 4), hidden).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 4, 6]
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.head(((q @ k.transpose(1, 2) + self.mask).softmax(-1) @ v).mean(1))
+
+
+@pytest.mark.parametrize("hidden", [float("-inf"), float("nan"), float("inf")])
+def test_a_mask_may_hide_with_minus_infinity(hidden: float) -> None:
+    data = Data([(torch.rand(4, 6), i % 3) for i in range(40)])
+    task = ClassificationTask(Hidden(hidden).eval(), data, data)
+    if hidden > 0 or hidden != hidden:
+        with pytest.raises(BadInput, match="the model's 'mask' has values that are NaN or infin"):
+            prepare(task, make_runtime("onnxruntime", 1), Schedule())
+        return
+    ready = prepare(task, make_runtime("onnxruntime", 1), Schedule())
+    everything = Policy(quantize=Quantize(dict.fromkeys(ready.network.layers, "int8")))
+    for policy in (Policy(), everything):
+        assert compress(ready, policy, "full").parity is not None
+
+
+class Rarely(nn.Module):
+    """Answers NaN where the first of its inputs is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + torch.where(x[:, :1] > 9, -x[:, :1], 1).log()
+
+
+def test_answers_of_the_model_that_are_not_finite_are_its_own() -> None:
+    data = [(torch.rand(6), i % 3) for i in range(100)]
+    data[-1][0][0] = 10.0
+    good = Data(data[:-1])
+    runtime, schedule = make_runtime("onnxruntime", 1), Schedule()
+    ready = prepare(ClassificationTask(Rarely().eval(), good, Data(data)), runtime, schedule)
+    with pytest.raises(BadInput, match=r"NaN or infinity to 1 of 50 items of val"):
+        compress(ready, Policy(), "full")
+    ready = prepare(ClassificationTask(Rarely().eval(), Data(data), good), runtime, schedule)
+    with pytest.raises(BadInput, match=r"NaN or infinity to 1 of 100 items of train"):
+        ready.epoch(0)
 
 
 def test_a_loss_is_tried_where_students_train() -> None:

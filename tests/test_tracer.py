@@ -108,3 +108,26 @@ def test_what_does_nothing_in_eval_goes_and_arguments_by_name_are_read() -> None
     assert torch.equal(graph(example), model(example))
     assert [op.kind for op in trace(model, example).ops].count("conv") == 3
     to_onnx(model, example)
+
+
+# -- as large as a batch of requests -------------------------------------------------------------
+
+
+class Expands(nn.Module):
+    """Constants that are expanded to a batch of requests: a first token, places, a first state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.a = nn.Embedding(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 4, 6]
+        n, steps, width = x.shape
+        x = x + self.places(torch.arange(steps).view(1, -1).expand(n, steps))
+        x = torch.cat([torch.ones(1, 1, 6).expand(x.size(0), -1, -1), x], 1)
+        return self.a(x + torch.full((1, 1, 1), 0.5).expand(n, 1, width))
+
+
+def test_a_constant_may_be_expanded_to_as_many_as_are_in_a_batch() -> None:
+    model, x = Expands().eval(), torch.rand(5, 4, 6)
+    assert torch.equal(trace_graph(model, x[:1])(x), model(x))
+    assert "expand" not in vars(torch.Tensor)  # only while it is traced
