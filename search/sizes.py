@@ -71,7 +71,7 @@ class _Contents:
         start = prepared.starts[student]
         network, columns = start.network, {axis.name: j for j, axis in enumerate(space.axes)}
         lost: dict[tuple[str, int], dict[int, Points]] = {}  # along an axis, by column and choice
-        layers: dict[str, tuple[int, Points]] = {}
+        layers: dict[str, tuple[int, NDArray[np.bool_]]] = {}
         for name, (owner, group) in space.groups.items():
             for slot in group.slots if owner == student else ():
                 units = np.array(slot.units)
