@@ -83,7 +83,7 @@ class Bench:
 class SweepAlone(WarmStart):
     """A warm start that only is one."""
 
-    def draw(self, _: random.Random) -> None:
+    def draw(self, *_: object) -> None:
         return None
 
 

@@ -144,7 +144,12 @@ class Finder:
                 return policy, price
             self._proposals.reject(policy, price.latency_ms[1], cost)
             self._reject(policy, "over a limit", price)
-            smaller = self._smaller(policy)
+            forms = [policy]
+            if self._limits.cost(0.0, price.size_bytes, price.compressed_bytes) > 0:
+                # In bytes fewer bits count as much as fewer channels; whether they are faster
+                # hangs on the target.
+                forms.append(self._proposals.space.in_int8(policy))
+            smaller = next(filter(None, map(self._smaller, forms)), None)
             if smaller is not None:
                 return smaller
         return None

@@ -25,6 +25,7 @@ from .profiling import check_profile, empty_profile, make_profile
 from .ready import Ready
 from .run_files import PROFILE, SENSITIVITY
 from .sensitivity import Sensitivity, measure
+from .sizes import Sizes
 from .store import write_json
 from .warm import WarmStart
 
@@ -151,7 +152,9 @@ class Preparation:
             return None
         space = self.ready.space
         batch = BatchPredictor(self.ready.prepared, space, predictor)
-        return WarmStart(space, table, batch, limits)
+        sized = limits.size_bytes is not None or limits.compressed_bytes is not None
+        sizes = Sizes(self.ready.prepared, space, limits) if sized else None
+        return WarmStart(space, table, batch, limits, sizes)
 
     def _seconds(self, share: float, otherwise: float) -> float:
         budget = self.ready.spec.search.time_budget

@@ -154,10 +154,10 @@ class Proposals:
         else:  # nothing that is free acts at this rung
             policy = self._anywhere()
         turn, self._turn = self._turn, self._turn + 1
-        if self._warm and turn % TURNS and (axes := self._warm.draw(self._rng)):
+        settings = self._warm.settings | self._inherited(rung) | suggested if self._warm else {}
+        if self._warm and turn % TURNS and (axes := self._warm.draw(self._rng, settings)):
             study.tell(trial, state=TrialState.FAIL)
-            values = self._warm.settings | self._inherited(rung) | suggested | axes
-            return self.space.policy(values)
+            return self.space.policy(settings | axes)
         if policy.digest in self._seen:
             study.tell(trial, state=TrialState.FAIL)
         else:

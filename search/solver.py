@@ -1,14 +1,16 @@
-"""Policies of the least predicted harm within a latency: a table of harms, solved.
+"""Policies of the least predicted harm within limits: a table of harms, solved.
 
 Harms of single choices are added up (as all methods that start from such a table do, e.g. HAWQ-V2,
-Dong et al. 2020, sec. 3), latency is what the predictor says of the whole. Around a point latency
-is taken to be a sum too, of what each single change there brings; then the best choices are a
-multiple-choice knapsack, which HiGHS solves exactly. Its answer is the next point, while that is
-better; a step goes no farther than the sum has proved to hold (a trust region).
+Dong et al. 2020, sec. 3), latency is what the predictor says of the whole. Around a point latency,
+and what else is limited, is taken to be a sum too, of what each single change there brings; then
+the best choices are a multiple-choice knapsack, which HiGHS solves exactly. Its answer is the next
+point, while that is better; a step goes no farther than the sum has proved to hold (a trust
+region).
 """
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -22,20 +24,28 @@ from scipy import optimize, sparse  # type: ignore[import-untyped]
 
 Point = NDArray[np.int64]  # of every axis the index of its choice
 Latency = Callable[[NDArray[np.int64]], NDArray[np.float64]]  # points [n, axes] -> ms [n]
+Shares = Callable[[NDArray[np.int64]], NDArray[np.float64]]  # points -> shares [n, limits]
 
 STEPS = 30  # at most, from one start
 REACH = 4  # choices that a width may move at first
 SECONDS = 5.0  # for one knapsack at most; its best so far is taken then
+LEAST_ROOM = 2e-6  # as a share: HiGHS lets a constraint be missed by 1e-6
+
+
+def _no_shares(points: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.zeros((len(points), 0))
 
 
 @dataclass
 class Solver:
     """harms: of each axis, of each of its choices. latency: of whole points. ordered: the axes
-    whose choices are in order, so that a small step is a small change."""
+    whose choices are in order, so that a small step is a small change. shares: of whole points, of
+    each further limit the share that they take, which is to be 1 at most."""
 
     harms: Sequence[NDArray[np.float64]]
     latency: Latency
     ordered: Sequence[bool]
+    shares: Shares = _no_shares
     evaluations: int = field(default=0, init=False)
 
     def harm(self, point: Point) -> float:
@@ -43,44 +53,59 @@ class Solver:
         return float(sum(h[i] for h, i in zip(self.harms, point, strict=True)))
 
     def solve(self, limit_ms: float, starts: Sequence[Point]) -> Point | None:
-        """The point of least harm within ``limit_ms`` that is found from any of ``starts``; None if
-        none is within."""
+        """The point of least harm within ``limit_ms`` and the further limits that is found from any
+        of ``starts``; None if none is within."""
         ends = [self._from(np.array(start), limit_ms) for start in starts]
-        found = [point for point, ms in ends if ms <= limit_ms]
+        found = [point for point, costs in ends if costs[0] <= limit_ms and _over(costs) == 0]
         return min(found, key=self.harm, default=None)
 
     def fastest(self, starts: Sequence[Point]) -> float:
-        """The least latency that is found from any of ``starts``."""
-        return min(self._from(np.array(start), 0.0)[1] for start in starts)
+        """The least latency within the further limits that is found from any of ``starts``;
+        infinite if none is within."""
+        ends = [self._from(np.array(start), 0.0)[1] for start in starts]
+        return min((float(costs[0]) for costs in ends if _over(costs) == 0), default=math.inf)
 
-    def _from(self, point: Point, limit_ms: float) -> tuple[Point, float]:
+    def _from(self, point: Point, limit_ms: float) -> tuple[Point, NDArray[np.float64]]:
         reach, switches = REACH, sum(not ordered for ordered in self.ordered)
-        ms = float(self._latency(point[None])[0])
+        costs = self._costs(point[None])[0]
         for _ in range(STEPS):
-            moved = self._knapsack(point, (limit_ms - ms) / ms, reach, switches)
-            then = float(self._latency(moved[None])[0])
-            if self._better(moved, then, point, ms, limit_ms):
-                point, ms = moved, then
+            moved = self._knapsack(point, limit_ms, reach, switches)
+            then = self._costs(moved[None])[0]
+            if self._better(moved, then, point, costs, limit_ms):
+                point, costs = moved, then
             elif reach == 1 and switches <= 1:
                 break
             else:
                 reach, switches = max(1, reach // 2), switches // 2
-        return point, ms
+        return point, costs
 
-    def _better(self, a: Point, a_ms: float, b: Point, b_ms: float, limit_ms: float) -> bool:
-        """Whether ``a`` is nearer to the limit, both being over it, or does less harm within it."""
-        if a_ms > limit_ms or b_ms > limit_ms:
-            return a_ms < b_ms * (1 - 1e-9)
+    def _better(
+        self,
+        a: Point,
+        a_costs: NDArray[np.float64],
+        b: Point,
+        b_costs: NDArray[np.float64],
+        limit_ms: float,
+    ) -> bool:
+        """Whether ``a`` is nearer to the limits, both being over one, or does less harm within
+        them. The further limits come first: what is over them is no answer however fast it is."""
+        for over, other, most in (
+            (_over(a_costs), _over(b_costs), 0.0),
+            (a_costs[0], b_costs[0], limit_ms),
+        ):
+            if over > most or other > most:
+                return bool(over < other * (1 - 1e-9))
         return self.harm(a) < self.harm(b) - 1e-12
 
-    def _latency(self, points: NDArray[np.int64]) -> NDArray[np.float64]:
+    def _costs(self, points: NDArray[np.int64]) -> NDArray[np.float64]:
+        """[points, 1 + limits]: the latency, then the shares."""
         self.evaluations += len(points)
-        return self.latency(points)
+        return np.column_stack([self.latency(points), self.shares(points)])
 
-    def _knapsack(self, point: Point, room: float, reach: int, switches: int) -> Point:
-        """The choices of least harm whose changes to the latency of ``point`` add up to at most
-        the share ``room`` of it, none farther than ``reach`` and at most ``switches`` of those
-        that are in no order; where there are none, those that gain most."""
+    def _knapsack(self, point: Point, limit_ms: float, reach: int, switches: int) -> Point:
+        """The choices of least harm whose changes to the costs of ``point`` add up to what is
+        within the limits, none farther than ``reach`` and at most ``switches`` of those that are in
+        no order; where there are none, those that gain most where it is over."""
         near = [
             np.arange(max(0, at - reach), min(len(harms), at + reach + 1))
             if ordered else np.arange(len(harms))
@@ -89,24 +114,31 @@ class Solver:
         owner, choice = np.repeat(np.arange(len(near)), list(map(len, near))), np.concatenate(near)
         rows = np.repeat(point[None], 1 + len(choice), 0)
         rows[np.arange(1, len(rows)), owner] = choice
-        ms = self._latency(rows)
-        changes = ms[1:] - ms[0]
-        possible = np.isfinite(changes)
-        changes = np.where(possible, changes, 0.0) / ms[0]
+        costs = self._costs(rows)
+        changes = costs[1:] - costs[0]
+        possible = np.isfinite(changes).all(1)
+        changes = np.where(possible[:, None], changes, 0.0) / costs[0]
+        limits = np.array([limit_ms, *np.ones(changes.shape[1] - 1)])
+        room = (limits - costs[0]) / costs[0] - LEAST_ROOM
         one_each = optimize.LinearConstraint(
             sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner))))), 1, 1
         )
-        # HiGHS lets a constraint be missed by 1e-6.
-        within = optimize.LinearConstraint(changes[None], -np.inf, room - 2e-6)
         switched = (choice != point[owner]) & ~np.array(self.ordered)[owner]
         few = optimize.LinearConstraint(switched[None].astype(float), -np.inf, max(1, switches))
         harms = np.concatenate([h[n] for h, n in zip(self.harms, near, strict=True)])
         bounds = optimize.Bounds(0, possible.astype(float))
-        for costs, constraints in ((harms, [one_each, few, within]), (changes, [one_each, few])):
+        over = room < 0
+        gained = over.copy()  # the further limits first, as in ``_better``
+        gained[0] = not over[1:].any()
+        every, rest = np.ones_like(over), ~(over | gained)
+        for objective, kept in ((harms, every), (changes[:, gained].sum(1), rest)):
+            constraints = [one_each, few]
+            if kept.any():
+                constraints.append(optimize.LinearConstraint(changes.T[kept], -np.inf, room[kept]))
             with _unheard():
                 found = optimize.milp(
-                    costs, integrality=np.ones(len(costs)), bounds=bounds, constraints=constraints,
-                    options={"time_limit": SECONDS},
+                    objective, integrality=np.ones(len(objective)), bounds=bounds,
+                    constraints=constraints, options={"time_limit": SECONDS},
                 )  # fmt: skip
             if found.x is not None:
                 out = point.copy()
@@ -114,6 +146,11 @@ class Solver:
                 out[owner[chosen]] = choice[chosen]
                 return out
         return point
+
+
+def _over(costs: NDArray[np.float64]) -> float:
+    """How far costs are over the further limits, as shares of them."""
+    return float(np.maximum(costs[1:] - 1, 0).sum())
 
 
 @contextlib.contextmanager

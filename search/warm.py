@@ -4,7 +4,7 @@ follow, solved for with what the results have taught."""
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from .batch import BatchPredictor
 from .learned import LearnedHarms
 from .limits import Limits
 from .sensitivity import Sensitivity
+from .sizes import Sizes
 from .solver import Point, Solver
 
 KEEPS = (1.0, 0.5, 0.25)  # shares of channels kept by the recipes that the solver starts from
@@ -30,7 +31,8 @@ NEAR = BEYOND / 2
 
 class WarmStart:
     """Solves for policies of each student, from the latency limit down; without one, from the
-    latency of the student at full width in its fastest precision.
+    latency of the student at full width in its fastest precision. Where sizes are limited all are
+    within, as far as ``sizes`` knows them.
 
     settings: those with which the table was judged. The upper end of a predicted interval counts,
     as everywhere where a limit is kept.
@@ -42,10 +44,11 @@ class WarmStart:
         table: Sensitivity,
         predictor: BatchPredictor,
         limits: Limits,
+        sizes: Sizes | None = None,
     ) -> None:
         self.settings = dict(table.settings)
         self._students = {
-            name: _Student(name, space, table, predictor, limits.latency_ms)
+            name: _Student(name, space, table, predictor, limits.latency_ms, sizes)
             for name in table.students
         }
         self._space = space
@@ -61,16 +64,22 @@ class WarmStart:
         policies = [self._space.policy({**self.settings, **v}) for v in (*ordered, *rest)]
         return list(dict.fromkeys(policies))
 
-    def draw(self, rng: random.Random) -> dict[str, Any] | None:
+    def draw(
+        self, rng: random.Random, settings: Mapping[str, Any] | None = None
+    ) -> dict[str, Any] | None:
         """The values of the axes of one more, for a limit at random and with harms as they might
         be, given the table and the results: Thompson sampling (Thompson 1933). Of several students
         the one that so loses least within the limit, at the highest rung that all have reached:
-        of another's the scale of one is a guess. Where there is none, as the harms have it."""
+        of another's the scale of one is a guess. Where there is none, as the harms have it.
+        settings: what else the policy says; its sparsity decides how well it packs."""
         students = [*self._students.values()]
         limit = rng.choice(students).limit(rng, self._finished)
         rungs = set.intersection(*(student.learned.rungs() for student in students))
         rung = max(rungs, key=RUNGS.index, default=None)
-        found = [drawn for student in students if (drawn := student.draw(limit, rung, rng))]
+        sparsity = (self._space.defaults | dict(settings or {}))["sparsity"]
+        found = [
+            drawn for student in students if (drawn := student.draw(limit, rung, rng, sparsity))
+        ]
         return min(found, key=lambda drawn: drawn[0])[1] if found else None
 
     def tell(self, policy: Policy, rung: str, loss: float, kept: bool) -> None:
@@ -93,8 +102,9 @@ class _Student:
         table: Sensitivity,
         predictor: BatchPredictor,
         slowest_ms: float | None,
+        sizes: Sizes | None,
     ) -> None:
-        self._space, self._predictor = space, predictor
+        self._name, self._space, self._predictor, self._sizes = name, space, predictor, sizes
         self._places = [j for j, axis in enumerate(space.axes) if _judged(axis, name)]
         axes = [space.axes[j] for j in self._places]
         self._rest = np.array(space.point(space.policy({"student": name})))
@@ -106,12 +116,27 @@ class _Student:
             self._point(space.uniform(keep, p, name)) for keep in KEEPS for p in precisions
         ]
         self._slowest = slowest_ms or float(min(self._latency(np.array(self._whole))))
+        self._sparsity = space.defaults["sparsity"]
+        if sizes is not None:
+            self._begin_within()
         # The smallest is not the fastest where narrow layers are slower in int8 than in float.
         smallest = [self._point(space.smallest(p, name)) for p in precisions]
-        fastest = self._solver(self._harms).fastest([*smallest, *self._recipes])
+        fastest = self._solver(self._harms, self._sparsity).fastest([*smallest, *self._recipes])
         self._fastest = min(self._slowest, fastest)
         self._solved: list[tuple[float, Point]] = []
         self.learned = LearnedHarms(self._harms, table.students[name])
+
+    def _begin_within(self) -> None:
+        """Where sizes are limited, no more latency than they leave is wanted: that of the point of
+        least harm, and the least zeros with which there is one."""
+        others = set(self._space.settings.sparsity) - {self._sparsity}
+        for sparsity in (self._sparsity, *sorted(others)):
+            found = self._solver(self._harms, sparsity).solve(self._slowest, self._recipes)
+            if found is not None:
+                self._sparsity = sparsity
+                self._slowest = float(self._latency(found[None])[0])
+                self._recipes.append(found)
+                return
 
     def sweep(self, count: int, seconds: float) -> list[dict[str, Any]]:
         ends, starts = time.monotonic() + seconds, self._recipes
@@ -119,15 +144,16 @@ class _Student:
             if time.monotonic() > ends:
                 break
             limit = self._limit(DEPTH * step / max(1, count - 1))
-            found = self._solver(self._harms).solve(limit, starts)
+            found = self._solver(self._harms, self._sparsity).solve(limit, starts)
             if found is not None:
                 self._solved.append((limit, found))
                 starts = [found, *self._whole]
-        solved = [self._values(point) for _, point in self._solved]
+        zeros = {"sparsity": self._sparsity}
+        solved = [self._values(point) | zeros for _, point in self._solved]
         return [solved[i] for i in coarse_first(len(solved))]
 
     def draw(
-        self, limit: float, rung: str | None, rng: random.Random
+        self, limit: float, rung: str | None, rng: random.Random, sparsity: float
     ) -> tuple[float, dict[str, Any]] | None:
         """What a point that is solved for would lose, as a logarithm, and its values."""
         if not self._places:
@@ -135,7 +161,7 @@ class _Student:
         drawn = self.learned.draw(rng, rung)
         near = sorted(self._solved, key=lambda known: abs(math.log(known[0] / limit)))
         starts = [point for _, point in near[:1]] or self._recipes
-        solver = self._solver(drawn.harms)
+        solver = self._solver(drawn.harms, sparsity)
         found = solver.solve(limit, starts)
         return None if found is None else (drawn.log_loss(solver.harm(found)), self._values(found))
 
@@ -161,13 +187,23 @@ class _Student:
         """The latency so far of the way from the slowest that is wanted, in octaves."""
         return float(self._slowest * (self._fastest / self._slowest) ** way)
 
-    def _solver(self, harms: Sequence[NDArray[np.float64]]) -> Solver:
-        return Solver(harms, self._latency, self._ordered)
+    def _solver(self, harms: Sequence[NDArray[np.float64]], sparsity: float) -> Solver:
+        sizes = self._sizes
+        if sizes is None:
+            return Solver(harms, self._latency, self._ordered)
+        return Solver(
+            harms, self._latency, self._ordered,
+            lambda points: sizes.shares(self._rows(points), self._name, sparsity),
+        )  # fmt: skip
 
     def _latency(self, points: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self._predictor.predict(self._rows(points))[:, 2]
+
+    def _rows(self, points: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same with all axes of the space."""
         rows = np.repeat(self._rest[None], len(points), 0)
         rows[:, self._places] = points
-        return self._predictor.predict(rows)[:, 2]
+        return rows
 
     def _point(self, policy: Policy) -> Point:
         return np.array(self._space.point(policy))[self._places]

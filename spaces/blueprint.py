@@ -89,8 +89,10 @@ class Blueprint:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights of all layers: about what the artifact's file takes."""
-        return sum(k.weights * (1 if k.precision == "int8" else 4) for k in self.kernels)
+        """Bytes of the weights of all layers: about what the artifact's file takes. A layer that
+        runs several times has them once."""
+        layers = {k.name: k.weights * (1 if k.precision == "int8" else 4) for k in self.kernels}
+        return sum(layers.values())
 
 
 def blueprint(network: Network, policy: Policy, capabilities: Capabilities) -> Blueprint:

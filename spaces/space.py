@@ -381,6 +381,14 @@ class Space:
                 values[f"width/{name}"] = min(choices, key=lambda w: (abs(w - wish), w))
         return self.policy(values)
 
+    def in_int8(self, policy: Policy) -> Policy:
+        """``policy`` with every layer in int8 that may be."""
+        values = self.values(policy)
+        for name, known in self.precisions.items():
+            if f"precision/{name}" in values and "int8" in known:
+                values[f"precision/{name}"] = "int8"
+        return self.policy(values)
+
 
 def _takes(block: Block, what: Block | Group | Layer) -> bool:
     """Whether ``what`` goes when ``block`` is dropped."""

@@ -234,6 +234,24 @@ def test_what_is_over_a_limit_is_made_smaller() -> None:
     assert 0.2 < trial.price.latency_ms[1] <= 0.4  # the largest within, not the smallest there is
 
 
+def test_what_is_too_large_at_every_width_is_tried_in_int8() -> None:
+    def costs(policy: Policy) -> Price:
+        size = int(1000 * width(policy) * (1 - 0.375 * len(policy.quantize.precision)))
+        return Price(price(policy).latency_ms, size, size)
+
+    record = MemoryRecord()
+    control = controller(
+        record, limits=Limits(95.0, size_bytes=200), costs=costs, trials=1, min_keep=0.5
+    )
+    full = control.proposals.space.uniform(1.0)
+    control.proposals._queue.append(full)
+    trial = control.propose()
+    assert trial is not None
+    assert [e["digest"] for e in kinds(record, "rejected")] == [full.digest]
+    assert len(trial.policy.quantize.precision) == 2
+    assert 150 < trial.price.size_bytes <= 200
+
+
 def test_zeros_are_used_where_the_compressed_size_is_limited() -> None:
     def best(limits: Limits) -> Entry:
         control = controller(limits=limits, trials=60, sparsity=(0.0, 0.5, 0.75))

@@ -55,6 +55,59 @@ def test_where_latency_is_a_sum_the_answer_is_the_best_there_is(seed: int, share
     assert solver.harm(found) == pytest.approx(best, abs=1e-3)
 
 
+def sized(seed: int, coupled: float) -> tuple[Solver, Device, Any, NDArray[np.int64]]:
+    """The same where sizes are limited: two of them, sums that latency says little of."""
+    solver, device, every = case(seed, coupled)
+    rng = np.random.default_rng(seed + 1)
+    sizes = [np.sort(rng.random((AXES, CHOICES)) + 0.1, axis=1) for _ in range(2)]
+
+    def of(points: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.stack([size[np.arange(AXES), points].sum(1) for size in sizes], 1)
+
+    found = of(every)
+    most = found.min(0) + rng.uniform(0.2, 0.6, 2) * (found.max(0) - found.min(0))
+
+    def shares(points: NDArray[np.int64]) -> NDArray[np.float64]:
+        return of(points) / most
+
+    return Solver(solver.harms, device, solver.ordered, shares), device, shares, every
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10_000), st.floats(0.1, 1.0))
+def test_all_limits_are_kept_at_the_least_harm(seed: int, share: float) -> None:
+    solver, device, shares, every = sized(seed, 0.0)
+    ms, within = device(every), (shares(every) <= 1).all(1)
+    limit = ms.min() + share * (ms.max() - ms.min())
+    best = min((solver.harm(p) for p in every[within & (ms <= limit)]), default=None)
+    found = solver.solve(limit, STARTS)
+    assert (found is None) == (best is None)
+    if found is not None:
+        assert device(found[None])[0] <= limit
+        assert (shares(found[None]) <= 1).all()
+        assert solver.harm(found) == pytest.approx(best, abs=1e-3)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 10_000))
+def test_the_fastest_is_within_the_further_limits(seed: int) -> None:
+    solver, device, _, every = sized(seed, 0.0)
+    alone = device.alone
+
+    def large_when_fast(points: NDArray[np.int64]) -> NDArray[np.float64]:
+        sizes = (alone.max() - alone)[np.arange(AXES), points].sum(1)
+        return np.stack([sizes / most], 1)
+
+    most = float(np.median((alone.max() - alone)[np.arange(AXES), every].sum(1)))
+    solver.shares = large_when_fast
+    ms, within = device(every), large_when_fast(every)[:, 0] <= 1
+    assert device(every).min() < ms[within].min()
+    assert solver.fastest(STARTS) == pytest.approx(ms[within].min(), rel=1e-4)
+    most = 1e-9
+    assert solver.fastest(STARTS) == np.inf
+    assert solver.solve(ms.max(), STARTS) is None
+
+
 def test_where_choices_act_together_it_is_nearly_the_best() -> None:
     beaten = []
     for seed in range(15):

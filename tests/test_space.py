@@ -442,6 +442,10 @@ def test_a_block_that_goes_takes_its_parameters_along(
     assert space.shrunk(policy, 1.0) == policy
     assert space.contains(space.shrunk(policy, share))
     assert space.shrunk(policy, share).prune.drop == policy.prune.drop
+    int8 = space.in_int8(policy)
+    assert space.contains(int8)
+    assert int8.prune == policy.prune
+    assert {*int8.quantize.precision} == {*network.without(policy.prune.drop).layers}
     assert all(space.contains(n) for n in space.neighbours(policy))
 
 

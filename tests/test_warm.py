@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +139,80 @@ def test_without_a_latency_limit_it_begins_at_full_width_in_int8(
 def test_a_limit_out_of_reach_gives_nothing(space: Space, table: Sensitivity) -> None:
     limits = Limits(95.0, latency_ms=0.01)
     assert WarmStart(space, table, Device(space), limits).sweep(4) == []
+
+
+class Weights:
+    """Sizes in place of ``search.sizes``: the channels, a quarter in int8; zeros take nothing when
+    packed. most: of the size packed."""
+
+    def __init__(self, device: Device, most: float) -> None:
+        self.device, self.most = device, most
+
+    def of(self, policy: Policy) -> float:
+        space, student = self.device.space, policy.student
+        channels = [policy.prune.width.get(n, g.width)
+                    for n, g in space.networks[student].groups.items()]  # fmt: skip
+        int8 = len(policy.quantize.precision) / len(space.networks[student].layers)
+        return sum(channels) * (1 - 0.75 * int8) * (1 - policy.prune.sparsity)
+
+    def shares(
+        self, points: NDArray[np.int64], student: str, sparsity: float
+    ) -> NDArray[np.float64]:
+        found = []
+        for point in points:
+            values = self.device.space.values_at(point)
+            policy = self.device.space.policy({**values, "sparsity": sparsity})
+            assert policy.student == student
+            found.append(self.of(policy) / self.most)
+        return np.array(found)[:, None]
+
+
+@pytest.mark.parametrize("slowest", [None, 0.45])
+def test_all_that_is_proposed_is_within_the_size(
+    space: Space, table: Sensitivity, slowest: float | None
+) -> None:
+    device, rng = Device(space), random.Random(0)
+    sizes: Any = Weights(device, 10.0)
+    assert sizes.of(space.uniform(1.0, "int8")) > 10
+    limits = Limits(95.0, latency_ms=slowest, compressed_bytes=10)
+    warm = WarmStart(space, table, device, limits, sizes)
+    found = warm.sweep(5)
+    assert {p.student for p in found} == {"pruned", "small"}
+    found += [space.policy({**warm.settings, **(warm.draw(rng) or {})}) for _ in range(12)]
+    assert max(sizes.of(p) for p in found) <= 10
+    assert max(sizes.of(p) for p in found) > 0.8 * 10
+    assert all(1.1 * device.ms(p) <= (slowest or 0.55) for p in found)
+    assert len(set(found)) > 8
+
+
+def test_zeros_are_drawn_where_nothing_else_is_small_enough(
+    space: Space, table: Sensitivity
+) -> None:
+    settings = replace(space.settings, sparsity=(0.0, 0.8, 0.5), students=("pruned",))
+    sparse = replace(space, settings=settings, others={})
+    device, alone = Device(sparse), replace(table, students={"pruned": 0.0})
+    sizes: Any = Weights(device, 1.0)
+    sizes.most = 0.6 * sizes.of(sparse.uniform(0.0, "int8"))
+    limits = Limits(95.0, compressed_bytes=10)
+    warm = WarmStart(sparse, alone, device, limits, sizes)
+    found = warm.sweep(3)
+    assert {p.prune.sparsity for p in found} == {0.5}
+    assert all(sizes.of(p) <= sizes.most for p in found)
+    rng = random.Random(0)
+    assert warm.draw(rng, {"sparsity": 0.0}) is None
+    drawn = [
+        sparse.policy(settings | (warm.draw(rng, settings) or {}))
+        for settings in ({"sparsity": 0.5}, {"sparsity": 0.8})
+    ]
+    assert all(sizes.of(p) <= sizes.most for p in drawn)
+
+
+def test_a_size_out_of_reach_gives_nothing(space: Space, table: Sensitivity) -> None:
+    device = Device(space)
+    sizes: Any = Weights(device, 1.0)
+    warm = WarmStart(space, table, device, Limits(95.0, compressed_bytes=1), sizes)
+    assert warm.sweep(4) == []
+    assert warm.draw(random.Random(0)) is None
 
 
 def test_what_is_drawn_keeps_the_limit_and_differs(space: Space, table: Sensitivity) -> None:
