@@ -14,9 +14,10 @@ from typing import Self
 
 from ..spaces.errors import FlyweightError, Impossible
 from .runtime import Inputs, Session, make_runtime
-from .timing import TEACHER, Timing, time_sessions
+from .timing import LEAST_CALLS, TEACHER, Timing, time_sessions
 
 ROUNDS, REPEATS, VISIT_MS = 7, 20, 20.0
+CALLS_EACH = (ROUNDS + 1) * (1 + LEAST_CALLS)  # of a model in a group, however slow it is
 PATIENCE_S = 900.0  # for one group; a kernel that takes longer hangs
 
 

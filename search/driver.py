@@ -225,7 +225,7 @@ class _Search:
         that is made now; None where each policy is timed instead."""
         if self.profile is None and worth_preparing(self.ready):
             made = self.preparation
-            self.profile = made.made() if self.nothing_left else made.profile()
+            self.profile = made.made() if self.nothing_left else made.profile(teacher_ms)
             self._name_profile()
         if self.profile is None:
             return None

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from ..kernels import DeviceProfile, LatencyPredictor, signature
-from ..kernels.predictor import enough
+from ..kernels.measuring import CALLS_EACH
+from ..kernels.predictor import LEAST, enough
 from ..kernels.signature import digest
 from ..spaces import BadInput, Distill, FlyweightError, Policy
 from .batch import BatchPredictor
@@ -54,21 +55,31 @@ class Preparation:
     console: Console | None
     notes: list[str] = field(default_factory=list)
 
-    def profile(self) -> DeviceProfile | None:
+    def profile(self, teacher_ms: float) -> DeviceProfile | None:
         """The device profile of the place, gone on with from the cache; None if none can be made.
-        It lies in the run directory, and in the cache for the next search of the same space."""
+        It lies in the run directory, and in the cache for the next search of the same space.
+        teacher_ms: what the teacher takes there."""
         ready, path = self.ready, self.run_dir / PROFILE
         torch.set_num_threads(1)  # what builds the networks must not spin while they are timed
         try:
             earlier = _loaded(self._kept, self._wanted)
             known = self._known(path, earlier)
+            seconds = self._seconds(PROFILE_SHARE, PROFILE_S)
+            # Even if all took half of what the teacher takes: they are smaller.
+            if known < LEAST and seconds < LEAST * CALLS_EACH * teacher_ms / 2e3:
+                self.notes.append(
+                    f"No device profile: to time {LEAST} networks of a model of {teacher_ms:.0f} "
+                    f"ms takes longer than the {seconds:.0f} s that there are for it. Each policy "
+                    "is timed instead; a longer time_budget makes one, or `flyweight profile`"
+                )
+                return None
             more = min(MOST, FOR_EACH * ready.spec.search.trials)
             # Without one of this space what is known is of another: its intervals decide.
             networks = more if earlier else min(2 * MOST, known + more)
             with counting("Timing networks for the device profile", networks, self.console) as bar:
                 make_profile(
                     ready, path, place=self.place, networks=networks,
-                    seconds=self._seconds(PROFILE_SHARE, PROFILE_S), seed=0,
+                    seconds=seconds, seed=0,
                     say=lambda _: None, count=bar,
                 )  # fmt: skip
         except (FlyweightError, OSError) as error:

@@ -179,12 +179,12 @@ def test_a_foreign_profile_is_scaled_by_the_teacher_as_it_is_here(
 def test_a_search_that_goes_on_with_another_batch_size_has_a_profile_of_that(folder: Path) -> None:
     run = folder / "run"
     first, _ = preparation(prepared(folder), run)
-    made = first.profile()
+    made = first.profile(0.1)
     assert made
     kept = {p.name: p.read_bytes() for p in (folder / "cache").iterdir()}
     assert len(kept) == 1
     eight, bench = preparation(prepared(folder, target={"batch_size": 8}), run)
-    other = eight.profile()
+    other = eight.profile(0.1)
     assert not eight.notes
     assert other
     assert other.request == {"input": (8, 3, 8, 8)}
@@ -197,7 +197,20 @@ def test_a_search_that_goes_on_with_another_batch_size_has_a_profile_of_that(fol
     assert [DeviceProfile.load(p) for p in aside] == [made]
     # And back again: from the cache, nothing is timed anew.
     back, bench = preparation(prepared(folder), run)
-    assert back.profile() == made
+    assert back.profile(0.1) == made
+    assert bench.timed == 0
+
+
+def test_no_time_is_spent_on_a_profile_that_cannot_be_had(folder: Path) -> None:
+    slow, bench = preparation(prepared(folder), folder / "run")
+    assert slow.profile(2000.0) is None
+    assert bench.timed == 0
+    (note,) = slow.notes
+    assert "networks of a model of 2000 ms takes longer than the 300 s" in note
+    made, _ = preparation(prepared(folder), folder / "run")
+    assert made.profile(0.1)
+    known, bench = preparation(prepared(folder), folder / "run")
+    assert known.profile(2000.0)  # what is known costs nothing
     assert bench.timed == 0
 
 
@@ -208,7 +221,7 @@ def test_a_profile_that_is_none_costs_neither_the_run_nor_the_cache(
     run, found = folder / "run", prepared(folder)
     wrong = facts(60, prepared(folder, target={"batch_size": 8}))
     first, _ = preparation(found, run)
-    made = first.profile()
+    made = first.profile(0.1)
     (kept,) = (folder / "cache").iterdir()
     for path in (kept, run / PROFILE):
         if "\n" in content:
@@ -216,14 +229,14 @@ def test_a_profile_that_is_none_costs_neither_the_run_nor_the_cache(
         else:
             wrong.create(path)
     again, _ = preparation(found, run)
-    assert again.profile() == made
+    assert again.profile(0.1) == made
     assert not again.notes
     assert DeviceProfile.load(kept) == made
 
 
 def test_a_smaller_profile_does_not_take_the_place_of_a_larger_one(folder: Path) -> None:
     first, _ = preparation(prepared(folder), folder / "one")
-    made = first.profile()
+    made = first.profile(0.1)
     assert made
     (kept,) = (folder / "cache").iterdir()
     fewer = replace(made, timed=[replace(t, policy=99 * "a") for t in made.timed[:-1]])
@@ -236,7 +249,7 @@ def test_a_smaller_profile_does_not_take_the_place_of_a_larger_one(folder: Path)
 def test_finalists_that_are_fed_back_are_there_for_the_next_search(folder: Path) -> None:
     found, run = prepared(folder), folder / "run"
     first, _ = preparation(found, run)
-    made = first.profile()
+    made = first.profile(0.1)
     assert made
     policy = next(
         p
@@ -254,7 +267,7 @@ def test_finalists_that_are_fed_back_are_there_for_the_next_search(folder: Path)
     searched._feed_back(controller, timings)
     assert not searched.notes
     again, _ = preparation(found, folder / "next")
-    profile = again.profile()
+    profile = again.profile(0.1)
     assert profile
     assert policy.digest in {t.policy for t in profile.timed}
     # A profile that the spec names is its user's alone.
@@ -272,10 +285,10 @@ def test_finalists_that_are_fed_back_are_there_for_the_next_search(folder: Path)
 def test_another_student_is_another_space(folder: Path) -> None:
     """Its networks are not in the profile of the space with the student of before."""
     first, _ = preparation(prepared(folder), folder / "one")
-    assert first.profile()
+    assert first.profile(0.1)
     other = prepared(folder, task_args={"student": 16})
     second, bench = preparation(other, folder / "two")
-    made = second.profile()
+    made = second.profile(0.1)
     assert made
     assert bench.timed == len(made.timed)
     assert len(list((folder / "cache").iterdir())) == 2
