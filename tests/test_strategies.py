@@ -42,7 +42,7 @@ class Warm:
         self.asked = count, seconds
         return [self.space.uniform(0.6)]
 
-    def draw(self, rng: random.Random) -> dict[str, Any]:
+    def draw(self, rng: random.Random, _: Any) -> dict[str, Any]:
         return self.space.values_at(self.space.point(self.space.uniform(rng.uniform(0.3, 0.9))))
 
     def tell(self, *_: Any) -> None:
