@@ -385,9 +385,11 @@ def _extremes(targets: Any) -> Tensor:
     a loss does not take is one of these."""
     ends = []
     for tensor in tensors(targets):
-        rows = tensor.reshape(len(tensor), -1)
+        if tensor.is_complex():  # it is in no order
+            continue
+        rows = tensor.reshape(len(tensor), -1).double()
         if rows.shape[1]:
-            ends += [rows.amin(1).double().argmin(), rows.amax(1).double().argmax()]
+            ends += [rows.amin(1).argmin(), rows.amax(1).argmax()]
     return torch.stack(ends) if ends else torch.arange(2)
 
 
@@ -405,7 +407,7 @@ def _failed(method: str, error: Exception, output: Tensor, targets: Any, name: s
 def _told(tensor: Tensor, values: bool = True) -> str:
     """Type and shape of a tensor, and what its values lie between."""
     text = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-    if not values or not tensor.numel():
+    if not values or not tensor.numel() or tensor.is_complex():
         return text
     low, high = tensor.double().aminmax()
     return f"{text} of {low.item():g} to {high.item():g}"

@@ -62,20 +62,32 @@ class MeasuringProcess:
         """Timings of ``models`` and of the sentinel (``TEACHER``), interleaved; None for a model
         that the runtime cannot run, dies of or hangs in. Raises FlyweightError if that is the
         sentinel."""
-        found = self._ask(models)
+        return self._time(models, ROUNDS, REPEATS)
+
+    def bears(self, models: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Those of ``models`` that the runtime runs, and does not die of. Raises FlyweightError."""
+        found = self._time(models, 1, 1)
+        return {name: model for name, model in models.items() if found[name]}
+
+    def _time(
+        self, models: Mapping[str, bytes], rounds: int, repeats: int
+    ) -> dict[str, Timing | None]:
+        found = self._ask(models, rounds, repeats)
         if found is not None:
             return found
-        found = self._ask({})
+        found = self._ask({}, rounds, repeats)
         if found is None:
             raise FlyweightError("the runtime dies of the teacher's model on this device")
         for name, model in models.items():
-            found[name] = (self._ask({name: model}) or {name: None})[name]
+            found[name] = (self._ask({name: model}, rounds, repeats) or {name: None})[name]
         return found
 
-    def _ask(self, models: Mapping[str, bytes]) -> dict[str, Timing | None] | None:
+    def _ask(
+        self, models: Mapping[str, bytes], rounds: int, repeats: int
+    ) -> dict[str, Timing | None] | None:
         """None if the process died of it; a new one is there then."""
         try:
-            self._pipe.send(dict(models))
+            self._pipe.send((dict(models), rounds, repeats))
             if not self._pipe.poll(PATIENCE_S):
                 raise EOFError
             answer: dict[str, Timing | None] = self._pipe.recv()
@@ -103,7 +115,7 @@ def serve(pipe_fd: int, parent: int) -> None:
         return  # who asks finds nobody, and says so
     while True:
         try:
-            models = pipe.recv()
+            models, rounds, repeats = pipe.recv()
         except EOFError:
             return
         sessions: dict[str, Session] = {TEACHER: teacher}
@@ -115,5 +127,5 @@ def serve(pipe_fd: int, parent: int) -> None:
                 sessions[name] = session
             except Impossible:
                 failed[name] = None
-        timings = time_sessions(sessions, inputs, rounds=ROUNDS, repeats=REPEATS, visit_ms=VISIT_MS)
+        timings = time_sessions(sessions, inputs, rounds, repeats, visit_ms=VISIT_MS)
         pipe.send({**timings, **failed})

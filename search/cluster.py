@@ -63,8 +63,14 @@ def submit(
     spec = load_spec(spec_path)
     check_travels(spec)
     job = f"flyweight-{uuid.uuid4().hex[:12]}"
-    if resume and not (out := out or recall(LAST_JOB).get("out")):
-        raise BadInput("--resume: no job was submitted from here; say with --out which run goes on")
+    last, source = recall(LAST_JOB), str(spec_path.resolve())
+    if resume and out is None:
+        if last.get("spec") != source:
+            raise BadInput(
+                f"--resume: the last job from here was not of {spec_path}; say with --out which "
+                "run goes on"
+            )
+        out = last["out"]
     place = out or f"~/flyweight/{job}"
     if entrypoint is None:
         # "python": the cluster's own, which is not where this one is.
@@ -86,7 +92,7 @@ def submit(
             runtime_env=runtime_env,
             metadata={"flyweight.spec": spec_path.name, "flyweight.out": place},
         )
-    remember(LAST_JOB, {"job": job, "address": address, "out": place})
+    remember(LAST_JOB, {"job": job, "address": address, "out": place, "spec": source})
     return job
 
 

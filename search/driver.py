@@ -21,7 +21,7 @@ from .cache import key_of
 from .controller import Budget, Controller, failures
 from .counting import telling
 from .explain import explanation
-from .limits import Limits
+from .limits import COSTS, Limits
 from .local_ray import check_no_ray, connected, ctrl_c_given_back, terminable
 from .meter import noise, noisy
 from .opening import (
@@ -269,14 +269,15 @@ class _Search:
             self.console, trials=search.trials, budget_s=search.time_budget, clock=time.time
         )
 
-        notes = self.notes
-
         def listen(entry: dict[str, Any]) -> None:
             if entry["kind"] in TRACKED:
                 tracker.record(entry)
             self.progress.entry(entry)
-            if entry.get("device") == "cpu" and self.spec.resources.gpus and CPU_ALONE not in notes:
-                notes.append(CPU_ALONE)
+
+        def look(entry: dict[str, Any]) -> None:
+            alone = entry.get("device") == "cpu" and self.spec.resources.gpus
+            if alone and CPU_ALONE not in self.notes:
+                self.notes.append(CPU_ALONE)
                 (self.console.print if self.console else print)(f"Note: {CPU_ALONE}")
 
         for entry in self.record.entries():  # of a resumed search also what came before
@@ -288,7 +289,7 @@ class _Search:
             )  # fmt: skip
         budget = Budget(search.trials, search.time_budget)
         return Controller(
-            proposals, price, limits, self.record, budget, listen=[listen, self._tidy],
+            proposals, price, limits, self.record, budget, listen=[listen, look, self._tidy],
             look_ahead=True, reprice=self.predictor is not None,
         )  # fmt: skip
 
@@ -344,11 +345,9 @@ class _Search:
                 "raise search.trials and go on with --resume"
             )
         if controller.exhausted and not controller.trials:
-            self.notes.append(
-                "No policy was tried: the upper end of every predicted latency is over the limit"
-                f"{nearest_latency(self.record.entries(), controller.limits.latency_ms)}. Ask for "
-                "less, or let `flyweight profile` make a device profile of more networks"
-            )
+            found = self.record.entries()
+            since = max(i for i, e in enumerate(found) if e["kind"] == "search")
+            self.notes.append(f"No policy was tried: {unreached(found[since:], controller.limits)}")
         elif not controller.trials and controller.late_to_look():
             self.notes.append(
                 "No policy was tried: none within the limits was found in twice the time budget. "
@@ -528,16 +527,28 @@ def _worked(entries: Sequence[Entry]) -> float:
     return max(next(said, 0.0), next(reversed(at_work(entries)), 0.0))
 
 
-def nearest_latency(entries: Sequence[Entry], most: float | None) -> str:
-    """How near the limit ``most``, in ms, the policies came that were over it, in words."""
-    known = [e["latency_ms"] for e in entries if e["kind"] == "rejected" and "latency_ms" in e]
-    if most is None or not known:
-        return ""
-    low, _, high = min(known, key=lambda interval: interval[2])
-    return (
-        f": of {len(known)} the fastest takes {milliseconds(low)} to {milliseconds(high)} ms, the "
-        f"limit is {milliseconds(most)}"
-    )
+def unreached(entries: Sequence[Entry], bounds: Limits) -> str:
+    """How near to the limits the policies came that were over one, in words, and what to do."""
+    known = [e for e in entries if e["kind"] == "rejected" and "latency_ms" in e]
+    over: Counter[str] = Counter()
+    for entry in known:
+        found = {name: entry[name] for name in COSTS} | {"latency_ms": entry["latency_ms"][2]}
+        over.update(name for name, most in bounds.costs().items() if found[name] > most)
+    told, advice = [], "Ask for less"
+    for name, most in bounds.costs().items():
+        if not known or over[name] < len(known) / 2:
+            continue
+        if name == "latency_ms":
+            low, _, high = min((e[name] for e in known), key=lambda interval: interval[2])
+            told.append(
+                f"of {len(known)} the fastest takes {milliseconds(low)} to {milliseconds(high)} "
+                f"ms, the upper end of which must keep the limit of {milliseconds(most)}"
+            )
+            advice += ", or let `flyweight profile` make a device profile of more networks"
+        else:
+            least = min(e[name] for e in known)
+            told.append(f"of {len(known)} the smallest has {name} of {least}, the limit is {most}")
+    return f"{'; '.join(told) or 'all that were proposed are over some limit'}. {advice}"
 
 
 def fruitless(entries: Sequence[Entry], hopeless: bool) -> list[tuple[str, int]]:

@@ -34,7 +34,7 @@ def trial_rows(run: Run) -> Rows:
     out: dict[int, dict[str, Any]] = {}
     measured = {e["digest"]: e["latency_ms"] for e in run.entries if e["kind"] == "measured"}
     for entry in run.entries:
-        if entry["kind"] not in ("begin", "result", "end"):
+        if entry["kind"] not in ("begin", "again", "result", "end"):
             continue
         row = out.setdefault(int(entry["trial"]), dict.fromkeys(_TRIAL))
         row |= {"trial": entry["trial"], "digest": entry["digest"]}

@@ -149,7 +149,7 @@ class Finder:
                 # In bytes fewer bits count as much as fewer channels; whether they are faster
                 # hangs on the target.
                 forms.append(self._proposals.space.in_int8(policy))
-            smaller = next(filter(None, map(self._smaller, forms)), None)
+            smaller = next(filter(None, map(self._smaller, dict.fromkeys(forms))), None)
             if smaller is not None:
                 return smaller
         return None

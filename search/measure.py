@@ -54,11 +54,10 @@ def measure(run_dir: Path, say: Callable[[str], None] = print) -> Measured:
         teacher = (run_dir / TEACHER).read_bytes()
         start = target["runtime"], target["threads"], teacher, read_request(run_dir)
         say(f"Measuring {len(models)} finalists on this device ({device.fingerprint})")
-        with MeasuringProcess(*start) as process:  # which outlives what it dies of
-            bears = process.time(models)
         meter = Meter(*start)
-        bearable = {digest: model for digest, model in models.items() if bears[digest]}
-        timings = meter.finalists(bearable, meter.alone())
+        with MeasuringProcess(*start) as process:  # this one would die of what the runtime dies of
+            borne = process.bears(models)
+        timings = meter.finalists(borne, meter.alone())
         if refused := [e["digest"][:12] for e in present if e["digest"] not in timings]:
             notes.append(f"The runtime here refuses {', '.join(refused)}, or dies of it: left out")
         present = [e for e in present if e["digest"] in timings]

@@ -28,6 +28,7 @@ from .spec import Resources
 
 TARGET = "target"  # the resource that a node carries whose latency counts
 PATIENCE_S = 600.0  # for a node with it to come back, once there is none
+COMES_S = 300.0  # for the first one, where nobody says that there is to be one
 LOOK_S = 10.0  # between two looks whether there is one
 
 Say = Callable[[str], None]
@@ -56,7 +57,7 @@ class Place(Protocol):
         """See ``Meter.finalists`` and ``of_finalists``; None where they cannot be measured."""
 
     def process(self) -> AbstractContextManager[Any]:
-        """Something with the ``time`` of a ``MeasuringProcess``."""
+        """Something with the ``time`` and ``bears`` of a ``MeasuringProcess``."""
 
     def close(self) -> None:
         """Ends what measures."""
@@ -71,8 +72,7 @@ def of_finalists(
         return place.finalists(models, alone_ms)
     except Died:
         with place.process() as process:  # which outlives what it dies of, and says which
-            found = process.time(models)
-        return place.finalists({n: m for n, m in models.items() if found[n]}, alone_ms)
+            return place.finalists(process.bears(models), alone_ms)
 
 
 def place_of(
@@ -90,7 +90,7 @@ def place_of(
     here = Here(ready)
     if local:
         return here
-    if _target_comes(0.0 if profile else wait_s, say):
+    if _target_comes(0.0 if profile else wait_s if before else min(wait_s, COMES_S), say):
         return OnTarget(ready, say)
     if before and profile is None:
         raise BadInput(
@@ -111,20 +111,25 @@ def place_of(
 
 def _target_comes(wait_s: float, say: Say) -> bool:
     """Whether a node carries the resource, within ``wait_s`` seconds."""
-    until, told = time.monotonic() + wait_s, False
+    until, waiting = time.monotonic() + wait_s, None
     while True:
         cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        if cluster.get(TARGET):
-            return True
-        if time.monotonic() >= until:
-            return False
-        if not told:
-            told = True
+        there = bool(cluster.get(TARGET))
+        if there or time.monotonic() >= until:
+            if waiting is not None:
+                ray.cancel(waiting, force=True)
+            return there
+        if waiting is None:
             say(
-                f"Waiting for a node that carries the resource {TARGET!r} (where none will: name "
-                "the device's profile as target.profile, or leave --wait out)"
+                f"Waiting for a node that carries the resource {TARGET!r}, up to {wait_s:.0f} s "
+                "(where none will, name the device's profile as target.profile)"
             )
+            waiting = _alone(_nothing).remote()  # so that an autoscaler knows what is wanted
         time.sleep(min(LOOK_S, max(0.0, until - time.monotonic())))
+
+
+def _nothing() -> None:
+    return None
 
 
 class Here(ThisMachine):
@@ -286,6 +291,10 @@ class _Timing:
         found: dict[str, Timing | None] = self.wait(self.actor.time.remote(dict(models)))
         return found
 
+    def bears(self, models: Mapping[str, bytes]) -> dict[str, bytes]:
+        found: dict[str, bytes] = self.wait(self.actor.bears.remote(dict(models)))
+        return found
+
 
 class _Session:
     """A MeasuringProcess, held by an actor on a target node."""
@@ -299,6 +308,9 @@ class _Session:
 
     def time(self, models: Mapping[str, bytes]) -> dict[str, Timing | None]:
         return self.process.time(models)
+
+    def bears(self, models: Mapping[str, bytes]) -> dict[str, bytes]:
+        return self.process.bears(models)
 
 
 def _device(runtime: str, threads: int) -> Device:

@@ -70,7 +70,7 @@ class Preparation:
                 self.notes.append(
                     f"No device profile: to time {LEAST} networks of a model of {teacher_ms:.0f} "
                     f"ms takes longer than the {seconds:.0f} s that there are for it. Each policy "
-                    "is timed instead; a longer time_budget makes one, or `flyweight profile`"
+                    "is timed instead; let `flyweight profile` make one to name as target.profile"
                 )
                 return None
             more = min(MOST, FOR_EACH * ready.spec.search.trials)

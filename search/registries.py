@@ -33,7 +33,7 @@ def registry_of(name: str, alias: str, uri: str | None) -> "Registry":
             "here it was deployed nowhere, or to an address with a password, which is not kept; "
             f"`flyweight deploy RUN_DIR --name {name}` registers an artifact"
         )
-    file = re.match(r"sqlite(?:\+\w+)?:///([^?]+)", uri)
+    file = re.match(r"sqlite(?:\+\w+)?:///(?!file:)([^?]+)", uri)
     if file and not Path(file[1]).exists():  # opening it would make it
         raise BadInput(
             f"there is no MLflow database {Path(file[1]).resolve()}, so {name!r} is not registered "

@@ -62,7 +62,8 @@ class Sizes:
             values = space.values(policy) | {"sparsity": sparsity}
             with suppress(Impossible):
                 model = untrained(self._prepared, space.policy(values))
-                known[policy] = len(model), compressed_bytes(model)
+                packed = compressed_bytes(model) if self._limits[1] is not None else 0
+                known[policy] = len(model), packed
         points = [space.point(policy) for policy in known]
         contents = self._contents[student].of(np.array(points).reshape(-1, len(space.axes)))
         return _Files.of(contents, np.array([*known.values()], float).reshape(-1, 2))

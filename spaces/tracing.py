@@ -278,7 +278,7 @@ def _check(graph: fx.GraphModule) -> None:
     if isinstance(answer, fx.Node) and answer.meta.get(SHAPE) == ():
         raise Untraceable(
             "the model's answer to one request is a number, without the axis of requests in a "
-            "batch: squeeze() takes that off too; say squeeze(-1)"
+            "batch: a squeeze() takes that off too (say squeeze(-1)), and so does a mean over all"
         )
     if not isinstance(answer, fx.Node) or not shape_of(answer):
         kind = "no tensor" if isinstance(answer, fx.Node) else type(answer).__name__

@@ -85,7 +85,7 @@ def test_a_job_goes_on_with_the_search_of_the_one_before(
 
     monkeypatch.setattr(cluster, "_connected", connected)
     spec = folder_with_spec(tmp_path / "a")
-    with pytest.raises(BadInput, match="--resume: no job was submitted from here"):
+    with pytest.raises(BadInput, match="--resume: the last job from here was not of"):
         cluster.submit(spec, "http://h", resume=True)
     cluster.submit(spec, "http://h")
     cluster.submit(spec, "http://h", resume=True)

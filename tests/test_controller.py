@@ -285,14 +285,21 @@ def test_out_of_reach_ends_without_a_trial() -> None:
     assert control.exhausted
     assert not control.trials
     assert control.proposals.running() == 0
-    from flyweight.search.driver import nearest_latency
+    from flyweight.search.driver import unreached
 
     entries = record.entries()
-    told = nearest_latency(entries, 1e-6)
+    told = unreached(entries, Limits(95.0, latency_ms=1e-6))
     least = min(entry["latency_ms"][2] for entry in entries)
-    assert told.startswith(f": of {len(entries)} the fastest takes ")
-    assert told.endswith(f" to {milliseconds(least)} ms, the limit is 0.00000100")
-    assert nearest_latency(entries, None) == nearest_latency([], 1.0) == ""
+    assert told.startswith(f"of {len(entries)} the fastest takes ")
+    assert f" to {milliseconds(least)} ms, the upper end of which must keep the limit of" in told
+    assert "device profile of more networks" in told
+    smallest = min(entry["size_bytes"] for entry in entries)
+    told = unreached(entries, Limits(95.0, latency_ms=1e6, size_bytes=10))
+    assert told == (
+        f"of {len(entries)} the smallest has size_bytes of {smallest}, the limit is 10. "
+        "Ask for less"
+    )
+    assert unreached([], Limits(95.0)).startswith("all that were proposed are over")
 
 
 def test_looking_ahead_ends_as_cleanly() -> None:

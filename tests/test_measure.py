@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
-from flyweight.kernels import MeasuringProcess, Timing, make_runtime
+from flyweight.kernels import MeasuringProcess, make_runtime
 from flyweight.search.cli import main
 from flyweight.search.deploy import deploy
 from flyweight.search.measure import measure
@@ -244,13 +244,12 @@ def test_a_finalist_that_the_runtime_refuses_is_left_out_and_told(run: Run) -> N
 def test_a_finalist_that_kills_the_runtime_costs_itself_alone(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = MeasuringProcess.time
+    bears = MeasuringProcess.bears
 
-    def dies(self: MeasuringProcess, models: Mapping[str, bytes]) -> dict[str, Timing | None]:
-        alive = {name: model for name, model in models.items() if name != NARROW.digest}
-        return times(self, alive) | {NARROW.digest: None}  # as of a process that died of it
+    def dies(self: MeasuringProcess, models: Mapping[str, bytes]) -> dict[str, bytes]:
+        return bears(self, {name: model for name, model in models.items() if name != NARROW.digest})
 
-    monkeypatch.setattr(MeasuringProcess, "time", dies)
+    monkeypatch.setattr(MeasuringProcess, "bears", dies)
     found = measure(run.path)
     assert [row["digest"] for row in found.result["front"]] == [WIDE.digest]
     assert any(NARROW.digest[:12] in note and "dies of it" in note for note in found.notes)

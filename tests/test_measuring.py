@@ -37,6 +37,7 @@ def test_a_process_that_died_is_begun_anew_and_nothing_is_lost() -> None:
         os.kill(first, signal.SIGKILL)  # as a kernel with a fault would
         found = process.time({"a": TEACHER_MODEL, "b": OTHER})
         assert all(found[name] is not None for name in (TEACHER, "a", "b"))
+        assert process.bears({"a": OTHER, "bad": b"no model"}) == {"a": OTHER}
         assert process.pid != first
 
 

@@ -568,7 +568,7 @@ class Weightless(nn.Module):
         (Tuple(), "the model must return one tensor, but it returns tuple"),
         (Dict(), "the model must return one tensor, but it returns dict"),
         (Many(), "the model must return one tensor, but it returns no tensor"),
-        (Squeezed(), r"without the axis of requests in a batch: .* say squeeze\(-1\)"),
+        (Squeezed(), r"without the axis of requests in a batch: .*say squeeze\(-1\)"),
         (Clash(), r"does not run on example_input\(\): 'add' fails: The size of tensor"),
         (Steps(), "Proxy object cannot be iterated"),
         (Stars(), r"forward must name its arguments, but has \*x"),
