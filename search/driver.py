@@ -18,10 +18,11 @@ from ..kernels import DeviceProfile, LatencyPredictor, Timed, Timing, signature
 from ..kernels.cores import cores
 from ..spaces import BadInput, FlyweightError, Impossible
 from .cache import key_of
-from .controller import Budget, Controller, failures
+from .controller import Budget, Controller
 from .counting import telling
+from .ending import fruitless, notes_of_end
 from .explain import explanation
-from .limits import COSTS, Limits
+from .limits import Limits
 from .local_ray import check_no_ray, connected, ctrl_c_given_back, terminable
 from .meter import noise, noisy
 from .opening import (
@@ -64,7 +65,6 @@ from .tracking import TRACKED, MemoryTracker, Status, Tracker, tracked_at
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
 from .warm import WarmStart
-from .words import clock_time, milliseconds
 from .workers import Job, trainable
 
 CPU_ALONE = (
@@ -201,12 +201,12 @@ class _Search:
         if isinstance(controller.fatal, BadInput):
             self._finish(tracker, controller)
             raise controller.fatal
-        self._note_end(controller)
+        self.notes += notes_of_end(controller, self.nothing_left)
         found = self._measure(controller, header)
         found |= {"mlflow_run_id": tracker.wait_run_id(FINISH_S)}
         written = self._written(controller, found)
         self._finish(tracker, controller)
-        failed = bool(controller.fatal or self._fruitless(controller)) or not written
+        failed = bool(controller.fatal or fruitless(controller)) or not written
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
 
     def _answers(self) -> dict[int, Any]:
@@ -322,48 +322,6 @@ class _Search:
         search was cut off must not go on from what it had."""
         inputs = [header[name] for name in ("seed", "data_digest", "versions", "rungs")]
         return key_of(*inputs, self.ready.teacher)
-
-    def _note_end(self, controller: Controller) -> None:
-        if controller.fatal:
-            self.notes.append(f"The search could not go on: {controller.fatal}")
-        if reasons := self._fruitless(controller):
-            told = "; ".join(f"{n}x {text}" for text, n in reasons)
-            self.notes.append(f"No trial finished the full rung. Why trials failed: {told}")
-        if self.nothing_left:
-            self.notes.append(
-                f"All {self.spec.search.trials} trials had been had, or all of the time: only the "
-                "front was made anew; raise search.trials or search.time_budget to search on"
-            )
-        elif controller.exhausted and len(controller.trials) < self.spec.search.trials:
-            self.notes.append(
-                f"There were no further policies to try after {len(controller.trials)} trials"
-            )
-        elif controller.unused_s() > 0 and controller.results(RUNGS[-1]):
-            self.notes.append(
-                f"All {self.spec.search.trials} trials were tried, but "
-                f"{clock_time(controller.unused_s())} of the time budget are left: to use them, "
-                "raise search.trials and go on with --resume"
-            )
-        if controller.exhausted and not controller.trials:
-            found = self.record.entries()
-            since = max(i for i, e in enumerate(found) if e["kind"] == "search")
-            self.notes.append(f"No policy was tried: {unreached(found[since:], controller.limits)}")
-        elif not controller.trials and controller.late_to_look():
-            self.notes.append(
-                "No policy was tried: none within the limits was found in twice the time budget. "
-                "Ask for less, or give more time"
-            )
-        if late := controller.late():
-            self.notes.append(
-                f"The trials in progress took {late:.0f} s longer than the time budget: it is "
-                "short for a trial of this task"
-            )
-
-    def _fruitless(self, controller: Controller) -> list[tuple[str, int]]:
-        """The commonest reasons of failure of a search that has no artifact for them."""
-        if controller.results(RUNGS[-1]):
-            return []
-        return fruitless(self.record.entries(), controller.hopeless())
 
     def _measure(self, controller: Controller, header: dict[str, Any]) -> dict[str, Any]:
         """Finalists, alone, in a process of its own; the front and result.json's content."""
@@ -525,37 +483,3 @@ def _worked(entries: Sequence[Entry]) -> float:
     """Seconds that the sessions of ``entries`` took, of one that was killed only those at work."""
     said = (e.get("wall_s", 0.0) for e in reversed(entries) if e["kind"] == "done")
     return max(next(said, 0.0), next(reversed(at_work(entries)), 0.0))
-
-
-def unreached(entries: Sequence[Entry], bounds: Limits) -> str:
-    """How near to the limits the policies came that were over one, in words, and what to do."""
-    known = [e for e in entries if e["kind"] == "rejected" and "latency_ms" in e]
-    over: Counter[str] = Counter()
-    for entry in known:
-        found = {name: entry[name] for name in COSTS} | {"latency_ms": entry["latency_ms"][2]}
-        over.update(name for name, most in bounds.costs().items() if found[name] > most)
-    told, advice = [], "Ask for less"
-    for name, most in bounds.costs().items():
-        if not known or over[name] < len(known) / 2:
-            continue
-        if name == "latency_ms":
-            low, _, high = min((e[name] for e in known), key=lambda interval: interval[2])
-            told.append(
-                f"of {len(known)} the fastest takes {milliseconds(low)} to {milliseconds(high)} "
-                f"ms, the upper end of which must keep the limit of {milliseconds(most)}"
-            )
-            advice += ", or let `flyweight profile` make a device profile of more networks"
-        else:
-            least = min(e[name] for e in known)
-            told.append(f"of {len(known)} the smallest has {name} of {least}, the limit is {most}")
-    return f"{'; '.join(told) or 'all that were proposed are over some limit'}. {advice}"
-
-
-def fruitless(entries: Sequence[Entry], hopeless: bool) -> list[tuple[str, int]]:
-    """The commonest reasons of failure where it is failures that left a search without a full
-    result: it is hopeless, or all that ended since it was last begun has failed."""
-    began = max((i for i, e in enumerate(entries) if e["kind"] == "search"), default=0)
-    ended = [e["reason"] for e in entries[began:] if e["kind"] == "end"]
-    if hopeless:
-        return failures(entries)
-    return failures(entries[began:]) if {*ended} == {"failed"} else []

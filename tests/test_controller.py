@@ -22,6 +22,7 @@ from flyweight.search.controller import (
     Price,
     failures,
 )
+from flyweight.search.ending import causes, unreached
 from flyweight.search.limits import Limits
 from flyweight.search.proposals import Proposals
 from flyweight.search.record import Entry, MemoryRecord
@@ -285,8 +286,6 @@ def test_out_of_reach_ends_without_a_trial() -> None:
     assert control.exhausted
     assert not control.trials
     assert control.proposals.running() == 0
-    from flyweight.search.driver import unreached
-
     entries = record.entries()
     told = unreached(entries, Limits(95.0, latency_ms=1e-6))
     least = min(entry["latency_ms"][2] for entry in entries)
@@ -500,18 +499,16 @@ def test_a_ctrl_c_while_the_first_policy_is_looked_for(monkeypatch: pytest.Monke
 
 
 def test_failures_are_told_where_they_left_a_search_with_nothing() -> None:
-    from flyweight.search.driver import fruitless
-
     def end(reason: str) -> Entry:
         return {"kind": "end", "reason": reason, "error": "boom"}
 
     begin, failed, late = {"kind": "search"}, end("failed"), end("deadline")
-    assert fruitless([begin, failed, failed], hopeless=False) == [("boom", 2)]
-    assert fruitless([begin, failed, late], hopeless=False) == []
-    assert fruitless([begin, failed, begin], hopeless=False) == []
-    assert fruitless([begin, failed, begin, late], hopeless=False) == []
-    assert fruitless([begin, late, begin, failed], hopeless=False) == [("boom", 1)]
-    assert fruitless([begin, failed, begin], hopeless=True) == [("boom", 1)]
+    assert causes([begin, failed, failed], hopeless=False) == [("boom", 2)]
+    assert causes([begin, failed, late], hopeless=False) == []
+    assert causes([begin, failed, begin], hopeless=False) == []
+    assert causes([begin, failed, begin, late], hopeless=False) == []
+    assert causes([begin, late, begin, failed], hopeless=False) == [("boom", 1)]
+    assert causes([begin, failed, begin], hopeless=True) == [("boom", 1)]
 
 
 def searched() -> list[Entry]:
