@@ -197,13 +197,18 @@ def profile(
 @main.command()
 @click.argument("policies", metavar="POLICY...", nargs=-1, required=True,
                 type=click.Path(path_type=Path))  # fmt: skip
-@click.option("--profile", "profile_path", required=True, type=click.Path(path_type=Path),
-              help="A device profile.")  # fmt: skip
+@click.option("--profile", "profile_path", type=click.Path(path_type=Path),
+              help="A device profile [default: the spec's target.profile; a run's names the one "
+              "that it made].")  # fmt: skip
 @SPEC_OPTION
 @click.option("--allow-foreign", is_flag=True, help="Use a profile of another device.")
 @JSON
 def predict(
-    policies: tuple[Path, ...], profile_path: Path, spec: Path, allow_foreign: bool, as_json: bool
+    policies: tuple[Path, ...],
+    profile_path: Path | None,
+    spec: Path,
+    allow_foreign: bool,
+    as_json: bool,
 ) -> None:
     """Predict the latency of each POLICY with its 90% interval; builds nothing.
 
@@ -220,7 +225,7 @@ def predict(
     from .words import milliseconds
 
     files = [policy_file(policy, spec.parent) for policy in policies]
-    found = run(files, profile_path, spec, allow_foreign=allow_foreign)
+    found = run(files, spec, profile_path, allow_foreign=allow_foreign)
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return

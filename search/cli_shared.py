@@ -22,9 +22,9 @@ class Commands(click.Group):
             click.echo(f"flyweight: {error}", err=True)
             code = 1
         except KeyboardInterrupt:
-            click.echo(
-                "interrupted; what was done is kept (a search goes on with --resume)", err=True
-            )
+            more = "; a search that has begun goes on with --resume"
+            searches = ctx.invoked_subcommand == "search"
+            click.echo(f"interrupted{more * searches}", err=True)
             code = 130
         ctx.exit(code)
 

@@ -311,6 +311,7 @@ class _Search:
                 trainable(job),
                 concurrency=self.spec.search.concurrency,
                 resources=trial_request(self.spec.resources),
+                interrupted=self.progress.interrupt,
             )
         self.janitor.shutdown()
         waits = any(trial.ended in NOT_FOR_GOOD for trial in controller.trials.values())

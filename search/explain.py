@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..compressors import Prepared
-from ..kernels import Array, DeviceProfile, KernelTime, LatencyPredictor, Signature
+from ..kernels import Array, KernelTime, LatencyPredictor, Signature
 from ..spaces import BadInput, Blueprint, Impossible, Policy, Space
-from .predict import given_profile, predictor_of
+from .predict import named_profile, predictor_of
 from .ready import make_space, prepare_task
 from .run_files import PROFILE
 from .spec import load_spec
@@ -37,12 +37,7 @@ def explain(
     if profile_path is None and spec.target.profile is None and (run := run_of(policy_path)):
         own = run / PROFILE
         profile_path = own if own.is_file() else None
-    profile = given_profile(spec) if profile_path is None else DeviceProfile.load(profile_path)
-    if profile is None:
-        raise BadInput(
-            "what kernels take is known from a device profile: name one with --profile, or in "
-            f"target.profile of {spec_path}; `flyweight profile --spec {spec_path}` makes one"
-        )
+    profile = named_profile(spec, spec_path, profile_path)
     prepared = prepare_task(spec)
     predictor = predictor_of(spec, prepared, profile, allow_foreign=allow_foreign)
     try:

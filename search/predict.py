@@ -57,13 +57,18 @@ def profile(
 
 
 def predict(
-    paths: Sequence[Path], profile_path: Path, spec_path: Path, *, allow_foreign: bool = False
+    paths: Sequence[Path],
+    spec_path: Path,
+    profile_path: Path | None = None,
+    *,
+    allow_foreign: bool = False,
 ) -> list[dict[str, Any]]:
     """The predicted latency of each policy, in order: lower end, middle and upper end of the 90%
-    interval; None for one with work that the runtime is known to die of. Raises BadInput."""
+    interval; None for one with work that the runtime is known to die of. profile_path: by default
+    the spec's target.profile. Raises BadInput."""
     policies = [read_policy(path) for path in paths]
     spec = load_spec(spec_path)
-    found = DeviceProfile.load(profile_path)
+    found = named_profile(spec, spec_path, profile_path)
     prepared = prepare_task(spec)
     predictor = predictor_of(spec, prepared, found, allow_foreign=allow_foreign)
     plans = []
@@ -79,6 +84,17 @@ def predict(
         }
         for path, policy, ends in zip(paths, policies, predictor.predict(plans), strict=True)
     ]  # fmt: skip
+
+
+def named_profile(spec: Spec, spec_path: Path, path: Path | None) -> DeviceProfile:
+    """The device profile at ``path``, without one that of the spec. Raises BadInput."""
+    found = given_profile(spec) if path is None else DeviceProfile.load(path)
+    if found is None:
+        raise BadInput(
+            "what kernels take is known from a device profile: name one with --profile, or in "
+            f"target.profile of {spec_path}; `flyweight profile --spec {spec_path}` makes one"
+        )
+    return found
 
 
 def given_profile(spec: Spec) -> DeviceProfile | None:

@@ -49,6 +49,8 @@ class Progress:
         self._console = console or Console()
         self._trials, self._budget_s, self._clock = trials, budget_s, clock
         self.spent_s = 0.0  # of the budget, before the display begins
+        self.ending = False  # Ctrl-C came
+        self._heard = False  # of a result: until then workers begin, which takes them seconds
         self._last = "starting"
         self._began = self._said = clock()
         self._ended_before = 0
@@ -77,6 +79,10 @@ class Progress:
         self._in = False
         self._stack.close()
 
+    def interrupt(self) -> None:
+        """Ctrl-C came: the display says so from now on. Of a signal's handler: it takes no lock."""
+        self.ending = True
+
     @property
     def _live(self) -> bool:
         return has_bars(self._console)
@@ -85,6 +91,7 @@ class Progress:
         """Takes an entry of the record and shows what changed."""
         with self._lock:
             self.summary.add(entry)
+            self._heard = self._heard or (self._in and entry["kind"] == "result")
             event = _event(entry, self.summary)
             self._last = event or self._last
         if self._live or not self._in:
@@ -97,11 +104,15 @@ class Progress:
     def line(self) -> str:
         """The state in one line."""
         s = self.summary
-        parts = [f"{clock_time(self._clock() - self._began)}  {s.rungs()}", s.state()]
+        parts = [f"{clock_time(self._clock() - self._began)}  {s.rungs()}", self._state()]
         parts.append(f"best {s.best_line()}")
         if (left := self.left()) is not None:
             parts.append(left[1])
         return "; ".join(parts)
+
+    def _state(self) -> str:
+        state = self.summary.state()
+        return state if self._heard else state.replace("running", "starting", 1)
 
     def left(self) -> tuple[float, str] | None:
         """The share that is done and the rest in words; None when nothing is to end the search.
@@ -121,6 +132,8 @@ class Progress:
         words = f"{(self._trials or 0) - ended} trials to come"  # their pace is not known yet
         if seconds < math.inf:
             words = "finishing" if seconds <= 0 else f"{clock_time(seconds)} left"
+        if self.ending:
+            words = "interrupted, ending with the best so far"
         return min(1.0, max(share for share, _ in ends)), words
 
     def panel(self) -> Panel:
@@ -128,7 +141,7 @@ class Progress:
         with self._lock:
             rows = [
                 ("results", self.summary.rungs()),
-                ("trials", self.summary.state()),
+                ("trials", self._state()),
                 ("best", self.summary.best_line()),
                 ("last", self._last),
             ]

@@ -4,7 +4,8 @@ import json
 import shutil
 import signal
 import tempfile
-from collections.abc import Generator
+import threading
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,18 @@ class ControlledSearcher(_Unpickled, Searcher):
     """Tune asks, the controller proposes. What comes of a trial reaches it through the scheduler
     alone: Tune does not tell a searcher what made it stop a trial."""
 
-    def __init__(self, controller: Controller) -> None:
+    def __init__(
+        self, controller: Controller, interrupted: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__()
         self.controller = controller
+        self._tell = interrupted
         self.numbers: dict[str, int] = {}  # Tune's trial id -> trial
         self._handler: Any = None
 
     def suggest(self, trial_id: str) -> Any:
         control = self.controller
-        self._handler = self._handler or signal.getsignal(signal.SIGINT)  # Tune's, until Ctrl-C
+        self._handler = self._handler or self._told_of(signal.getsignal(signal.SIGINT))
         trial = control.propose(BUSY_S if control.running() else IDLE_S)
         if trial is None:
             # What runs may come back: Tune asks again as long as it is not told that this is all.
@@ -54,6 +58,19 @@ class ControlledSearcher(_Unpickled, Searcher):
         self.numbers[trial_id] = trial.number
         policy = trial.policy.canonical()
         return {"number": trial.number, "policy": policy, "rung": trial.next_rung}
+
+    def _told_of(self, handler: Any) -> Any:
+        """Tune's ``handler`` of Ctrl-C, which ends the trials without a word, and what it replaces
+        it by; both are gone once it was called."""
+        if threading.current_thread() is not threading.main_thread() or not callable(handler):
+            return handler
+
+        def heard(*args: Any) -> None:
+            self._tell()
+            handler(*args)
+
+        signal.signal(signal.SIGINT, heard)
+        return heard
 
     def _interrupted(self) -> bool:
         """Whether Ctrl-C came while no trial ran. Tune (2.60) looks for that between two asks, but
@@ -180,13 +197,14 @@ def run_trials(
     *,
     concurrency: int,
     resources: dict[str, float],
+    interrupted: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs trials until the controller proposes no more and all have ended. resources: what each
-    asks of a node, in Ray's words.
+    asks of a node, in Ray's words. interrupted: is told of Ctrl-C when it comes.
 
     On Ctrl-C Tune ends the running trials and this returns.
     """
-    searcher = ControlledSearcher(controller)
+    searcher = ControlledSearcher(controller, interrupted)
     # A trial whose worker dies is proposed again by the controller. Tune's own way, max_failures,
     # would begin it anew, and by its source (2.60) waits for ever for a worker that died between
     # two trials: the trial stays among those whose actor is being reset.

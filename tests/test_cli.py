@@ -182,7 +182,7 @@ def test_ctrl_c_while_arguments_are_read_is_told_as_any_other(
     monkeypatch.setattr("flyweight.search.spec.load_spec", interrupted)
     found = run("search", tmp_path / "search.yaml")
     assert found.exit_code == 130
-    assert "a search goes on with --resume" in found.output
+    assert "a search that has begun goes on with --resume" in found.output
     assert "Aborted" not in found.output
 
 

@@ -290,6 +290,20 @@ def test_the_nearer_end_counts() -> None:
     assert plain(trials=None, budget_s=None)[0].left() is None
 
 
+def test_workers_begin_and_an_interruption_is_answered() -> None:
+    display, _, _ = plain(trials=100, budget_s=20.0)
+    display.entry(SEARCH)
+    for entry in (result(0, "full", 0.4, 92.8), end(0, "finished")):  # of an earlier session
+        display.entry(entry)
+    with display:
+        display.entry(begin(1))
+        assert "1 starting, 0 failed" in display.line()  # its worker may still import torch
+        display.entry(result(1, "recalibrate", 0.4, 92.8))
+        assert "1 running, 0 failed" in display.line()
+        display.interrupt()
+        assert display.line().endswith("; interrupted, ending with the best so far")
+
+
 def test_what_was_spent_before_is_gone() -> None:
     display, _, clock = plain(trials=100, budget_s=100.0)
     display.spent_s = 60.0
