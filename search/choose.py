@@ -87,8 +87,8 @@ def choose(
             )
         raise BadInput(
             f"{run_dir} has no artifact: no trial finished the full rung; its report.html says how "
-            "they ended. Let there be more search.trials or search.time_budget in search.yaml, and "
-            f"go on: flyweight search search.yaml --out {run_dir} --resume"
+            "they ended. Let there be more search.trials or search.time_budget in its spec, and "
+            f"go on: flyweight search SPEC --out {run_dir} --resume"
         )
     return str(result["best"])
 

@@ -293,6 +293,8 @@ def sample(spec: Path, count: int, seed: int, out: Path | None) -> None:
             click.echo(policy.canonical())
         else:
             write_json(out / f"policy-{number:0{len(str(count - 1))}d}.json", policy.to_dict())
+    if out is not None:
+        click.echo(f"Wrote {count} policies to {out}", err=True)
 
 
 @main.command()
