@@ -134,7 +134,7 @@ def test_what_a_policy_raises_here_costs_its_answer_alone(
 def test_an_actor_that_makes_another_task_ends_it_with_one_message(prepared: Ready) -> None:
     task = Path("task.py")
     task.write_text(task.read_text().replace("manual_seed(0)", "manual_seed(1)"))
-    judges = begun(Judges(prepared, 60))
+    judges = begun(Judges(prepared, 600))
     with pytest.raises(BadInput, match="train and val must be the same each time"):
         judges(policies(prepared))
     judges.close()
@@ -143,7 +143,7 @@ def test_an_actor_that_makes_another_task_ends_it_with_one_message(prepared: Rea
 @slow
 @pytest.mark.usefixtures("local_ray")
 def test_an_actor_that_finds_no_place_stops_nobody(prepared: Ready) -> None:
-    judges = begun(Judges(prepared, 60))
+    judges = begun(Judges(prepared, 600))
     harms = judges(policies(prepared))
     judges.close()
     assert all(harm is not None and harm >= 0 for harm in harms)
@@ -172,7 +172,7 @@ def test_a_policy_whose_actor_died_is_judged_by_another(
             return super().harm(policy, recalibrated)
 
     monkeypatch.setattr(module, "Judge", Deadly)
-    judges = begun(Judges(prepared, 60))
+    judges = begun(Judges(prepared, 600))
     harms = judges(policies(prepared))
     judges.close()
     assert all(harm is not None for harm in harms)
