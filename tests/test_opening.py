@@ -1,16 +1,17 @@
 """What a search that goes on may change, and what it may not."""
 
-import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from flyweight.search import driver
 from flyweight.search.meter import Device
 from flyweight.search.opening import check_same, is_done, lasting, opening_entry
+from flyweight.search.progress import Progress
 from flyweight.search.ready import ready
 from flyweight.search.record import MemoryRecord
 from flyweight.search.spec import Resources, Search, load_spec
@@ -125,7 +126,7 @@ def test_a_trial_that_more_time_lets_go_on_keeps_its_checkpoint(
     monkeypatch.setattr(driver, "facts_of", lambda *_: {})
     search.spec = SimpleNamespace(search=Search(), resources=Resources())
     search.ready = SimpleNamespace(made=None)
-    search.progress, search._inputs = contextlib.nullcontext(SimpleNamespace()), str
+    search.progress, search._inputs = Progress(Console(quiet=True)), str
     header = {"target": {"fingerprint": "f"}}
     search._trials(controller, header, {})
     assert [place.name for place in (tmp_path / checkpoint_folder()).iterdir()] == ["deadline"]
