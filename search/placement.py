@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -29,9 +29,11 @@ from .spec import Resources
 TARGET = "target"  # the resource that a node carries whose latency counts
 PATIENCE_S = 600.0  # for a node with it to come back, once there is none
 COMES_S = 300.0  # for the first one, where nobody says that there is to be one
+COMING_S = 5.0  # between two looks for a node that is waited for
 LOOK_S = 10.0  # between two looks whether there is one
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 class Died(OSError):
@@ -111,25 +113,36 @@ def place_of(
 
 def _target_comes(wait_s: float, say: Say) -> bool:
     """Whether a node carries the resource, within ``wait_s`` seconds."""
+
+    def there() -> bool:
+        cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return bool(cluster.get(TARGET))
+
+    text = (
+        f"Waiting for a node that carries the resource {TARGET!r}, up to {wait_s:.0f} s "
+        "(where none will, name the device's profile as target.profile)"
+    )
+    return awaited(there, _alone(nothing), wait_s, text, say)
+
+
+def awaited(there: Callable[[], T], wanted: Any, wait_s: float, text: str, say: Say) -> T:
+    """What ``there`` finds, asked again for ``wait_s`` seconds as long as that is nothing. wanted:
+    a task that such a node could run, so that an autoscaler knows. text: said where it waits."""
     until, waiting = time.monotonic() + wait_s, None
     while True:
-        cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        there = bool(cluster.get(TARGET))
-        if there or time.monotonic() >= until:
+        found = there()
+        if found or time.monotonic() >= until:
             if waiting is not None:
                 ray.cancel(waiting, force=True)
-            return there
+            return found
         if waiting is None:
-            say(
-                f"Waiting for a node that carries the resource {TARGET!r}, up to {wait_s:.0f} s "
-                "(where none will, name the device's profile as target.profile)"
-            )
-            waiting = _alone(_nothing).remote()  # so that an autoscaler knows what is wanted
-        time.sleep(min(LOOK_S, max(0.0, until - time.monotonic())))
+            say(text)
+            waiting = wanted.remote()
+        time.sleep(min(COMING_S, max(0.0, until - time.monotonic())))
 
 
-def _nothing() -> None:
-    return None
+def nothing() -> None:
+    """A task that only asks for a place."""
 
 
 class Here(ThisMachine):
@@ -142,7 +155,7 @@ class Here(ThisMachine):
         target = ready.spec.target
         super().__init__(target.runtime, target.threads, ready.teacher, ready.request())
         self._meter: Any = None
-        self._teacher, self._teacher_ms = ready.teacher, 0.0
+        self._teacher_ms = 0.0
 
     def alone(self) -> float:
         self._teacher_ms = float(_get(self._kept().alone.remote()))
@@ -153,7 +166,8 @@ class Here(ThisMachine):
             low, middle, high = _get(self._kept().provisional.remote(model))
         except Died as error:
             self._meter = None
-            _get(self._kept().provisional.remote(self._teacher))  # else it is not the model
+            _, _, teacher, _ = self.start
+            _get(self._kept().provisional.remote(teacher))  # else it is not the model
             raise Impossible(f"the runtime dies of it ({error})") from error
         return low, middle, high
 

@@ -2,7 +2,6 @@
 trials at all, and whether each of them has what a trial needs."""
 
 import platform
-import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,13 +11,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..spaces import BadInput, FlyweightError
 from .meter import Device
-from .placement import for_actor, trial_request
+from .placement import awaited, for_actor, nothing, trial_request
 from .ready import Ready
 from .spec import Resources, Spec
 from .storage import Storage
 from .tracking import redact
 
-LOOK_S = 5.0  # between two looks for a node that is waited for
 PATIENCE_S = 300.0  # for a node to say what it has: its first import of torch takes long
 MARKS = "reached"  # where nodes show that they can write
 PACKAGES = ("ray", "flyweight")  # whose versions must be the driver's
@@ -36,16 +34,9 @@ def check_cluster(ready: Ready, storage: Storage, local: bool, wait_s: float, sa
     resources = ready.spec.resources
     if ready.spec.storage is not None:
         _check_storage(storage, ready.spec.storage)
-    nodes = _fitting(resources)
-    until = time.monotonic() + (0.0 if local else wait_s)
-    if not nodes and time.monotonic() < until:
-        say(f"Waiting for a node with {_asked(resources)}")
-        # So that an autoscaler knows what is wanted.
-        waiting = ray.remote(_nothing).options(**for_actor(resources)).remote()
-        while not nodes and time.monotonic() < until:
-            time.sleep(min(LOOK_S, max(0.0, until - time.monotonic())))
-            nodes = _fitting(resources)
-        ray.cancel(waiting, force=True)
+    wanted = ray.remote(nothing).options(**for_actor(resources))
+    text = f"Waiting for a node with {_asked(resources)}"
+    nodes = awaited(lambda: _fitting(resources), wanted, 0.0 if local else wait_s, text, say)
     if not nodes:
         wait = "" if local else "; for nodes that an autoscaler still brings, give --wait 20m"
         raise BadInput(
@@ -74,10 +65,6 @@ def _fitting(resources: Resources) -> list[Node]:
         for node in ray.nodes()  # type: ignore[no-untyped-call]
         if node["Alive"] and all(node["Resources"].get(k, 0) >= v for k, v in asked.items())
     ]
-
-
-def _nothing() -> None:
-    return None
 
 
 def _asked(resources: Resources) -> str:
