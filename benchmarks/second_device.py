@@ -1,15 +1,20 @@
 """A second device from few networks: timed there, predicted with the help of the first's profile.
 
     python benchmarks/second_device.py [--network resnet] [--runtime onnxruntime] [--threads 2]
+    pip install --no-deps --target OLDER onnxruntime==1.20.1
+    PYTHONPATH=OLDER python benchmarks/second_device.py --threads 1 --label onnxruntime-1.20.1
+    ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/second_device.py --threads 1 --label avx2
+        --first openvino --runtime openvino
 
 The first device is this machine with one thread of --first; its profile is that of
-benchmarks/latency.py, made if it is not there. The second is this machine with --threads threads
-of --runtime. ``MOST`` networks are timed on it as `flyweight profile --like` does, and ``--held``
-others of another seed. Every disjoint set of k of the ``MOST`` makes a profile: with the first
-device's ("like"), and without (alone); "scaled" is the first device's profile with the median ratio
-of the k, and "foreign" is that profile as it is, in units of the teacher. Rows are means over the
-sets; "least" is the worst set's share within 10%. Resumable: what was timed lies under
-benchmarks/out.
+benchmarks/latency.py, made if it is not there. The second is this machine with --threads threads of
+--runtime, or, with a --label for its files, this process: another version of the runtime, or
+kernels of another processor. ``MOST`` networks are timed on it as `flyweight profile --like` does,
+and ``--held`` others of another seed. Every disjoint set of k of the ``MOST`` makes a profile: with
+the first device's ("like"), and without (alone); "scaled" is the first device's profile with the
+median ratio of the k, and "foreign" is that profile as it is, in units of the teacher. Rows are
+means over the sets; "least" is the worst set's share within 10%. Resumable: what was timed lies
+under benchmarks/out.
 """
 
 import argparse
@@ -97,6 +102,7 @@ def main() -> None:
     parser.add_argument("--runtime", default="onnxruntime")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--held", type=int, default=200)
+    parser.add_argument("--label", default="", help="what is different in this process")
     given = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(exist_ok=True)
@@ -104,10 +110,14 @@ def main() -> None:
 
     path = OUT / f"latency-{given.network}-{given.first}-profile.jsonl"
     if not path.exists():
+        if given.label:
+            raise SystemExit(
+                f"{path} is not there: benchmarks/latency.py makes it, without {given.label}"
+            )
         make_profile(target(given.network, given.first, 1), path, networks=NETWORKS)
     first = DeviceProfile.load(path)
     second = target(given.network, given.runtime, given.threads)
-    name = f"second-{given.network}-{given.first}-1-{given.runtime}-{given.threads}"
+    name = f"second-{given.network}-{given.first}-1-{given.label or given.runtime}-{given.threads}"
     few = make_profile(second, OUT / f"{name}-few.jsonl", like=first, networks=MOST, narrow=0.0)
     other = make_profile(
         second, OUT / f"{name}-held.jsonl", networks=given.held, seed=HELD_SEED, narrow=0.0
