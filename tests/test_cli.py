@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import click
@@ -216,6 +217,18 @@ def test_ctrl_c_while_arguments_are_read_is_told_as_any_other(
     assert found.exit_code == 130
     assert "a search that has begun goes on with --resume" in found.output
     assert "Aborted" not in found.output
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_quiet(root: Path, tmp_path: Path) -> None:
+    scripts = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts["flyweight"].partition(":")
+    (tmp_path / "click.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from {module} import {function}"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; sys.exit({function}())", "--help"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def commands(page: str) -> list[str]:
