@@ -1,13 +1,17 @@
 """The commands for what a search found: register it, go back, serve it."""
 
 import json
+import shlex
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .cli_shared import JSON, RUN_DIR
+
+if TYPE_CHECKING:
+    from .deploy import Deployed
 
 REGISTRY = click.option(
     "--tracking-uri",
@@ -65,6 +69,22 @@ def deploy(
             "It was measured on another device: its latency here is not known until "
             f"`flyweight measure {run_dir}` times it."
         )
+    click.echo(
+        f"Registered in {found.tracking_uri} as {found.name}, version {found.version}, alias "
+        f"{found.alias}. Next:"
+    )
+    click.echo(f"  {_serving(found)}")
+
+
+def _serving(found: "Deployed") -> str:
+    """The command that serves what was deployed, with the registry where ``serve`` would look
+    elsewhere."""
+    from .registries import usual_uri
+    from .tracking import redact
+
+    usual = redact(usual_uri(found.name) or "") == found.tracking_uri
+    where = [] if usual else ["--tracking-uri", found.tracking_uri]
+    return shlex.join(["flyweight", "serve", f"{found.name}@{found.alias}", *where])
 
 
 @click.command()
