@@ -103,6 +103,14 @@ def test_limits_that_a_resume_changes_are_told(
     )
 
 
+def test_a_drop_of_less_than_an_item_is_told_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Started):
+        search(tmp_path, objective={"speedup": 1.01, "max_drop": 0.05})
+    assert "Note: max_drop 0.05 is less than one item" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [({"task": "task.py:Others"}, "task_class"), ({"task_args": {"seed": 5}}, "data_digest")],
