@@ -6,14 +6,19 @@ of the device, and loads models; ``time_sessions`` times loaded models side by s
 blueprint will take. Nothing here needs torch.
 """
 
-from .batch import Batch, Known
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .measuring import MeasuringProcess
-from .predictor import KernelTime, LatencyPredictor, predictor_for
 from .profile import DeviceProfile, Timed
 from .runtime import RUNTIMES, Array, Inputs, Runtime, Session, make_runtime
 from .signature import Signature, signature
 from .timing import Timing, disturbed, time_sessions
-from .twin import SimulatedClock, SimulatedRuntime
+
+if TYPE_CHECKING:
+    from .batch import Batch, Known
+    from .predictor import KernelTime, LatencyPredictor, predictor_for
+    from .twin import SimulatedClock, SimulatedRuntime
 
 __all__ = [
     "RUNTIMES",
@@ -38,3 +43,16 @@ __all__ = [
     "signature",
     "time_sessions",
 ]
+
+# Not before they are asked for: with scipy and onnx they take a second, which a spec with a wrong
+# key, or a process that measures, need not wait for.
+_LATER = {
+    "Batch": "batch", "Known": "batch", "KernelTime": "predictor", "LatencyPredictor": "predictor",
+    "predictor_for": "predictor", "SimulatedClock": "twin", "SimulatedRuntime": "twin",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,13 +1,17 @@
 """The commands for what a search found: register it, go back, serve it."""
 
 import json
+import shlex
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .cli_shared import JSON, RUN_DIR
+
+if TYPE_CHECKING:
+    from .deploy import Deployed
 
 REGISTRY = click.option(
     "--tracking-uri",
@@ -65,6 +69,22 @@ def deploy(
             "It was measured on another device: its latency here is not known until "
             f"`flyweight measure {run_dir}` times it."
         )
+    click.echo(
+        f"Registered in {found.tracking_uri} as {found.name}, version {found.version}, alias "
+        f"{found.alias}. Next:"
+    )
+    click.echo(f"  {_serving(found)}")
+
+
+def _serving(found: "Deployed") -> str:
+    """The command that serves what was deployed, with the registry where ``serve`` would look
+    elsewhere."""
+    from .registries import usual_uri
+    from .tracking import redact
+
+    usual = redact(usual_uri(found.name) or "") == found.tracking_uri
+    where = [] if usual else ["--tracking-uri", found.tracking_uri]
+    return shlex.join(["flyweight", "serve", f"{found.name}@{found.alias}", *where])
 
 
 @click.command()
@@ -81,7 +101,7 @@ def rollback(name: str, alias: str, tracking_uri: str | None) -> None:
 
 @click.command()
 @click.argument("model")
-@click.option("--name", default="model", show_default=True, help="What clients call the model.")
+@click.option("--name", help="What clients call the model [default: NAME of an alias, else model].")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
 @REGISTRY
@@ -99,7 +119,9 @@ def rollback(name: str, alias: str, tracking_uri: str | None) -> None:
 @click.option("--poll-s", default=5.0, show_default=True, type=click.FloatRange(0.1),
               help="Seconds between looks at where the alias points.")  # fmt: skip
 @click.option("--address", help="A Ray cluster (auto, on one of its nodes); local without it.")
-def serve(model: str, tracking_uri: str | None, address: str | None, **options: Any) -> None:
+def serve(
+    model: str, name: str | None, tracking_uri: str | None, address: str | None, **options: Any
+) -> None:
     """Answer HTTP requests with MODEL (Open Inference Protocol v2) on Ray Serve, until Ctrl-C.
 
     MODEL is an artifact's folder (RUN_DIR/artifacts/DIGEST, or of `deploy --folder`), a run
@@ -110,18 +132,20 @@ def serve(model: str, tracking_uri: str | None, address: str | None, **options: 
     \b
     For an artifact whose input is 1 x 4:
       flyweight serve NAME@champion
-      curl http://127.0.0.1:8000/v2/models/model           # its inputs and outputs
-      curl http://127.0.0.1:8000/v2/models/model/infer -d \\
+      curl http://127.0.0.1:8000/v2/models/NAME            # its inputs and outputs
+      curl http://127.0.0.1:8000/v2/models/NAME/infer -d \\
         '{"inputs": [{"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [0, 1, 0, 1]}]}'
 
     It listens on this machine alone; with another --host, whoever reaches it can ask the model.
     """
     from .serve_source import alias_of, file_of
 
-    if alias_of(model) is None:
+    alias = alias_of(model)
+    if alias is None:
         file_of(Path(model))  # that it is there, before Ray is imported, which takes seconds
     from .serve import Options
     from .serve import serve as run
 
+    said = Options(name=name or (alias[0] if alias else Options.name), **options)
     say = partial(click.echo, err=True)
-    run(model, Options(**options), tracking_uri=tracking_uri, address=address, say=say)
+    run(model, said, tracking_uri=tracking_uri, address=address, say=say)

@@ -23,8 +23,9 @@ from .choose import Artifact, choose, kebab, read_chosen, read_result, task_name
 from .folder import write_folder
 from .registries import open_registry, remember_registry
 from .run_files import REQUEST, SPEC, TEACHER
-from .spec import Spec, load_spec
+from .spec import Spec, absolute_uri, load_spec
 from .summary import Summary, front_figures
+from .tracking import redact
 
 TOLERANCE = 0.05  # points of the metric; the same file on the same data should give the same
 SLOWER = 1.5  # times what was measured, beside the teacher: a busy device is not as exact
@@ -39,7 +40,8 @@ class Deployed:
     as measured by the search, None for an artifact off the front. verified_latency_ms: as timed
     here now, None where there was nothing to time it beside. misses: the limits of the search that
     it breaks, in words, as far as its figures are known. previous: the version that the alias named
-    before. reused: the version existed. same_device: whether latency_ms holds here."""
+    before. reused: the version existed. same_device: whether latency_ms holds here. tracking_uri:
+    of the MLflow where it stands, without its password."""
 
     name: str
     version: str
@@ -53,6 +55,7 @@ class Deployed:
     reused: bool
     same_device: bool
     folder: Path | None
+    tracking_uri: str
 
     @property
     def uri(self) -> str:
@@ -106,6 +109,7 @@ def deploy(
         metric=verified.metric, latency_ms=artifact.latency_ms,
         verified_latency_ms=verified.latency_ms, misses=_misses(artifact, result),
         previous=registered.previous, reused=registered.reused, same_device=same, folder=folder,
+        tracking_uri=redact(absolute_uri(registry.uri, Path.cwd())),
     )  # fmt: skip
 
 

@@ -105,7 +105,7 @@ def search(
         with telling(f"Checking {spec.given_task} and tracing its model", console):
             prepared = _checked(spec, run.record, profile, local)
             prepared.write(run.run_dir)
-        for note in (prepared.doubt, changed_limits(spec, run.record)):
+        for note in (prepared.doubt, prepared.too_fine, changed_limits(spec, run.record)):
             if note:
                 say(f"Note: {note}")
         text = "Starting Ray" if local else f"Joining the Ray cluster at {address}"

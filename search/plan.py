@@ -67,7 +67,8 @@ def make_plan(spec_path: Path, console: Console | None = None) -> dict[str, Any]
         },
         "teacher": teacher,
         "limits": {name: getattr(limits, name) for name in ("max_drop", *COSTS)},
-        "idle": idle(spec.objective, limits, teacher),
+        "idle": idle(spec.objective, limits, teacher)
+        + ([found.too_fine] if found.too_fine else []),
         "cases": cases,
         "fastest_ms": min(case["latency_ms"] for case in cases),
         "out_of_reach": list(out_of_reach),

@@ -1,6 +1,9 @@
 """Device profiles and predictions by hand: ``flyweight profile`` and ``flyweight predict``."""
 
-from collections.abc import Sequence
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +42,46 @@ def profile(
     if out.is_dir():
         raise BadInput(f"{out} is a folder; name a file in it with -o")
     out.parent.mkdir(parents=True, exist_ok=True)
-    asked = {"runtime": runtime, "threads": threads}
-    changes = {key: value for key, value in asked.items() if value is not None}
-    spec = spec.model_copy(update={"target": spec.target.model_copy(update=changes)})
-    torch.set_num_threads(1)  # what builds the networks must not spin while they are timed
-    console.print(f"Checking {spec.task} and tracing its model", markup=False)
-    found, most = ready(spec), networks or (NETWORKS if other is None else FEW)
-    with counting("Networks timed", most, console) as count:
+    with _held(out):
+        asked = {"runtime": runtime, "threads": threads}
+        changes = {key: value for key, value in asked.items() if value is not None}
+        spec = spec.model_copy(update={"target": spec.target.model_copy(update=changes)})
+        torch.set_num_threads(1)  # what builds the networks must not spin while they are timed
+        console.print(f"Checking {spec.task} and tracing its model", markup=False)
+        found, most = ready(spec), networks or (NETWORKS if other is None else FEW)
+        with counting("Networks timed", most, console) as count:
+            try:
+                return make_profile(
+                    found, out, like=other, networks=most, seconds=60 * minutes, seed=seed,
+                    say=console.print, count=count,
+                )  # fmt: skip
+            except KeyboardInterrupt:
+                console.print(f"{out} holds what was timed; the same command goes on with it")
+                raise
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """One process at a time writes the profile ``path``. Raises BadInput in another. By a file
+    beside it: the profile itself is replaced as it begins."""
+    beside = path.with_name(f".{path.name}.lock")
+    with beside.open("w") as lock:
         try:
-            return make_profile(
-                found, out, like=other, networks=most, seconds=60 * minutes, seed=seed,
-                say=console.print, count=count,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            console.print(f"{out} holds what was timed; the same command goes on with it")
-            raise
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            gone = not os.fstat(lock.fileno()).st_nlink  # who had it before has just ended
+        except BlockingIOError:
+            gone = True
+        except OSError:  # a network drive without locks
+            gone = False
+        if gone:
+            raise BadInput(
+                f"another `flyweight profile` is writing {path}; wait for it, or name another "
+                "file with -o"
+            )
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def predict(

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..compressors import untrained
-from ..spaces import BadInput, Policy
+from ..kernels import MeasuringProcess
+from ..spaces import BadInput, Impossible, Policy
 from .finder import Price
 from .limits import Limits
-from .meter import Meter
+from .meter import Feed, Meter
 from .pricing import Pricing, timed
 from .ready import Ready
 from .store import compressed_bytes
@@ -22,10 +23,27 @@ def check_without_ray(ready: Ready, local: bool) -> None:
         return
     if local:
         target = ready.spec.target
-        meter = Meter(target.runtime, target.threads, ready.teacher, ready.request())
-        check_limits(ready, ready.limits(meter.alone()), timed(ready.prepared, meter))
+        start = target.runtime, target.threads, ready.teacher, ready.request()
+        with MeasuringProcess(*start) as process:
+            meter = _Careful(*start, process)
+            check_limits(ready, ready.limits(meter.alone()), timed(ready.prepared, meter))
     else:
         check_limits(ready, replace(ready.limits(1.0), latency_ms=None), _sizes(ready))
+
+
+class _Careful(Meter):
+    """A meter in this process, of models that ``process`` outlives."""
+
+    def __init__(
+        self, runtime: str, threads: int, teacher: bytes, feed: Feed, process: MeasuringProcess
+    ) -> None:
+        super().__init__(runtime, threads, teacher, feed)
+        self._process = process
+
+    def provisional(self, model: bytes) -> tuple[float, float, float]:
+        if not self._process.bears({"model": model}):
+            raise Impossible("the runtime refuses it, or dies of it")
+        return super().provisional(model)
 
 
 def _sizes(ready: Ready) -> Pricing:
@@ -40,7 +58,10 @@ def check_limits(ready: Ready, bounds: Limits, price: Pricing) -> None:
     """Raises BadInput if even the smallest policies miss a limit of ``COSTS``."""
     cases: list[Mapping[str, float]] = []
     for policy in ready.smallest() if bounds.costs() else ():
-        found = price(policy)
+        try:
+            found = price(policy)
+        except Impossible:  # the trials will tell what others take that the runtime does run
+            return
         cases.append(vars(found) | {"latency_ms": found.latency_ms[1]})
     check_reachable(ready, bounds, cases)
 

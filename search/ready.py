@@ -97,6 +97,19 @@ class Ready:
         """The limits of the spec for a teacher of this latency."""
         return limits(self.spec.objective.model_dump(), self.metric, latency_ms)
 
+    @property
+    def too_fine(self) -> str | None:
+        """Where max_drop is less than one item of selection validation counts, in words."""
+        most, items = self.spec.objective.max_drop, len(self.prepared.splits.selection)
+        item = per_item(self.metric, items)
+        if not most or item is None or most > item * (1 - 1e-9):
+            return None
+        return (
+            f"max_drop {most:g} is less than one item of selection validation, which counts "
+            f"{points(item)} points ({items} items): it allows no loss at all; ask for more, or "
+            "let val have more items"
+        )
+
     def recipes(self) -> list[Policy]:
         """The uniform recipes of people: what a search must at least have tried."""
         precisions = [p for p in ("int8", "fp32") if p in self.spec.space.quantize.precisions]
@@ -161,6 +174,16 @@ def ready(spec: Spec) -> Ready:
         )
     doubt = _doubt(prepared.task, answers, splits.selection, metric)
     return Ready(spec, prepared, space, model, metric, test, doubt)
+
+
+def per_item(metric: float, items: int) -> float | None:
+    """What one of ``items`` counts in a ``metric`` that is the share of the right ones, of 1 or in
+    per cent; None for another metric, of which that is not known."""
+    for whole in (1.0, 100.0):
+        right = metric * items / whole
+        if 0 < metric <= whole and abs(right - round(right)) < 1e-6:
+            return whole / items
+    return None
 
 
 def _doubt(task: Task, answers: torch.Tensor, items: Items, metric: float) -> str | None:

@@ -26,7 +26,7 @@ def rollback(
 def registry_of(name: str, alias: str, uri: str | None) -> "Registry":
     """The registered model at ``uri``; without it where MLFLOW_TRACKING_URI says, else where a
     model of that name was registered last from here. Raises BadInput."""
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or recall(_KEPT).get(name)
+    uri = uri or usual_uri(name)
     if not uri:
         raise BadInput(
             f"where is {name!r} registered? Give --tracking-uri or set MLFLOW_TRACKING_URI: from "
@@ -40,6 +40,11 @@ def registry_of(name: str, alias: str, uri: str | None) -> "Registry":
             f"there; `flyweight deploy RUN_DIR --name {name}` registers an artifact, and says where"
         )
     return open_registry(name, alias, uri)
+
+
+def usual_uri(name: str) -> str | None:
+    """Where ``registry_of`` looks for a model of that name unless it is told."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or recall(_KEPT).get(name)
 
 
 def open_registry(name: str, alias: str, uri: str) -> "Registry":

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from ..kernels import make_runtime
 from ..spaces import BadInput, FlyweightError
 from .choose import choose, read_result
-from .folder import describe
 from .run_files import RESULT
 
 if TYPE_CHECKING:
@@ -115,6 +114,8 @@ def _source(
         raise FlyweightError(
             f"{where}: what lies beside the model names no SHA-256 or no target; {FIX}"
         )
+    from .folder import describe  # with onnx, which whoever names no artifact need not wait for
+
     check(content, said, where)
     try:
         io = describe(content)

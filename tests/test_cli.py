@@ -4,6 +4,9 @@ import json
 import random
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import click
@@ -72,6 +75,36 @@ def test_bad_input_is_one_line_and_code_2(tmp_path: Path) -> None:
         found = run(*words)
         assert found.exit_code == 2, (words, found.output)
         assert "Traceback" not in found.output
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("--help",), 0), (("search", "--serch"), 2), (("search", "missing.yaml"), 2),
+        (("plan", "broken.yaml"), 2), (("search", "unknown.yaml"), 2), (("report", "missing"), 2),
+        (("predict", "p.json", "--spec", "unknown.yaml"), 2), (("serve", "missing"), 2),
+        (("rollback", "digits", "--tracking-uri", "sqlite:///missing.db"), 2),
+    ],
+)  # fmt: skip
+def test_what_needs_no_torch_does_not_wait_for_it(
+    words: tuple[str, ...], code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "broken.yaml").write_text("task: [")
+    (tmp_path / "unknown.yaml").write_text(
+        "task: t.py:T\nobjective: {max_drop: 1}\nserch: {trials: 3}\n"
+    )
+    slow = {"torch", "ray", "mlflow", "scipy", "onnx", "onnxruntime"}
+    script = f"""
+import atexit, sys
+from flyweight.search.cli import main
+atexit.register(lambda: print("imported", sorted({slow} & sys.modules.keys())))
+main({list(words)})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported []"
 
 
 @pytest.mark.parametrize("command", ["report", "deploy", "deliver", "measure"])
@@ -184,6 +217,18 @@ def test_ctrl_c_while_arguments_are_read_is_told_as_any_other(
     assert found.exit_code == 130
     assert "a search that has begun goes on with --resume" in found.output
     assert "Aborted" not in found.output
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_quiet(root: Path, tmp_path: Path) -> None:
+    scripts = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = scripts["flyweight"].partition(":")
+    (tmp_path / "click.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from {module} import {function}"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; sys.exit({function}())", "--help"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def commands(page: str) -> list[str]:

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -477,6 +478,24 @@ def test_where_it_was_deployed_is_remembered_for_who_goes_back(
     with pytest.raises(BadInput, match="an address with a password, which is not kept"):
         rollback("kept")
     assert not any("hunter2" in place.read_text() for place in (tmp_path / "state").rglob("*.json"))
+
+
+def test_the_last_lines_say_where_it_is_and_how_it_is_served(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    words = ["deploy", run.path, "--alias", "next", "--name", "said", "--tracking-uri"]
+    file = Path(run.uri.removeprefix("sqlite:///"))
+    for uri in (run.uri, f"sqlite:///{os.path.relpath(file)}"):  # found again from anywhere
+        done = CliRunner().invoke(main, [*map(str, words), uri])
+        *_, where, then = done.output.splitlines()
+        assert where == f"Registered in {run.uri} as said, version 1, alias next. Next:"
+        assert then == "  flyweight serve said@next"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
+    done = CliRunner().invoke(main, [*map(str, words), run.uri])
+    assert done.output.endswith(f"\n  flyweight serve said@next --tracking-uri {run.uri}\n")
 
 
 def with_teacher(run: Run, **latencies: float) -> None:

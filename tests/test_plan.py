@@ -11,6 +11,7 @@ from rich.console import Console
 from flyweight.search import counting
 from flyweight.search.limits import limits
 from flyweight.search.plan import idle, make_plan, print_plan
+from flyweight.search.ready import per_item
 from flyweight.search.spec import Objective
 
 TASK = """
@@ -79,3 +80,25 @@ def test_a_plan_says_where_a_limit_limits_nothing_and_that_it_still_works(
     assert found["reachable"]
     text = "Timing the teacher and the simplest policies, untrained"
     assert f"{text}\n{text}, 0:0" in said.getvalue()
+
+
+def test_a_drop_of_less_than_an_item_is_told(tmp_path: Path) -> None:
+    spec = write(tmp_path, max_drop=0.05, speedup=1.1)
+    (told,) = make_plan(spec, Console(file=StringIO()))["idle"]
+    assert told.startswith(
+        "max_drop 0.05 is less than one item of selection validation, which counts 3.33 points "
+        "(30 items): it allows no loss at all"
+    )
+    assert (
+        make_plan(write(tmp_path, max_drop=4, speedup=1.1), Console(file=StringIO()))["idle"] == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "items", "counts"),
+    [(97.5, 200, 0.5), (0.9, 10, 0.1), (100.0, 8, 12.5), (93.21, 30, None), (-1.0, 10, None)],
+)
+def test_what_an_item_counts_is_known_of_a_share(
+    metric: float, items: int, counts: float | None
+) -> None:
+    assert per_item(metric, items) == counts

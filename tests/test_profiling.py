@@ -1,6 +1,7 @@
 """Device profiles in a search: which are taken, kept and gone on with, on devices made up."""
 
 import contextlib
+import errno
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -334,3 +335,36 @@ def test_a_profile_of_too_few_networks_is_not_praised(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     assert f"target: {{profile: {out}}}" in done.stdout
     assert json.loads(out.read_text().splitlines()[0])["weight_bits"] in (7, 8)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_two_do_not_profile_into_one_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    words = ["profile", "--spec", str(folder / "search.yaml"), "-o", str(folder / "p.jsonl")]
+    begun: list[str] = []
+
+    def begins(_: Any) -> Ready:
+        begun.append("first" if not begun else "second")
+        if begun == ["first"]:
+            second = CliRunner().invoke(main, words)
+            begun.append(second.output)
+        raise BadInput("that is all")
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(predict, "ready", begins)
+    if not locks:
+        monkeypatch.setattr("fcntl.flock", no_locks)
+    CliRunner().invoke(main, words)
+    if locks:
+        assert begun == [
+            "first",
+            f"flyweight: another `flyweight profile` is writing {folder / 'p.jsonl'}; wait for it, "
+            "or name another file with -o\n",
+        ]
+    else:  # a network drive: they are not told of each other
+        assert begun[1] == "second"
+    assert "that is all" in CliRunner().invoke(main, words).output  # when it has ended
+    assert sorted(place.name for place in folder.iterdir()) == ["search.yaml", "task.py"]

@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +106,14 @@ def test_limits_that_a_resume_changes_are_told(
     )
 
 
+def test_a_drop_of_less_than_an_item_is_told_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Started):
+        search(tmp_path, objective={"speedup": 1.01, "max_drop": 0.05})
+    assert "Note: max_drop 0.05 is less than one item" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [({"task": "task.py:Others"}, "task_class"), ({"task_args": {"seed": 5}}, "data_digest")],
@@ -128,3 +139,37 @@ def test_a_resume_with_another_task_leaves_the_run_as_it_is(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
     with pytest.raises(Started):
         search(tmp_path)
+
+
+DEADLY = """
+import os
+
+import flyweight.kernels.onnxruntime as real
+
+load = real.OnnxRuntime.load
+
+def deadly(self, model):
+    if len(model) < 8000 and b"QuantizeLinear" not in model:  # no probe: a small policy
+        os._exit(77)
+    return load(self, model)
+
+real.OnnxRuntime.load = deadly
+"""
+
+
+def test_a_policy_that_the_runtime_dies_of_does_not_end_the_search(tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(TASK.replace("64", "1024"))
+    (tmp_path / "search.yaml").write_text(
+        "task: task.py:Patterns\nobjective: {speedup: 1.01}\ntracking: null\n"
+        "space: {quantize: {precisions: [fp32]}}\n"
+    )
+    (tmp_path / "sitecustomize.py").write_text(DEADLY)  # in whatever process
+    script = (
+        "from pathlib import Path; from flyweight.search import reach, ready, spec; "
+        f"reach.check_without_ray(ready.ready(spec.load_spec(Path({str(tmp_path)!r}))), True)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -566,9 +566,11 @@ def test_what_cannot_be_served_is_said_before_ray_starts(
     assert "--tracking-uri" in done.output
     done = CliRunner().invoke(main, ["serve", str(tmp_path / "none")])
     assert (done.exit_code, "no '" in done.output) == (2, True)
-    done = CliRunner().invoke(main, ["serve", folder, "--name", "a/b"])
-    assert done.exit_code == 2
-    assert "--name" in done.output
+    # The name of an alias is what clients call the model, unless --name says.
+    for words, name in (([folder, "--name", "a/b"], "a/b"), (["_net@champion"], "_net")):
+        done = CliRunner().invoke(main, ["serve", *words])
+        assert done.exit_code == 2
+        assert f"go on with those and _.-, but got {name!r}" in done.output
 
 
 def register(uri: str, folder: Path, content: bytes, digest: str, alias: str = "champion") -> str:
@@ -603,7 +605,7 @@ def test_a_version_that_has_no_room_beside_the_one_before_is_refused(
 class Load:
     """Clients that ask without end; what they were told, and how often it failed."""
 
-    server: Server
+    model: str
     failed: list[str]
     told: list[tuple[str, float]]
 
@@ -611,7 +613,7 @@ class Load:
         asked = {"inputs": [tensor(data=[1, 0, 0, 0])]}
         with requests.Session() as session:
             while not stop.is_set():
-                got = session.post(f"{self.server.model}/infer", json=asked, timeout=60)
+                got = session.post(f"{self.model}/infer", json=asked, timeout=60)
                 if got.status_code != 200:
                     self.failed.append(got.text)
                     continue
@@ -629,8 +631,8 @@ def test_when_the_alias_moves_no_request_fails_and_a_bad_version_changes_nothing
     assert register(uri, tmp_path / "a", tiny(1), "1" * 64) == "1"
     options = ("--tracking-uri", uri, "--poll-s", "0.5")
     with serving("net@champion", *options) as command, ThreadPoolExecutor(4) as clients:
-        command.wait("Ready:")
-        load, stop = Load(command.server, [], []), threading.Event()
+        assert f"{command.server.url}/v2/models/net (version 1" in command.wait("Ready:")
+        load, stop = Load(f"{command.server.url}/v2/models/net", [], []), threading.Event()
         running = [clients.submit(load.run, stop) for _ in range(4)]
         try:
             register(uri, tmp_path / "b", tiny(2), "2" * 64)
