@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PEERS = BENCHMARKS / "peers"
 sys.path[:0] = [str(folder) for folder in (BENCHMARKS, PEERS) if str(folder) not in sys.path]
 
 import compare  # noqa: E402
+import shared  # noqa: E402
+
+from flyweight.spaces import Impossible  # noqa: E402
 
 RIGHT = np.arange(10_000) % 10 > 0  # on nine images of ten
 
@@ -100,3 +104,33 @@ def test_the_peers_are_pinned_as_flyweight_is() -> None:
                 name, _, version = line.partition("==")
                 assert version, line
                 assert ours.get(name, version) == version
+
+
+class Speeds(shared.Bench):
+    """A network of a size is 1 / size times as fast; below 0.2 there is none."""
+
+    def __init__(self) -> None:
+        self._timed = {}
+
+    def _speed(self, size: float, precision: str, *_: object) -> float:
+        if size < 0.2:
+            raise Impossible("too small")
+        self._timed[size, precision] = (1 if precision == "int8" else 0.5) / size
+        return self._timed[size, precision]
+
+
+@pytest.mark.parametrize(("limit", "size"), [(0.9, 1.0), (1.9, 0.5), (3.3, 0.25), (9.0, 0.25)])
+def test_the_largest_size_that_keeps_a_limit_else_the_fastest(limit: float, size: float) -> None:
+    sizes = [1.0, 0.75, 0.5, 0.25, 0.1]
+    assert Speeds().widest(sizes, lambda _: nn.Identity(), limit) == (size, "int8")
+
+
+def test_artifacts_of_another_budget_are_not_gone_on_from(tmp_path: Path) -> None:
+    path = tmp_path / "2.2.json"
+    path.write_text(json.dumps({"budget": 60.0, "data": "full", "cpu_seconds": 5.0}))
+    assert shared.known(path, {"budget": 60.0, "data": "full"})["cpu_seconds"] == 5.0
+    for asked in ({"budget": 120.0}, {"data": "embedded"}, {"seed": 1}):
+        with pytest.raises(SystemExit, match="was made with"):
+            shared.known(path, asked)
+    with pytest.raises(SystemExit, match="hand comes first"):
+        shared.known(tmp_path / "3.json", {})
