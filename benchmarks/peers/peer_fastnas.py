@@ -14,14 +14,14 @@ from typing import Any
 
 import modelopt.torch.prune as mtp
 import torch
-from shared import Bench, Order, main, widths
+from shared import Bench, Order, main
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from flyweight.compressors.parity import run_module
+from flyweight.spaces import Impossible
 
-SHARES = [percent / 100 for percent in range(95, 0, -5)]  # of the teacher's FLOPs
-RESERVE = 30.0  # CPU seconds for what comes after the training
+SHARES = [percent / 100 for percent in range(100, 0, -2)]  # of the teacher's FLOPs
 SCORED = 1_000  # images of search validation
 BATCH, BATCHES = 128, 50  # that recalibrate norms, as ModelOpt takes them from the loader
 
@@ -30,7 +30,10 @@ FOLDER = Path(tempfile.mkdtemp(prefix="flyweight-fastnas-"))
 
 @cache
 def pruned(bench: Bench, share: float) -> nn.Module:
-    """What FastNAS finds for ``share`` of the FLOPs; its first call measures sensitivities."""
+    """What FastNAS finds for ``share`` of the FLOPs; its first call measures sensitivities. Raises
+    Impossible where it finds nothing."""
+    if share == 1:
+        return bench.teacher()
     some = bench.prepared.splits.search.first(SCORED)
     train = bench.prepared.splits.train.first(BATCH * BATCHES)
     config = mtp.fastnas.FastNASConfig()
@@ -41,26 +44,26 @@ def pruned(bench: Bench, share: float) -> nn.Module:
     def score(model: nn.Module) -> float:
         return bench.task.metric(run_module(model.eval(), some), some.targets)
 
-    model, _ = mtp.prune(
-        model=bench.teacher(), mode=[("fastnas", config)],
-        constraints={"flops": f"{100 * share:g}%"}, dummy_input=torch.zeros(1, 1, 28, 28),
-        config={
-            "data_loader": DataLoader(TensorDataset(train.inputs, train.targets), BATCH),
-            "score_func": score,
-            "checkpoint": str(FOLDER / "search.pth"),
-        },
-    )  # fmt: skip
+    try:
+        model, _ = mtp.prune(
+            model=bench.teacher(), mode=[("fastnas", config)],
+            constraints={"flops": f"{100 * share:g}%"}, dummy_input=torch.zeros(1, 1, 28, 28),
+            config={
+                "data_loader": DataLoader(TensorDataset(train.inputs, train.targets), BATCH),
+                "score_func": score,
+                "checkpoint": str(FOLDER / "search.pth"),
+            },
+        )  # fmt: skip
+    except KeyError as error:  # no configuration keeps the share
+        raise Impossible(f"FastNAS finds nothing with {100 * share:g}% of the FLOPs") from error
     return model
 
 
 def build(order: Order) -> tuple[bytes, dict[str, Any]]:
     bench = order.bench
     share, precision = bench.widest(SHARES, lambda share: pruned(bench, share), order.limit)
-    student = copy.deepcopy(pruned(bench, share))
-    epochs = bench.distil(student, order.account, RESERVE)
-    model, calibration = bench.artifact(student, precision)
-    how = {"flops": share, "precision": precision, "calibration": calibration, "epochs": epochs}
-    return model, how | {"widths": widths(student)}
+    made = bench.finish(copy.deepcopy(pruned(bench, share)), precision, order.account)
+    return made.model, {"flops": share, **made.how}
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ torch-pruning as its README shows: uniformly, by the magnitude of a group (Fang 
 from typing import Any
 
 import torch_pruning as tp
-from shared import Order, export, main, widths
+from shared import Order, main
 from torch import nn
 
 SHARES = [sixteenths / 16 for sixteenths in range(16, 1, -1)]  # of the channels
-RESERVE = 30.0  # CPU seconds for what comes after the training
 
 
 def build(order: Order) -> tuple[bytes, dict[str, Any]]:
@@ -29,12 +28,9 @@ def build(order: Order) -> tuple[bytes, dict[str, Any]]:
         return model
 
     share, precision = bench.widest(SHARES, pruned, order.limit)
-    student = pruned(share)
-    epochs = bench.distil(student, order.account, RESERVE)
-    order.student.write_bytes(export(student))
-    model, calibration = bench.artifact(student, precision)
-    how = {"kept": share, "precision": precision, "calibration": calibration, "epochs": epochs}
-    return model, how | {"widths": widths(student)}
+    made = bench.finish(pruned(share), precision, order.account)
+    order.student.write_bytes(made.fp32)
+    return made.model, {"kept": share, **made.how}
 
 
 if __name__ == "__main__":

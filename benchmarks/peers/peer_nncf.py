@@ -1,4 +1,4 @@
-"""NNCF's post-training int8 on the students of ``hand``.
+"""NNCF's post-training int8 (no training with quantizers) on the students of ``hand``.
 
 NNCF 3 has no pruning of channels left (``nncf.prune`` zeroes single weights), so the student is the
 recipe's. Both presets of its documentation are tried, the nearest to the teacher on search

@@ -5,7 +5,7 @@ As Olive's documentation shows: a workflow of its quantization pass with all tha
 validation data that a script registers. The pairs of types that Olive's own defaults leave out,
 signed weights with unsigned activations, are what ONNX Runtime's documentation says for x86, so a
 second workflow has them. Olive has no pass that prunes channels or trains a network like this one,
-so it begins with the recipe's students; for the limit 1 with the teacher.
+so it begins with the recipe's students.
 """
 
 import tempfile
@@ -118,12 +118,8 @@ def build(order: Order) -> tuple[bytes, dict[str, Any]]:
     register(order)
     found = []
     with tempfile.TemporaryDirectory() as root:
-        student = order.student
-        if order.limit <= 1:
-            student = Path(root) / "teacher.onnx"
-            student.write_bytes(bench.teacher_model)
         for name, searched in WORKFLOWS.items():
-            output = run(workflow(student, Path(root) / name.replace(" ", "-"), searched))
+            output = run(workflow(order.student, Path(root) / name.replace(" ", "-"), searched))
             for one in output.get_output_models():
                 model = Path(one.model_path).read_bytes()
                 how = {"workflow": name, "olive": one.metrics_value}
