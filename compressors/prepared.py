@@ -339,15 +339,13 @@ def _check(prepared: Prepared) -> None:
     loss = _loss(task, output.requires_grad_(), some.targets, "val")
     output = output.detach()
     try:
-        metric = task.metric(output, some.targets)
-    except Exception as error:
-        raise BadInput(_failed("metric", error, output, some.targets, "val")) from error
+        checked_metric(task, output, some.targets, "val")
+    except BadInput:  # some may lack a class, without which an area under a curve does not exist
+        checked_metric(task, prepared.search_answers, splits.search.targets, "val")
     if loss.ndim or not torch.isfinite(loss):
         raise BadInput(f"task: loss must be one finite number, but got {loss.tolist()}")
     if not loss.requires_grad:
         raise BadInput("task: loss cannot be differentiated; compute it from output in torch")
-    if not math.isfinite(as_number(metric)):
-        raise BadInput(f"task: metric must be one finite number, but got {metric!r}")
     for name, items in (("train", splits.train), ("val", splits.search), ("val", splits.selection)):
         ends = items.take(_extremes(items.targets))
         _loss(task, _answers(prepared.teacher, ends, name).requires_grad_(), ends.targets, name)
@@ -358,6 +356,19 @@ def _check(prepared: Prepared) -> None:
             f"task: loss fails on {prepared.device}, where students train: {error}; what it holds "
             "must be moved to output.device"
         ) from error
+
+
+def checked_metric(task: Task, answers: Tensor, targets: Any, name: str) -> float:
+    """The metric of the teacher's answers to items of the data set ``name``. Raises BadInput where
+    it fails or is no number."""
+    try:
+        metric = task.metric(answers, targets)
+    except Exception as error:  # the user's code
+        raise BadInput(_failed("metric", error, answers, targets, name)) from error
+    number = as_number(metric)
+    if not math.isfinite(number):
+        raise BadInput(f"task: metric must be one finite number, but got {metric!r} on {name}")
+    return number
 
 
 def _answers(model: nn.Module, items: Items, name: str) -> Tensor:

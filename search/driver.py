@@ -46,7 +46,7 @@ from .pricing import Pricing, predicted, timed
 from .profiling import check_device, check_profile, empty_profile
 from .progress import Progress
 from .reach import check_limits, check_without_ray
-from .ready import Ready, facts_of, ready, score, teacher_answers
+from .ready import Ready, facts_of, ready, teacher_answers, tested
 from .record import NOT_FOR_GOOD, Entry, Record, at_work
 from .report import FILES as REPORT
 from .report import write_report
@@ -355,12 +355,13 @@ class _Search:
     def _tested(self, digests: list[str]) -> tuple[dict[str, bytes], dict[str, float | None]]:
         """The models of finalists and their metrics on test. One that is damaged, or that the
         runtime refuses, is left out: it must not cost the end of the search, and of each later."""
-        prepared, test = self.ready.prepared, self.ready.prepared.splits.test
         models, tests = {}, {}
         for digest in digests:
             try:
                 model = read_artifact(self.run_dir, digest)
-                tests[digest] = None if test is None else score(prepared, model, test)
+                tests[digest], why = tested(self.ready.prepared, model)
+                if why and why not in self.notes:
+                    self.notes.append(why)
                 models[digest] = model
             except Impossible as error:
                 self.notes.append(f"Finalist {digest[:12]} is left out: {error}")

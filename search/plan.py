@@ -90,6 +90,7 @@ def _cases(found: Ready, meter: Meter, teacher_ms: float) -> list[dict[str, Any]
     for name, policy in [*named, *(("uniform", policy) for policy in found.recipes())]:
         model = compress(found.prepared, policy, RUNGS[0]).model
         latency = meter.provisional(model)[1]
+        metric = score(found.prepared, model, found.prepared.splits.selection)
         cases.append(
             {
                 "kind": name,
@@ -99,7 +100,7 @@ def _cases(found: Ready, meter: Meter, teacher_ms: float) -> list[dict[str, Any]
                 "int8_layers": len(policy.quantize.precision),
                 "latency_ms": latency,
                 "speedup": teacher_ms / latency,
-                "metric_untrained": score(found.prepared, model, found.prepared.splits.selection),
+                "metric_untrained": metric if math.isfinite(metric) else None,
                 "size_bytes": len(model),
                 "compressed_bytes": compressed_bytes(model),
             }
@@ -161,7 +162,7 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         table.add_row(
             case["kind"], f"{case['kept']:.0%}", str(case["int8_layers"]),
             milliseconds(case["latency_ms"]), f"{case['speedup']:.2f}x",
-            points(case["metric_untrained"]),
+            "none" if case["metric_untrained"] is None else points(case["metric_untrained"]),
         )  # fmt: skip
     console.print(table)
     for name in COSTS:

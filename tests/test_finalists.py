@@ -125,12 +125,12 @@ def test_a_search_ends_with_what_can_be_measured(
     unscored = "d" * 64
     content = {GOOD: b"good", REFUSED: b"refused", DEADLY: b"deadly", unscored: b"unscored"}
 
-    def score(_: Any, model: bytes, __: Any) -> float:
+    def tested(_: Any, model: bytes) -> tuple[float, None]:
         if model == b"unscored":
             raise Impossible("no kernel")
-        return 89.0
+        return 89.0, None
 
-    monkeypatch.setattr(driver, "score", score)
+    monkeypatch.setattr(driver, "tested", tested)
     known = []
     for number, (digest, model) in enumerate(content.items()):
         place = tmp_path / artifact_path(digest)
@@ -142,7 +142,7 @@ def test_a_search_ends_with_what_can_be_measured(
             "constraint": -1.0, "artifact": artifact_path(digest),
         })  # fmt: skip
     search: Any = object.__new__(driver._Search)
-    search.ready = SimpleNamespace(prepared=SimpleNamespace(splits=SimpleNamespace(test=True)))
+    search.ready = SimpleNamespace(prepared=None)
     search.run_dir, search.place, search.record = tmp_path, Target(), MemoryRecord()
     search.mirror = search.profile = None
     search.notes, search.console = [], None
