@@ -17,7 +17,7 @@ from functools import partial
 from itertools import islice
 
 from ..compressors import RUNGS
-from ..spaces import BadInput, Impossible, Policy
+from ..spaces import BadInput, FlyweightError, Impossible, Policy
 from .finder import Finder, Price
 from .limits import Limits
 from .pareto import Point, by_chance, climbs
@@ -51,7 +51,7 @@ class Budget:
 class Controller:
     """Proposes policies, takes results, decides. Never raises into its caller: a record that
     cannot be written, a meter that is gone, or a task that no worker can make, ends the search with
-    ``fatal`` set.
+    ``fatal`` set, and so does what nobody foresaw of the proposals.
 
     look_ahead: see ``Finder``. reprice: what the record knows is priced anew, for a target or a
     profile that has changed.
@@ -74,7 +74,7 @@ class Controller:
         self.trials: dict[int, Trial] = {}
         self._reached: dict[str, dict[int, Trial]] = {rung: {} for rung in RUNGS}  # as they came
         self._price = price
-        self.fatal: OSError | BadInput | None = None
+        self.fatal: OSError | FlyweightError | None = None
         self.exhausted = False
         self.interrupted = False
         self._clock, self._listen = clock, listen
@@ -115,8 +115,9 @@ class Controller:
             return None
         try:
             found = ahead.result()
-        except OSError as error:  # nothing can be priced any more
-            self.fatal = self.fatal or error
+        except Exception as error:  # nothing can be priced any more, or proposed
+            odd = FlyweightError(f"{type(error).__name__}: {error}")
+            self.fatal = self.fatal or (error if isinstance(error, OSError) else odd)
             return None
         if found is None:
             self.exhausted = not self.late_to_look()

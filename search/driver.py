@@ -430,8 +430,7 @@ class _Search:
             self._append(
                 {"kind": "done", "wall_s": found["wall_s"]}
             )  # the report, for one, asks whether the search runs
-            self._explain(controller, found)
-            write_report(self.run_dir)
+            self._reported(controller, found)
         except OSError as error:
             self.notes.append(
                 f"result.json or the report could not be written: {error}; the record is whole: "
@@ -439,6 +438,18 @@ class _Search:
             )
             return False
         return True
+
+    def _reported(self, controller: Controller, found: Mapping[str, Any]) -> None:
+        """Writes the report; what nobody foresaw of it must not cost the end of a search. Raises
+        OSError."""
+        try:
+            self._explain(controller, found)
+            write_report(self.run_dir)
+        except OSError:
+            raise
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+            self.notes.append(f"The report could not be made, result.json is whole: {told}")
 
     def _explain(self, controller: Controller, found: Mapping[str, Any]) -> None:
         """Why the best takes its time, for the report, on the machine as fast as it is now."""

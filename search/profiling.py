@@ -201,9 +201,10 @@ def _unseen(ready: Ready, profile: DeviceProfile, seed: int) -> Iterator[tuple[s
             if (key := frozenset(counts.items())) in known:
                 continue
             known.add(key)
-            yield policy.digest, (counts, untrained(ready.prepared, policy))
-        except Impossible:
+            network = counts, untrained(ready.prepared, policy)
+        except Exception:  # Impossible, or what nobody foresaw of it: others may do
             continue
+        yield policy.digest, network
         misses = 0
 
 

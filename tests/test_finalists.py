@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from flyweight.search.limits import Limits
 from flyweight.search.meter import Meter
 from flyweight.search.placement import Died, of_finalists
 from flyweight.search.record import MemoryRecord
+from flyweight.search.run_files import RESULT
 from flyweight.search.storage import write_whole
 from flyweight.search.store import artifact_path, write_json
 from flyweight.spaces import Impossible, Policy
@@ -163,3 +165,21 @@ def test_a_search_ends_with_what_can_be_measured(
     assert all(
         f"Finalist {digest[:12]} is left out" in told for digest in content if digest != GOOD
     )
+
+
+def test_a_report_that_cannot_be_made_costs_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_report(_: Path) -> None:
+        raise KeyError("policy")
+
+    monkeypatch.setattr(driver, "write_report", write_report)
+    search: Any = object.__new__(driver._Search)
+    search.run_dir, search.record, search.notes = tmp_path, MemoryRecord(), []
+    search.predictor = None
+    found = {"wall_s": 1.0, "best": None, "nearest_miss": None}
+    assert search._written(None, found)
+    assert json.loads((tmp_path / RESULT).read_text()) == found
+    assert search.notes == [
+        "The report could not be made, result.json is whole: KeyError: 'policy'"
+    ]
