@@ -327,13 +327,20 @@ class _Search:
     def _measure(self, controller: Controller, header: dict[str, Any]) -> dict[str, Any]:
         """Finalists, alone, in a process of its own; the front and result.json's content."""
         entries = finalists(controller.results(RUNGS[-1]), controller.limits)
-        if self.mirror:
-            self._fetch(controller, {entry["digest"] for entry in entries})
-        models, tests = self._tested([entry["digest"] for entry in entries])
+        digests = [entry["digest"] for entry in entries]
+        models: dict[str, bytes] = {}
+        tests: dict[str, float | None] = {}
+        timings = None
         try:
+            if self.mirror:
+                with telling("Fetching the artifacts", self.console):
+                    self._fetch(controller, set(digests))
+            models |= self._models(digests)
+            self._test(models, tests)
             timings = self._timings(models)
-        except KeyboardInterrupt:
-            timings, controller.interrupted = None, True
+        except KeyboardInterrupt:  # what is not known by now stays unknown
+            controller.interrupted = True
+            models = models or self._models(digests)
         if timings is None:
             self.notes.append(
                 "The latencies of the front are predicted; on the device that will run the model, "
@@ -345,29 +352,39 @@ class _Search:
         if timings is not None:
             teacher |= {"latency_ms": timings["teacher"].median_ms}
             for digest in [entry["digest"] for entry in entries]:
-                self._append(measured_entry(digest, timings, self.place.device, tests[digest]))
+                self._append(measured_entry(digest, timings, self.place.device, tests.get(digest)))
             self._feed_back(controller, timings)
         counts = Counter(rung for t in controller.trials.values() for rung in t.results)
         rows = final_front(entries, tests, header["teacher"]["latency_ms"], timings)
         wall_s = self.earlier_s + time.time() - self.began
         return result(header, counts, rows, teacher, wall_s, None)
 
-    def _tested(self, digests: list[str]) -> tuple[dict[str, bytes], dict[str, float | None]]:
-        """The models of finalists and their metrics on test. One that is damaged, or that the
-        runtime refuses, is left out: it must not cost the end of the search, and of each later."""
-        models, tests = {}, {}
+    def _models(self, digests: list[str]) -> dict[str, bytes]:
+        """The models of finalists. One that is damaged is left out: it must not cost the end of
+        the search, and of each later."""
+        models = {}
         for digest in digests:
             try:
-                model = read_artifact(self.run_dir, digest)
-                tests[digest], why = tested(self.ready.prepared, model)
-                if why and why not in self.notes:
-                    self.notes.append(why)
-                models[digest] = model
-            except Impossible as error:
-                self.notes.append(f"Finalist {digest[:12]} is left out: {error}")
+                models[digest] = read_artifact(self.run_dir, digest)
             except FlyweightError as error:
                 self.notes.append(str(error))
-        return models, tests
+        return models
+
+    def _test(self, models: dict[str, bytes], tests: dict[str, float | None]) -> None:
+        """Adds to ``tests`` the metrics of ``models`` on test, one after another; what the runtime
+        refuses is taken out of ``models``."""
+        wanted = models and self.ready.prepared.splits.test is not None
+        text = f"Scoring {len(models)} finalists on test"
+        with telling(text, self.console) if wanted else contextlib.nullcontext():
+            for digest in list(models):
+                try:
+                    tests[digest], why = tested(self.ready.prepared, models[digest])
+                except Impossible as error:
+                    self.notes.append(f"Finalist {digest[:12]} is left out: {error}")
+                    del models[digest]
+                    continue
+                if why and why not in self.notes:
+                    self.notes.append(why)
 
     def _fetch(self, controller: Controller, kept: set[str]) -> None:
         """Brings the artifacts into the run directory, those of finalists first; the storage keeps
