@@ -80,8 +80,9 @@ class Finder:
 
     def find(self, wait_s: float | None = None) -> "Future[Found | None] | None":
         """A policy within the limits and its price, found; of None if there seems to be none left,
-        of an OSError if nothing can be priced any more, of what else was raised. None if it is still looked for after
-        ``wait_s`` seconds (without them it is waited for): the next call may have it."""
+        of an OSError if nothing can be priced any more, of whatever else was raised. None if it is
+        still looked for after ``wait_s`` seconds (without them it is waited for): the next call may
+        have it."""
         if self._due is None:  # this one is asked for the first time
             self._due = self._take_untold()
         ahead = self._ahead = self._ahead or self._look()

@@ -24,7 +24,7 @@ from ..kernels import (
 from ..kernels.predictor import LEAST, SESSIONS, check_own, large_sessions, least
 from ..kernels.signature import digest
 from ..kernels.timing import TEACHER
-from ..spaces import BadInput, FlyweightError, Impossible, Policy, Space
+from ..spaces import BadInput, FlyweightError, Policy, Space
 from .meter import Device, ThisMachine, noisy
 from .ready import Ready, request_of
 from .spec import Spec
