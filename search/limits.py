@@ -47,13 +47,21 @@ class Limits:
     def excess(
         self, metric: float, latency_ms: float, size_bytes: float, compressed_bytes: float
     ) -> float:
-        """The largest breach of any limit; <= 0 is feasible. A point of the metric over its limit
-        weighs as much as 100% of latency: people give up speed before they give up quality."""
+        """The largest breach of any limit; <= 0 is feasible. A ``point`` of the metric over its
+        limit weighs as much as 100% of latency: people give up speed before they give up quality.
+        """
         cost = self.cost(latency_ms, size_bytes, compressed_bytes)
         if self.max_drop is None:
             return cost
         # Figures are rounded to what a metric can tell apart: 0.5 lost is not over a limit of 0.5.
-        return max(cost, round(self.drop(metric) - self.max_drop, 9))
+        over = (self.drop(metric) - self.max_drop) / point(self.teacher_metric)
+        return max(cost, round(over, 9))
+
+
+def point(teacher_metric: float) -> float:
+    """What weighs as a point of a metric, whatever its unit: a hundredth of what the teacher has.
+    Of a metric in per cent that is about 1, of one of 0 to 1 about 0.01."""
+    return abs(teacher_metric) / 100 or 1.0
 
 
 def limits(

@@ -1,5 +1,6 @@
 """Limits, finalists and the choice of the best, against brute force."""
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import given
@@ -79,6 +80,21 @@ def test_out_of_reach_is_what_no_case_keeps(rows: list[dict[str, Any]], bound: L
 
 def test_a_drop_that_is_the_limit_is_within_it() -> None:
     assert Limits(92.3, max_drop=0.1).excess(92.2, 1.0, 1, 1) <= 0  # 92.3 - 92.2 > 0.1 in floats
+
+
+@given(ROWS, LIMITS)
+def test_the_nearest_miss_does_not_hang_on_the_unit_of_the_metric(
+    rows: list[dict[str, Any]], bound: Limits
+) -> None:
+    """0 to 1, per cent, or the negative of an error in some unit."""
+    for unit in (0.01, -3.0):
+        drop = None if bound.max_drop is None else bound.max_drop * abs(unit)
+        other = replace(bound, teacher_metric=92.0 * unit, max_drop=drop)
+        lost = [92.0 - r["metric"] for r in rows]
+        same = [
+            r | {"metric": 92.0 * unit - n * abs(unit)} for r, n in zip(rows, lost, strict=True)
+        ]
+        assert choose(same, other) == choose(rows, bound)
 
 
 def test_limits_of_an_objective() -> None:
