@@ -21,6 +21,7 @@ from .ready import prepare_task
 from .spec import Spec
 from .storage import Storage
 from .store import compressed_bytes, read_checkpoint, write_artifact, write_checkpoint
+from .trial import not_a_number
 
 # Rungs of which a trial leaves a checkpoint: those that train, but the last, which has an artifact.
 # To recalibrate the reference ResNet takes a second; it and short take 4 to 15 (busy machine), to
@@ -122,8 +123,7 @@ class CompressionTrial(tune.Trainable):
         return compress(prepared, self.policy, rung, None, self.job.spec.search.seed), note
 
     def _outcome(self, candidate: Candidate) -> dict[str, Any]:
-        artifact = self._stored(candidate) if candidate.rung == RUNGS[-1] else None
-        return {
+        outcome = {
             "rung": candidate.rung,
             "loss": candidate.loss,
             "metric": candidate.metric,
@@ -136,8 +136,11 @@ class CompressionTrial(tune.Trainable):
             "drop_error": candidate.drop_error,
             "macs": candidate.plan.macs,
             "parity": None if candidate.parity is None else vars(candidate.parity),
-            "artifact": artifact,
+            "artifact": None,
         }
+        if candidate.rung == RUNGS[-1] and not not_a_number(outcome):  # that would be no artifact
+            outcome["artifact"] = self._stored(candidate)
+        return outcome
 
     def _stored(self, candidate: Candidate) -> str:
         """The path of its artifact. Raises Unstored."""
