@@ -27,8 +27,9 @@ class Limits:
 
     def out_of_reach(self, cases: Iterable[Mapping[str, float]]) -> dict[str, float]:
         """The limits of ``COSTS`` that none of ``cases`` (the smallest policies) comes near, with
-        the least that any has."""
-        known = list(cases)
+        the least that any has. Without cases nothing is known to be."""
+        if not (known := list(cases)):
+            return {}
         least = {name: min(case[name] for case in known) for name in self.costs()}
         return {
             name: least[name]

@@ -69,7 +69,7 @@ def make_plan(spec_path: Path, console: Console | None = None) -> dict[str, Any]
         "limits": {name: getattr(limits, name) for name in ("max_drop", *COSTS)},
         "idle": idle(spec.objective, limits, teacher),
         "cases": cases,
-        "fastest_ms": min(case["latency_ms"] for case in cases),
+        "fastest_ms": min((case["latency_ms"] for case in cases), default=None),
         "out_of_reach": list(out_of_reach),
         "reachable": not out_of_reach,
         "advice": found.advice(),
@@ -88,7 +88,10 @@ def _cases(found: Ready, meter: Meter, teacher_ms: float) -> list[dict[str, Any]
     named = [("smallest", policy) for policy in found.smallest()]
     cases = []
     for name, policy in [*named, *(("uniform", policy) for policy in found.recipes())]:
-        model = compress(found.prepared, policy, RUNGS[0]).model
+        try:
+            model = compress(found.prepared, policy, RUNGS[0]).model
+        except Impossible:  # a search would leave it out and try others
+            continue
         latency = meter.provisional(model)[1]
         metric = score(found.prepared, model, found.prepared.splits.selection)
         cases.append(
@@ -224,7 +227,7 @@ def _print_whole(student: str, names: dict[str, str], console: Console) -> None:
 
 def _print_limit(plan: dict[str, Any], name: str, console: Console) -> None:
     limit = plan["limits"][name]
-    if limit is None:
+    if limit is None or not plan["cases"]:
         return
     least = min(case[name] for case in plan["cases"])
     verdict = "within reach" if least <= limit else "perhaps within reach"
