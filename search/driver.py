@@ -255,7 +255,7 @@ class _Search:
         tracking = self.spec.tracking
         if tracking is None:
             return MemoryTracker()
-        return TrackerProcess(*tracked_at(tracking, self.spec.folder, header), self.run_dir)
+        return TrackerProcess(*tracked_at(tracking, header), self.run_dir)
 
     def _controller(
         self,
