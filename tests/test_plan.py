@@ -12,6 +12,7 @@ from flyweight.search import counting
 from flyweight.search.limits import limits
 from flyweight.search.plan import idle, make_plan, print_plan
 from flyweight.search.spec import Objective
+from flyweight.spaces import Impossible
 
 TASK = """
 import torch
@@ -79,3 +80,18 @@ def test_a_plan_says_where_a_limit_limits_nothing_and_that_it_still_works(
     assert found["reachable"]
     text = "Timing the teacher and the simplest policies, untrained"
     assert f"{text}\n{text}, 0:0" in said.getvalue()
+
+
+def test_a_plan_leaves_out_what_is_impossible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impossible(*_: Any) -> Any:
+        raise Impossible("parity")
+
+    path = write(tmp_path, speedup=2)
+    monkeypatch.setattr("flyweight.search.plan.compress", impossible)
+    found = make_plan(path, Console(file=StringIO()))
+    print_plan(found, Console(file=StringIO()))
+    assert found["cases"] == []
+    assert found["reachable"]
+    assert json.loads(json.dumps(found, allow_nan=False))["fastest_ms"] is None
