@@ -355,7 +355,7 @@ class _Search:
                 self._append(measured_entry(digest, timings, self.place.device, tests.get(digest)))
             self._feed_back(controller, timings)
         counts = Counter(rung for t in controller.trials.values() for rung in t.results)
-        rows = final_front(entries, tests, header["teacher"]["latency_ms"], timings)
+        rows = final_front(header, entries, tests, timings)
         wall_s = self.earlier_s + time.time() - self.began
         return result(header, counts, rows, teacher, wall_s, None)
 
