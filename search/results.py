@@ -24,10 +24,11 @@ def finalists(results: Sequence[Entry], bounds: Limits) -> list[Entry]:
     unique = [e for e in unique if fits(e, bounds)] or unique
     points = [(-e["metric"], e["latency_ms"][1]) for e in unique]
     chosen = _ahead(unique, [latency for _, latency in points])
-    nearest = _nearest(unique, chosen, bounds, [e["constraint"] for e in unique])
+    over = [_excess(e | {"latency_ms": e["latency_ms"][1]}, bounds) for e in unique]
+    nearest = _nearest(unique, chosen, bounds, over)
     if len(chosen) > FINALISTS:
-        feasible = [i for i in chosen if unique[i]["constraint"] <= 0]
-        others = [i for i in chosen if unique[i]["constraint"] > 0]
+        feasible = [i for i in chosen if over[i] <= 0]
+        others = [i for i in chosen if over[i] > 0]
         ordered = spread_order(points, feasible) + spread_order(points, others)
         chosen = ordered[:FINALISTS]
     chosen = list(dict.fromkeys([*nearest, *chosen]))[:FINALISTS]
@@ -80,11 +81,7 @@ def full_results(header: Entry, entries: Sequence[Entry]) -> tuple[list[Entry], 
     which ``header`` opened, judges them by."""
     teacher = header["teacher"]
     bounds = limits(header["objective"], teacher["metric"], teacher["latency_ms"])
-    found = []
-    for entry in at_full(entries):
-        costs = entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
-        found.append({**entry, "constraint": bounds.excess(entry["metric"], *costs)})
-    return found, bounds
+    return at_full(entries), bounds
 
 
 def at_full(entries: Sequence[Entry]) -> list[Entry]:
