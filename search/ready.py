@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from ..compressors import Prepared, Schedule, compress, prepare
+from ..compressors.checks import checked_metric
 from ..compressors.data import Items, tensors
 from ..compressors.made import Made, check_made, made_of
 from ..compressors.parity import feed, run_session
-from ..compressors.prepared import checked_metric
 from ..compressors.task import Task, describe, metric_of
 from ..kernels import make_runtime
 from ..spaces import BadInput, Impossible, Policy, Space
