@@ -6,6 +6,7 @@ Limits are enforced before the cost: a policy is priced first, and one that is o
 smaller or rejected; it never becomes a trial.
 """
 
+import contextlib
 import math
 import statistics
 import threading
@@ -107,13 +108,11 @@ class Controller:
                 if goes_on:
                     return trial if self._append({"kind": "again", **self._name(trial)}) else None
                 self._end(trial, "over_limit" if over else "deadline")
-        self._finder.catch_up()
-        if self.over():
-            return None
-        ahead = self._finder.find(wait_s)
-        if ahead is None:
-            return None
         try:
+            self._finder.catch_up()
+            ahead = None if self.over() else self._finder.find(wait_s)
+            if ahead is None:
+                return None
             found = ahead.result()
         except Exception as error:  # nothing can be priced any more, or proposed
             odd = FlyweightError(f"{type(error).__name__}: {error}")
@@ -280,7 +279,8 @@ class Controller:
             for trial in self.trials.values():
                 if not trial.ended:
                     self._end(trial, "interrupted")
-        self._finder.catch_up()
+        with contextlib.suppress(Exception):  # nobody asks the proposals any more
+            self._finder.catch_up()
 
     # What is known.
 

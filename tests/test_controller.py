@@ -362,16 +362,17 @@ def test_a_search_that_can_price_nothing_says_why() -> None:
 
 
 @pytest.mark.parametrize("look_ahead", [False, True])
+@pytest.mark.parametrize(("method", "right"), [("ask", 3), ("tell", 8), ("fail", 4)])
 def test_what_nobody_foresaw_of_proposing_ends_the_search_with_what_there_is(
-    look_ahead: bool, monkeypatch: pytest.MonkeyPatch
+    method: str, right: int, look_ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control = controller(look_ahead=look_ahead)
-    asks, calls = control.proposals.ask, itertools.count()
+    proper, calls = getattr(control.proposals, method), itertools.count()
 
-    def ask() -> Policy | None:
-        return {}["gone"] if next(calls) == 3 else asks()  # type: ignore[no-any-return]
+    def called(*given: Any) -> Any:
+        return {}["gone"] if next(calls) >= right else proper(*given)
 
-    monkeypatch.setattr(control.proposals, "ask", ask)
+    monkeypatch.setattr(control.proposals, method, called)
     run(control)
     assert str(control.fatal) == "KeyError: 'gone'"
     assert control.results("full")
