@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 import traceback
 import warnings
@@ -21,7 +22,6 @@ from .ready import prepare_task
 from .spec import Spec
 from .storage import Storage
 from .store import compressed_bytes, read_checkpoint, write_artifact, write_checkpoint
-from .trial import not_a_number
 
 # Rungs of which a trial leaves a checkpoint: those that train, but the last, which has an artifact.
 # To recalibrate the reference ResNet takes a second; it and short take 4 to 15 (busy machine), to
@@ -138,7 +138,8 @@ class CompressionTrial(tune.Trainable):
             "parity": None if candidate.parity is None else vars(candidate.parity),
             "artifact": None,
         }
-        if candidate.rung == RUNGS[-1] and not not_a_number(outcome):  # that would be no artifact
+        numbers = math.isfinite(candidate.loss) and math.isfinite(candidate.metric)
+        if candidate.rung == RUNGS[-1] and numbers:  # without them the trial fails
             outcome["artifact"] = self._stored(candidate)
         return outcome
 
