@@ -6,6 +6,7 @@ Limits are enforced before the cost: a policy is priced first, and one that is o
 smaller or rejected; it never becomes a trial.
 """
 
+import contextlib
 import math
 import statistics
 import threading
@@ -17,7 +18,7 @@ from functools import partial
 from itertools import islice
 
 from ..compressors import RUNGS
-from ..spaces import BadInput, Impossible, Policy
+from ..spaces import BadInput, FlyweightError, Impossible, Policy
 from .finder import Finder, Price
 from .limits import Limits
 from .pareto import Point, by_chance, climbs
@@ -51,7 +52,7 @@ class Budget:
 class Controller:
     """Proposes policies, takes results, decides. Never raises into its caller: a record that
     cannot be written, a meter that is gone, or a task that no worker can make, ends the search with
-    ``fatal`` set.
+    ``fatal`` set, and so does what nobody foresaw of the proposals.
 
     look_ahead: see ``Finder``. reprice: what the record knows is priced anew, for a target or a
     profile that has changed.
@@ -74,7 +75,7 @@ class Controller:
         self.trials: dict[int, Trial] = {}
         self._reached: dict[str, dict[int, Trial]] = {rung: {} for rung in RUNGS}  # as they came
         self._price = price
-        self.fatal: OSError | BadInput | None = None
+        self.fatal: OSError | FlyweightError | None = None
         self.exhausted = False
         self.interrupted = False
         self._clock, self._listen = clock, listen
@@ -107,16 +108,15 @@ class Controller:
                 if goes_on:
                     return trial if self._append({"kind": "again", **self._name(trial)}) else None
                 self._end(trial, "over_limit" if over else "deadline")
-        self._finder.catch_up()
-        if self.over():
-            return None
-        ahead = self._finder.find(wait_s)
-        if ahead is None:
-            return None
         try:
+            self._finder.catch_up()
+            ahead = None if self.over() else self._finder.find(wait_s)
+            if ahead is None:
+                return None
             found = ahead.result()
-        except OSError as error:  # nothing can be priced any more
-            self.fatal = self.fatal or error
+        except Exception as error:  # nothing can be priced any more, or proposed
+            odd = FlyweightError(f"{type(error).__name__}: {error}")
+            self.fatal = self.fatal or (error if isinstance(error, OSError) else odd)
             return None
         if found is None:
             self.exhausted = not self.late_to_look()
@@ -279,7 +279,8 @@ class Controller:
             for trial in self.trials.values():
                 if not trial.ended:
                     self._end(trial, "interrupted")
-        self._finder.catch_up()
+        with contextlib.suppress(Exception):  # nobody asks the proposals any more
+            self._finder.catch_up()
 
     # What is known.
 

@@ -38,7 +38,7 @@ def deliver(run_dir: Path, uri: str | None = None) -> str:
         if not entries:
             raise BadInput(f"nothing to deliver in {run_dir}: its record is empty")
         with locked(run_dir):
-            return _deliver(run_dir, entries, tracked_at(tracking, spec.folder, entries[0]))
+            return _deliver(run_dir, entries, tracked_at(tracking, entries[0]))
     finally:
         record.close()
 

@@ -21,13 +21,15 @@ from ..compressors.task import metric_of
 from ..spaces import BadInput, FlyweightError
 from .choose import Artifact, choose, kebab, read_chosen, read_result, task_name
 from .folder import write_folder
+from .limits import point
 from .registries import open_registry, remember_registry
 from .run_files import REQUEST, SPEC, TEACHER
 from .spec import Spec, absolute_uri, load_spec
 from .summary import Summary, front_figures
 from .tracking import redact
 
-TOLERANCE = 0.05  # points of the metric; the same file on the same data should give the same
+# Points of the metric, see ``point``; the same file on the same data should give the same.
+TOLERANCE = 0.05
 SLOWER = 1.5  # times what was measured, beside the teacher: a busy device is not as exact
 VERIFY_S = 3600.0
 
@@ -93,7 +95,8 @@ def deploy(
     registry = open_registry(name or kebab(artifact.task), alias, registry_uri(spec, tracking_uri))
     # Before the work of verifying: a name that is taken, a server that is down.
     registry.check(artifact.task, force)
-    verified = verify(artifact, spec, Timing.of(run_dir, result, artifact))
+    teacher = (result.get("teacher") or {}).get("metric")
+    verified = verify(artifact, spec, teacher, Timing.of(run_dir, result, artifact))
     if not (same := verified.same_device):
         _log.warning(
             "this is another device than the one that was measured: the metric holds, latency is "
@@ -172,8 +175,11 @@ class Verified:
     latency_ms: float | None
 
 
-def verify(artifact: Artifact, spec: Spec, timing: Timing | None = None) -> Verified:
-    """Runs the artifact in a clean process.
+def verify(
+    artifact: Artifact, spec: Spec, teacher_metric: float | None, timing: Timing | None = None
+) -> Verified:
+    """Runs the artifact in a clean process. teacher_metric: what says how much a point is; None
+    where it is not known.
 
     Raises FlyweightError if its metric is not what metrics.json says, to ``TOLERANCE``, or if, on
     the device that it was measured on, it is slower than it was, by more than ``SLOWER``.
@@ -186,9 +192,11 @@ def verify(artifact: Artifact, spec: Spec, timing: Timing | None = None) -> Veri
         report = _run_clean(artifact, place, timing)
         outputs = torch.from_numpy(np.load(place / "output.npy", allow_pickle=False))
     metric, said = metric_of(task, outputs, selection.targets), artifact.metrics.get("metric")
-    if not isinstance(said, int | float) or not abs(metric - said) <= TOLERANCE:  # NaN too
+    number = said if isinstance(said, int | float) else math.nan
+    allowed = TOLERANCE * point(number if teacher_metric is None else teacher_metric)
+    if not abs(metric - number) <= allowed:  # NaN too
         raise FlyweightError(
-            f"artifact {artifact.digest[:12]} scores {metric:.3f} on selection validation, but "
+            f"artifact {artifact.digest[:12]} scores {metric:.5g} on selection validation, but "
             f"metrics.json says {said}; nothing was registered"
         )
     same = report["fingerprint"] == artifact.target.get("fingerprint")

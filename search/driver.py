@@ -46,7 +46,7 @@ from .pricing import Pricing, predicted, timed
 from .profiling import check_device, check_profile, empty_profile
 from .progress import Progress
 from .reach import check_limits, check_without_ray
-from .ready import Ready, facts_of, ready, score, teacher_answers
+from .ready import Ready, facts_of, ready, teacher_answers, tested
 from .record import NOT_FOR_GOOD, Entry, Record, at_work
 from .report import FILES as REPORT
 from .report import write_report
@@ -255,7 +255,7 @@ class _Search:
         tracking = self.spec.tracking
         if tracking is None:
             return MemoryTracker()
-        return TrackerProcess(*tracked_at(tracking, self.spec.folder, header), self.run_dir)
+        return TrackerProcess(*tracked_at(tracking, header), self.run_dir)
 
     def _controller(
         self,
@@ -327,13 +327,20 @@ class _Search:
     def _measure(self, controller: Controller, header: dict[str, Any]) -> dict[str, Any]:
         """Finalists, alone, in a process of its own; the front and result.json's content."""
         entries = finalists(controller.results(RUNGS[-1]), controller.limits)
-        if self.mirror:
-            self._fetch(controller, {entry["digest"] for entry in entries})
-        models, tests = self._tested([entry["digest"] for entry in entries])
+        digests = [entry["digest"] for entry in entries]
+        models: dict[str, bytes] = {}
+        tests: dict[str, float | None] = {}
+        timings = None
         try:
+            if self.mirror:
+                with telling("Fetching the artifacts", self.console):
+                    self._fetch(controller, set(digests))
+            models |= self._models(digests)
+            self._test(models, tests)
             timings = self._timings(models)
-        except KeyboardInterrupt:
-            timings, controller.interrupted = None, True
+        except KeyboardInterrupt:  # what is not known by now stays unknown
+            controller.interrupted = True
+            models = models or self._models(digests)
         if timings is None:
             self.notes.append(
                 "The latencies of the front are predicted; on the device that will run the model, "
@@ -345,28 +352,39 @@ class _Search:
         if timings is not None:
             teacher |= {"latency_ms": timings["teacher"].median_ms}
             for digest in [entry["digest"] for entry in entries]:
-                self._append(measured_entry(digest, timings, self.place.device, tests[digest]))
+                self._append(measured_entry(digest, timings, self.place.device, tests.get(digest)))
             self._feed_back(controller, timings)
         counts = Counter(rung for t in controller.trials.values() for rung in t.results)
-        rows = final_front(entries, tests, header["teacher"]["latency_ms"], timings)
+        rows = final_front(header, entries, tests, timings)
         wall_s = self.earlier_s + time.time() - self.began
         return result(header, counts, rows, teacher, wall_s, None)
 
-    def _tested(self, digests: list[str]) -> tuple[dict[str, bytes], dict[str, float | None]]:
-        """The models of finalists and their metrics on test. One that is damaged, or that the
-        runtime refuses, is left out: it must not cost the end of the search, and of each later."""
-        prepared, test = self.ready.prepared, self.ready.prepared.splits.test
-        models, tests = {}, {}
+    def _models(self, digests: list[str]) -> dict[str, bytes]:
+        """The models of finalists. One that is damaged is left out: it must not cost the end of
+        the search, and of each later."""
+        models = {}
         for digest in digests:
             try:
-                model = read_artifact(self.run_dir, digest)
-                tests[digest] = None if test is None else score(prepared, model, test)
-                models[digest] = model
-            except Impossible as error:
-                self.notes.append(f"Finalist {digest[:12]} is left out: {error}")
+                models[digest] = read_artifact(self.run_dir, digest)
             except FlyweightError as error:
                 self.notes.append(str(error))
-        return models, tests
+        return models
+
+    def _test(self, models: dict[str, bytes], tests: dict[str, float | None]) -> None:
+        """Adds to ``tests`` the metrics of ``models`` on test, one after another; what the runtime
+        refuses is taken out of ``models``."""
+        wanted = models and self.ready.prepared.splits.test is not None
+        text = f"Scoring {len(models)} finalists on test"
+        with telling(text, self.console) if wanted else contextlib.nullcontext():
+            for digest in list(models):
+                try:
+                    tests[digest], why = tested(self.ready.prepared, models[digest])
+                except Impossible as error:
+                    self.notes.append(f"Finalist {digest[:12]} is left out: {error}")
+                    del models[digest]
+                    continue
+                if why and why not in self.notes:
+                    self.notes.append(why)
 
     def _fetch(self, controller: Controller, kept: set[str]) -> None:
         """Brings the artifacts into the run directory, those of finalists first; the storage keeps
@@ -429,8 +447,7 @@ class _Search:
             self._append(
                 {"kind": "done", "wall_s": found["wall_s"]}
             )  # the report, for one, asks whether the search runs
-            self._explain(controller, found)
-            write_report(self.run_dir)
+            self._reported(controller, found)
         except OSError as error:
             self.notes.append(
                 f"result.json or the report could not be written: {error}; the record is whole: "
@@ -438,6 +455,18 @@ class _Search:
             )
             return False
         return True
+
+    def _reported(self, controller: Controller, found: Mapping[str, Any]) -> None:
+        """Writes the report; what nobody foresaw of it must not cost the end of a search. Raises
+        OSError."""
+        try:
+            self._explain(controller, found)
+            write_report(self.run_dir)
+        except OSError:
+            raise
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"
+            self.notes.append(f"The report could not be made, result.json is whole: {told}")
 
     def _explain(self, controller: Controller, found: Mapping[str, Any]) -> None:
         """Why the best takes its time, for the report, on the machine as fast as it is now."""

@@ -68,6 +68,10 @@ def unreached(entries: Sequence[Entry], bounds: Limits) -> str:
         else:
             least = min(e[name] for e in known)
             told.append(f"of {len(known)} the smallest has {name} of {least}, the limit is {most}")
+    reasons = Counter(e["reason"] for e in entries if e["kind"] == "rejected")
+    if reasons and not known:  # whatever the limits are
+        (reason, count), *_ = reasons.most_common(1)
+        return f"none has a price, {count} of {reasons.total()} because of: {reason}"
     return f"{'; '.join(told) or 'all that were proposed are over some limit'}. {advice}"
 
 

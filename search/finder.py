@@ -80,8 +80,9 @@ class Finder:
 
     def find(self, wait_s: float | None = None) -> "Future[Found | None] | None":
         """A policy within the limits and its price, found; of None if there seems to be none left,
-        of an OSError if nothing can be priced any more. None if it is still looked for after
-        ``wait_s`` seconds (without them it is waited for): the next call may have it."""
+        of an OSError if nothing can be priced any more, of whatever else was raised. None if it is
+        still looked for after ``wait_s`` seconds (without them it is waited for): the next call may
+        have it."""
         if self._due is None:  # this one is asked for the first time
             self._due = self._take_untold()
         ahead = self._ahead = self._ahead or self._look()
@@ -134,7 +135,7 @@ class Finder:
             if policy is None:
                 return None
             try:
-                price = self._price(policy)
+                price = self._priced(policy)
             except Impossible as error:
                 self._proposals.fail(policy)
                 self._reject(policy, str(error), None)
@@ -154,6 +155,16 @@ class Finder:
                 return smaller
         return None
 
+    def _priced(self, policy: Policy) -> Price:
+        """Its price. Raises Impossible where it has none: also for what nobody foresaw of it, for
+        others may have one; OSError if nothing can be priced any more."""
+        try:
+            return self._price(policy)
+        except (Impossible, OSError):
+            raise
+        except Exception as error:
+            raise Impossible(f"{type(error).__name__}: {error}") from error
+
     def _smaller(self, policy: Policy) -> Found | None:
         """The largest shrunk form of ``policy`` that is within the limits and new."""
         best = None
@@ -162,7 +173,7 @@ class Finder:
             middle = (low + high) // 2
             tried = self._proposals.space.shrunk(policy, middle / SHRINKS)
             try:
-                price = self._price(tried)
+                price = self._priced(tried)
             except Impossible:
                 break
             if price.cost(self._limits) <= 0:

@@ -27,8 +27,9 @@ class Limits:
 
     def out_of_reach(self, cases: Iterable[Mapping[str, float]]) -> dict[str, float]:
         """The limits of ``COSTS`` that none of ``cases`` (the smallest policies) comes near, with
-        the least that any has."""
-        known = list(cases)
+        the least that any has. Without cases nothing is known to be."""
+        if not (known := list(cases)):
+            return {}
         least = {name: min(case[name] for case in known) for name in self.costs()}
         return {
             name: least[name]
@@ -47,13 +48,21 @@ class Limits:
     def excess(
         self, metric: float, latency_ms: float, size_bytes: float, compressed_bytes: float
     ) -> float:
-        """The largest breach of any limit; <= 0 is feasible. A point of the metric over its limit
-        weighs as much as 100% of latency: people give up speed before they give up quality."""
+        """The largest breach of any limit; <= 0 is feasible. A ``point`` of the metric over its
+        limit weighs as much as 100% of latency: people give up speed before they give up quality.
+        """
         cost = self.cost(latency_ms, size_bytes, compressed_bytes)
         if self.max_drop is None:
             return cost
         # Figures are rounded to what a metric can tell apart: 0.5 lost is not over a limit of 0.5.
-        return max(cost, round(self.drop(metric) - self.max_drop, 9))
+        over = (self.drop(metric) - self.max_drop) / point(self.teacher_metric)
+        return max(cost, round(over, 9))
+
+
+def point(teacher_metric: float) -> float:
+    """What weighs as a point of a metric, whatever its unit: a hundredth of what the teacher has.
+    Of a metric in per cent that is about 1, of one of 0 to 1 about 0.01."""
+    return abs(teacher_metric) / 100 or 1.0
 
 
 def limits(

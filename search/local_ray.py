@@ -115,6 +115,8 @@ def started(cpus: int, address: str | None) -> Iterator[None]:
         "num_cpus": max(cores(), cpus),
         "include_dashboard": False,
     }
+    if cache := os.environ.get("FLYWEIGHT_CACHE"):  # from here, whoever named it means
+        os.environ["FLYWEIGHT_CACHE"] = str(Path(cache).absolute())
     here, scratch = Path.cwd(), tempfile.mkdtemp(prefix="flyweight-")
     # Ray puts the driver's folder on every worker's path: one that nobody else can write to.
     os.chdir(scratch)

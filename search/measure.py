@@ -74,7 +74,7 @@ def measure(run_dir: Path, say: Callable[[str], None] = print) -> Measured:
                 "may not hold here (flyweight deploy checks that of the one it deploys)"
             )
         tests = {e["digest"]: e["metric_test"] for e in entries if "metric_test" in e}
-        rows = final_front(present, tests, header["teacher"]["latency_ms"], timings)
+        rows = final_front(header, present, tests, timings)
         new = remeasured(result, rows, timings["teacher"].median_ms, device.fingerprint)
         for digest in [e["digest"] for e in present]:
             record.append(measured_entry(digest, timings, device, tests.get(digest)))

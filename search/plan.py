@@ -70,7 +70,7 @@ def make_plan(spec_path: Path, console: Console | None = None) -> dict[str, Any]
         "idle": idle(spec.objective, limits, teacher)
         + ([found.too_fine] if found.too_fine else []),
         "cases": cases,
-        "fastest_ms": min(case["latency_ms"] for case in cases),
+        "fastest_ms": min((case["latency_ms"] for case in cases), default=None),
         "out_of_reach": list(out_of_reach),
         "reachable": not out_of_reach,
         "advice": found.advice(),
@@ -89,8 +89,12 @@ def _cases(found: Ready, meter: Meter, teacher_ms: float) -> list[dict[str, Any]
     named = [("smallest", policy) for policy in found.smallest()]
     cases = []
     for name, policy in [*named, *(("uniform", policy) for policy in found.recipes())]:
-        model = compress(found.prepared, policy, RUNGS[0]).model
+        try:
+            model = compress(found.prepared, policy, RUNGS[0]).model
+        except Impossible:  # a search would leave it out and try others
+            continue
         latency = meter.provisional(model)[1]
+        metric = score(found.prepared, model, found.prepared.splits.selection)
         cases.append(
             {
                 "kind": name,
@@ -100,7 +104,7 @@ def _cases(found: Ready, meter: Meter, teacher_ms: float) -> list[dict[str, Any]
                 "int8_layers": len(policy.quantize.precision),
                 "latency_ms": latency,
                 "speedup": teacher_ms / latency,
-                "metric_untrained": score(found.prepared, model, found.prepared.splits.selection),
+                "metric_untrained": metric if math.isfinite(metric) else None,
                 "size_bytes": len(model),
                 "compressed_bytes": compressed_bytes(model),
             }
@@ -162,7 +166,7 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         table.add_row(
             case["kind"], f"{case['kept']:.0%}", str(case["int8_layers"]),
             milliseconds(case["latency_ms"]), f"{case['speedup']:.2f}x",
-            points(case["metric_untrained"]),
+            "none" if case["metric_untrained"] is None else points(case["metric_untrained"]),
         )  # fmt: skip
     console.print(table)
     for name in COSTS:
@@ -224,7 +228,7 @@ def _print_whole(student: str, names: dict[str, str], console: Console) -> None:
 
 def _print_limit(plan: dict[str, Any], name: str, console: Console) -> None:
     limit = plan["limits"][name]
-    if limit is None:
+    if limit is None or not plan["cases"]:
         return
     least = min(case[name] for case in plan["cases"])
     verdict = "within reach" if least <= limit else "perhaps within reach"

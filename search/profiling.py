@@ -24,7 +24,7 @@ from ..kernels import (
 from ..kernels.predictor import LEAST, SESSIONS, check_own, large_sessions, least
 from ..kernels.signature import digest
 from ..kernels.timing import TEACHER
-from ..spaces import BadInput, FlyweightError, Impossible, Policy, Space
+from ..spaces import BadInput, FlyweightError, Policy, Space
 from .meter import Device, ThisMachine, noisy
 from .ready import Ready, request_of
 from .spec import Spec
@@ -201,9 +201,10 @@ def _unseen(ready: Ready, profile: DeviceProfile, seed: int) -> Iterator[tuple[s
             if (key := frozenset(counts.items())) in known:
                 continue
             known.add(key)
-            yield policy.digest, (counts, untrained(ready.prepared, policy))
-        except Impossible:
+            network = counts, untrained(ready.prepared, policy)
+        except Exception:  # Impossible, or what nobody foresaw of it: others may do
             continue
+        yield policy.digest, network
         misses = 0
 
 

@@ -228,7 +228,7 @@ class Proposals:
         self._studies[rung].add_trials(kept)
 
     def _study(self) -> optuna.Study:
-        self._seed += 1
+        self._seed = (self._seed + 1) % 2**32  # as numpy takes them
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             sampler: optuna.samplers.BaseSampler = (

@@ -1,6 +1,7 @@
 """From a spec to a prepared task, its space and its teacher's figures; nothing is trained."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -11,12 +12,13 @@ import numpy as np
 import torch
 
 from ..compressors import Prepared, Schedule, compress, prepare
+from ..compressors.checks import checked_metric
 from ..compressors.data import Items, tensors
 from ..compressors.made import Made, check_made, made_of
 from ..compressors.parity import feed, run_session
-from ..compressors.task import Task, metric_of
+from ..compressors.task import Task, describe, metric_of
 from ..kernels import make_runtime
-from ..spaces import BadInput, Policy, Space
+from ..spaces import BadInput, Impossible, Policy, Space
 from .cache import key_of
 from .limits import Limits, limits
 from .run_files import SPEC, TEACHER
@@ -160,11 +162,12 @@ def ready(spec: Spec) -> Ready:
     """Loads and checks everything. Raises BadInput."""
     prepared = prepare_task(spec)
     space = make_space(prepared, spec)
-    untouched = compress(prepared, Policy(), "recalibrate")
-    model, splits = untouched.model, prepared.splits
-    test = None if splits.test is None else score(prepared, model, splits.test)
+    task, splits = prepared.task, prepared.splits
+    checked_metric(task, prepared.search_answers, splits.search.targets, "val")
+    model = compress(prepared, Policy(), "recalibrate").model
     answers = run_session(prepared.runtime.load(model), splits.selection)
-    metric = metric_of(prepared.task, answers, splits.selection.targets)
+    metric = checked_metric(task, answers, splits.selection.targets, "val")
+    test, untested = tested(prepared, model)
     most = spec.objective.max_drop
     if most is not None and 0 < metric <= 1 and most >= min(metric, PERCENT):
         raise BadInput(
@@ -172,8 +175,8 @@ def ready(spec: Spec) -> Ready:
             f"{metric:.3g}: next to nothing would be asked of it; of a metric of 0 to 1, 1% is "
             "max_drop: 0.01"
         )
-    doubt = _doubt(prepared.task, answers, splits.selection, metric)
-    return Ready(spec, prepared, space, model, metric, test, doubt)
+    doubts = filter(None, (_doubt(task, answers, splits.selection, metric), untested))
+    return Ready(spec, prepared, space, model, metric, test, " ".join(doubts) or None)
 
 
 def per_item(metric: float, items: int) -> float | None:
@@ -204,6 +207,23 @@ def score(prepared: Prepared, model: bytes, items: Items) -> float:
     """The task's metric of an artifact on ``items``, in the target's runtime."""
     answers = run_session(prepared.runtime.load(model), items)
     return metric_of(prepared.task, answers, items.targets)
+
+
+def tested(prepared: Prepared, model: bytes) -> tuple[float | None, str | None]:
+    """The metric of an artifact on test, None without one; and why there is none though there are
+    items: as it is only reported, a metric that fails there costs nothing else. Raises Impossible
+    where the runtime refuses the artifact."""
+    if prepared.splits.test is None:
+        return None, None
+    try:
+        metric = score(prepared, model, prepared.splits.test)
+    except Impossible:
+        raise
+    except Exception as error:  # the user's code
+        return None, f"There is no metric on test: it fails there: {describe(error)}"
+    if not math.isfinite(metric):
+        return None, f"There is no metric on test: it is {metric} there"
+    return metric, None
 
 
 def teacher_answers(prepared: Prepared) -> dict[int, Any]:

@@ -21,14 +21,13 @@ from mlflow.entities import RunInfo
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from sqlalchemy import create_engine
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..spaces import BadInput, FlyweightError, nearest
 from .choose import Artifact
 from .mlflow_model import DIGEST, SHA256, TASK, log_model, tags
 from .registry_errors import reason
-from .tracking import redact
+from .tracking import files_beside, redact
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # as MLflow takes them
 
@@ -214,9 +213,7 @@ class Registry:
         self._client.set_terminated(new.run_id)
 
     def _create_experiment(self, name: str) -> str:
-        # With a database file MLflow would store the files of a run wherever one just stands.
-        file = make_url(self.uri).database if self.uri.startswith("sqlite:") else None
-        place = Path(file).resolve().parent / "mlartifacts" if file else None
+        place = files_beside(self.uri)
         return str(self._client.create_experiment(name, str(place) if place else None))
 
     def _find_run(self, run_id: str) -> RunInfo | None:

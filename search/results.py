@@ -18,18 +18,39 @@ def finalists(results: Sequence[Entry], bounds: Limits) -> list[Entry]:
     """The full-rung results worth measuring: non-dominated in metric and expected latency, or in
     loss and expected latency, at most 12; those within every limit first, then spread along
     latency. What is too large does not compete with what is not: its size is known, and neither
-    metric nor latency makes up for it."""
+    metric nor latency makes up for it. Where nothing is small enough, the one that breaks a limit
+    least is among them."""
     unique = list({_artifact(e): e for e in results if e["rung"] == RUNGS[-1]}.values())
-    fits = [e for e in unique if bounds.cost(0.0, e["size_bytes"], e["compressed_bytes"]) <= 0]
-    unique = fits or unique
+    unique = [e for e in unique if fits(e, bounds)] or unique
     points = [(-e["metric"], e["latency_ms"][1]) for e in unique]
     chosen = _ahead(unique, [latency for _, latency in points])
+    over = [_excess(e | {"latency_ms": e["latency_ms"][1]}, bounds) for e in unique]
+    nearest = _nearest(unique, chosen, bounds, over)
     if len(chosen) > FINALISTS:
-        feasible = [i for i in chosen if unique[i]["constraint"] <= 0]
-        others = [i for i in chosen if unique[i]["constraint"] > 0]
+        feasible = [i for i in chosen if over[i] <= 0]
+        others = [i for i in chosen if over[i] > 0]
         ordered = spread_order(points, feasible) + spread_order(points, others)
         chosen = ordered[:FINALISTS]
+    chosen = list(dict.fromkeys([*nearest, *chosen]))[:FINALISTS]
     return [unique[i] for i in chosen]
+
+
+def fits(entry: Mapping[str, Any], bounds: Limits) -> bool:
+    """Whether its sizes are within their limits."""
+    return bounds.cost(0.0, entry["size_bytes"], entry["compressed_bytes"]) <= 0
+
+
+def _nearest(
+    entries: Sequence[Mapping[str, Any]],
+    chosen: Sequence[int],
+    bounds: Limits,
+    excess: Sequence[float],
+) -> list[int]:
+    """Where nothing is small enough, the index of the entry that breaks a limit least: another that
+    is better and faster may be larger. One of ``chosen`` if it is as near."""
+    if not entries or any(fits(e, bounds) for e in entries):
+        return []
+    return [min(range(len(entries)), key=lambda i: (excess[i], i not in chosen))]
 
 
 def _artifact(entry: Entry) -> tuple[Any, ...]:
@@ -60,11 +81,7 @@ def full_results(header: Entry, entries: Sequence[Entry]) -> tuple[list[Entry], 
     which ``header`` opened, judges them by."""
     teacher = header["teacher"]
     bounds = limits(header["objective"], teacher["metric"], teacher["latency_ms"])
-    found = []
-    for entry in at_full(entries):
-        costs = entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
-        found.append({**entry, "constraint": bounds.excess(entry["metric"], *costs)})
-    return found, bounds
+    return at_full(entries), bounds
 
 
 def at_full(entries: Sequence[Entry]) -> list[Entry]:
@@ -98,19 +115,22 @@ def measured_entry(
 
 
 def final_front(
+    header: Entry,
     entries: Sequence[Entry],
     tests: Mapping[str, float | None],
-    teacher_ms: float,
     timings: Mapping[str, Timing] | None,
 ) -> list[dict[str, Any]]:
     """The finalists that no other dominates once measured, in metric or in loss, by ascending
-    latency. timings: None where they could not be measured: what was predicted stands for their
-    latency then, and their spread is None.
+    latency; where none is small enough, also the one that breaks a limit least. timings: None where
+    they could not be measured: what was predicted stands for their latency then, and their spread
+    is None.
 
-    teacher_ms: the teacher's latency when they were predicted. What was predicted is given for the
-    machine as fast as it was when they were measured.
+    header: of the session in which they were predicted. What was predicted is given for the machine
+    as fast as it was when they were measured.
     """
-    pace = 1.0 if timings is None else timings["teacher"].median_ms / teacher_ms
+    teacher = header["teacher"]
+    teacher_ms = teacher["latency_ms"] if timings is None else timings["teacher"].median_ms
+    pace = teacher_ms / teacher["latency_ms"]
     rows = []
     for e in entries:
         timing = None if timings is None else timings[e["digest"]]
@@ -129,24 +149,27 @@ def final_front(
                 "artifact": e["artifact"],
             }
         )
-    return [rows[i] for i in _ahead(rows, [row["latency_ms"] for row in rows])]
+    bounds = limits(header["objective"], teacher["metric"], teacher_ms)
+    chosen = _ahead(rows, [row["latency_ms"] for row in rows])
+    chosen += _nearest(rows, chosen, bounds, [_excess(row, bounds) for row in rows])
+    return sorted((rows[i] for i in dict.fromkeys(chosen)), key=lambda row: row["latency_ms"])
+
+
+def _excess(row: Mapping[str, Any], bounds: Limits) -> float:
+    return bounds.excess(row["metric"], *(row[name] for name in COSTS))
 
 
 def choose(rows: Sequence[Mapping[str, Any]], bounds: Limits) -> tuple[str | None, str | None]:
     """(best, nearest miss): digests. Best: with max_drop the fastest feasible, else the feasible
     with the highest metric. When nothing is feasible, the one that breaks a limit least."""
-
-    def excess(row: Mapping[str, Any]) -> float:
-        return bounds.excess(row["metric"], *(row[name] for name in COSTS))
-
-    feasible = [row for row in rows if excess(row) <= 0]
+    feasible = [row for row in rows if _excess(row, bounds) <= 0]
     if feasible:
         if bounds.max_drop is not None:
             return min(feasible, key=lambda row: row["latency_ms"])["digest"], None
         return max(feasible, key=lambda row: row["metric"])["digest"], None
     if not rows:
         return None, None
-    return None, min(rows, key=excess)["digest"]
+    return None, min(rows, key=lambda row: _excess(row, bounds))["digest"]
 
 
 def result(

@@ -163,7 +163,7 @@ class Search(Section):
     trials: int = Field(64, ge=1)
     time_budget: Duration | None = None
     concurrency: int = Field(2, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)  # what numpy and torch take
     sampler: Literal["tpe", "random"] = "tpe"
 
 
@@ -325,9 +325,10 @@ def _absolute(spec: Spec, folder: Path) -> dict[str, Any]:
 
 
 def absolute_uri(uri: str, folder: Path) -> str:
-    """A relative sqlite URI (three slashes and no root) made absolute from ``folder``."""
-    match = re.fullmatch(r"sqlite:///(?!/)(.+)", uri)
-    return f"sqlite:///{(folder / match[1]).resolve()}" if match else uri
+    """A relative path in ``uri`` made absolute from ``folder``: a folder, with or without
+    ``file:``, or a database of sqlite (three slashes and no root)."""
+    match = re.fullmatch(r"(sqlite(?:\+\w+)?:///|file:|(?!databricks|uc$))([^/:][^:]*)", uri)
+    return f"{match[1]}{(folder / match[2]).resolve()}" if match else uri
 
 
 def _explain(error: Any) -> str:
@@ -351,7 +352,7 @@ def _rule(error: Any) -> str:
     name = next((str(part) for part in reversed(error["loc"]) if isinstance(part, str)), "spec")
     for bound, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
         if bound in known:
-            return f"{name} {sign} {known[bound]:g} must hold"
+            return f"{name} {sign} {known[bound]:.15g} must hold"
     if kind == "missing":
         return "is missing, and has no default"
     if kind == "literal_error":

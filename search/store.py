@@ -50,9 +50,6 @@ def write_artifact(storage: Storage, candidate: "Candidate", facts: dict[str, An
     """Stores the artifact of ``candidate`` with its policy and ``facts``; its relative path.
     Raises OSError."""
     digest = candidate.policy.digest
-    folder = storage.under(f"artifacts/{digest}")
-    folder.write("model.onnx", candidate.model)
-    folder.write("policy.json", _json(candidate.policy.to_dict()))
     metrics = {
         "digest": digest,
         "sha256": hashlib.sha256(candidate.model).hexdigest(),
@@ -68,7 +65,11 @@ def write_artifact(storage: Storage, candidate: "Candidate", facts: dict[str, An
         "parity": None if candidate.parity is None else vars(candidate.parity),
         **facts,
     }
-    folder.write("metrics.json", _json(metrics))
+    said = _json(metrics)  # first: what no JSON can hold leaves no half of an artifact
+    folder = storage.under(f"artifacts/{digest}")
+    folder.write("model.onnx", candidate.model)
+    folder.write("policy.json", _json(candidate.policy.to_dict()))
+    folder.write("metrics.json", said)
     return artifact_path(digest)
 
 

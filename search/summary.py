@@ -124,7 +124,7 @@ class Summary:
             out.append(
                 f"{milliseconds(figures.latency_ms)} ms, the limit is {limit['latency_ms']:g} ms"
             )
-        if limit.get("max_drop") is not None and round(drop - limit["max_drop"], 9) > 0:
+        if limit.get("max_drop") is not None and self._lost_too_much(figures):
             out.append(f"{lost(drop)}, the limit is {limit['max_drop']:g}")
         if limit.get("size_bytes") is not None and figures.size_bytes > limit["size_bytes"]:
             out.append(f"{size(figures.size_bytes)}, the limit is {size(limit['size_bytes'])}")
@@ -132,6 +132,10 @@ class Summary:
         if most is not None and figures.compressed_bytes > most:
             out.append(f"{size(figures.compressed_bytes)} compressed, the limit is {size(most)}")
         return out
+
+    def _lost_too_much(self, figures: Figures) -> bool:
+        bounds = limits({"max_drop": self.objective["max_drop"]}, self.teacher["metric"], math.nan)
+        return bounds.excess(figures.metric, 0.0, 0.0, 0.0) > 0
 
     def rungs(self) -> str:
         return ", ".join(f"{rung} {len(self.results[rung])}" for rung in RUNGS)

@@ -101,13 +101,18 @@ class MemoryTracker:
         return Undelivered(self._left_out, LATE if self._left_out else None)
 
 
-def tracked_at(
-    tracking: "Tracking", folder: Path, header: Entry
-) -> tuple[str, str, str | None, str]:
-    """Where a search that ``header`` opens is tracked: the first arguments of a tracker. folder:
-    of the spec."""
-    files = (folder / "mlartifacts").as_uri() if tracking.uri.startswith("sqlite:") else None
-    return tracking.uri, tracking.experiment, files, header["search_id"]
+def tracked_at(tracking: "Tracking", header: Entry) -> tuple[str, str, str | None, str]:
+    """Where a search that ``header`` opens is tracked: the first arguments of a tracker."""
+    files = files_beside(tracking.uri)
+    place = None if files is None else files.as_uri()
+    return tracking.uri, tracking.experiment, place, header["search_id"]
+
+
+def files_beside(uri: str) -> Path | None:
+    """Where the files of runs lie that the database file ``uri`` keeps: beside it, for with one
+    MLflow would store them wherever a process just stands. None for any other ``uri``."""
+    match = re.fullmatch(r"sqlite(?:\+\w+)?:///(?!:memory:)([^?]+)(?:\?.*)?", uri)
+    return Path(match[1]).resolve().parent / "mlartifacts" if match else None
 
 
 LATE = "came after the end"

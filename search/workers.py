@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 import traceback
 import warnings
@@ -122,8 +123,7 @@ class CompressionTrial(tune.Trainable):
         return compress(prepared, self.policy, rung, None, self.job.spec.search.seed), note
 
     def _outcome(self, candidate: Candidate) -> dict[str, Any]:
-        artifact = self._stored(candidate) if candidate.rung == RUNGS[-1] else None
-        return {
+        outcome = {
             "rung": candidate.rung,
             "loss": candidate.loss,
             "metric": candidate.metric,
@@ -136,8 +136,12 @@ class CompressionTrial(tune.Trainable):
             "drop_error": candidate.drop_error,
             "macs": candidate.plan.macs,
             "parity": None if candidate.parity is None else vars(candidate.parity),
-            "artifact": artifact,
+            "artifact": None,
         }
+        numbers = math.isfinite(candidate.loss) and math.isfinite(candidate.metric)
+        if candidate.rung == RUNGS[-1] and numbers:  # without them the trial fails
+            outcome["artifact"] = self._stored(candidate)
+        return outcome
 
     def _stored(self, candidate: Candidate) -> str:
         """The path of its artifact. Raises Unstored."""

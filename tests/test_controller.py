@@ -1,6 +1,7 @@
 """The search without Ray: a record in memory, a clock and a price that a test sets."""
 
 import itertools
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -330,6 +331,51 @@ def test_an_impossible_policy_is_rejected_with_its_reason() -> None:
     record = MemoryRecord()
     run(controller(record, costs=costs))
     assert {e["reason"] for e in kinds(record, "rejected")} == {"no int8 here"}
+
+
+def test_what_nobody_foresaw_of_a_policy_costs_that_one_alone() -> None:
+    def costs(policy: Policy) -> Price:
+        if policy.quantize.acts:
+            raise IndexError("list index out of range")
+        return price(policy)
+
+    record = MemoryRecord()
+    control = controller(record, costs=costs, limits=Limits(95.0, latency_ms=0.5))
+    run(control)
+    assert control.trials
+    told = {e["reason"] for e in kinds(record, "rejected") if "latency_ms" not in e}
+    assert told == {"IndexError: list index out of range"}
+
+
+def test_a_search_that_can_price_nothing_says_why() -> None:
+    def costs(_: Policy) -> Price:
+        raise IndexError("list index out of range")
+
+    record = MemoryRecord()
+    control = controller(record, costs=costs)
+    run(control)
+    assert control.exhausted
+    told = unreached(record.entries(), control.limits)
+    assert re.fullmatch(
+        r"none has a price, (\d+) of \1 because of: IndexError: list index out of range", told
+    )
+
+
+@pytest.mark.parametrize("look_ahead", [False, True])
+@pytest.mark.parametrize(("method", "right"), [("ask", 3), ("tell", 8), ("fail", 4)])
+def test_what_nobody_foresaw_of_proposing_ends_the_search_with_what_there_is(
+    method: str, right: int, look_ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = controller(look_ahead=look_ahead)
+    proper, calls = getattr(control.proposals, method), itertools.count()
+
+    def called(*given: Any) -> Any:
+        return {}["gone"] if next(calls) >= right else proper(*given)
+
+    monkeypatch.setattr(control.proposals, method, called)
+    run(control)
+    assert str(control.fatal) == "KeyError: 'gone'"
+    assert control.results("full")
 
 
 def test_the_deadline_drains() -> None:

@@ -347,6 +347,22 @@ def test_a_metric_that_is_not_what_was_said_is_refused(run: Run, metric: float |
     refused(run, FlyweightError, "nothing was registered")
 
 
+def test_a_metric_of_0_to_1_is_verified_as_one_in_per_cent(run: Run) -> None:
+    task = (run.path / "task.py").read_text()
+    scaled = (
+        "    def metric(self, output, target):\n        return super().metric(output, target) / 100"
+    )
+    (run.path / "task.py").write_text(f"{task.rstrip()}\n\n{scaled}\n")
+    spec = yaml.safe_load((run.path / "spec.yaml").read_text())
+    mine = spec | {"task": f"{run.path / 'task.py'}:TinyNet"}
+    (run.path / "spec.yaml").write_text(yaml.safe_dump(mine))
+    name = f"artifacts/{GOOD.digest}/metrics.json"
+    true = json.loads((run.path / name).read_text())["metric"] / 100
+    run.change("result.json", teacher={"metric": 0.9})
+    run.change(name, metric=true - 0.01)  # a point
+    refused(run, FlyweightError, "nothing was registered")
+
+
 def test_a_model_that_is_no_model_is_refused(run: Run) -> None:
     folder = run.path / "artifacts" / GOOD.digest
     (folder / "model.onnx").write_bytes(b"no model")

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from flyweight.search.limits import Limits
 from flyweight.search.meter import Meter
 from flyweight.search.placement import Died, of_finalists
 from flyweight.search.record import MemoryRecord
+from flyweight.search.run_files import RESULT
 from flyweight.search.storage import write_whole
 from flyweight.search.store import artifact_path, write_json
 from flyweight.spaces import Impossible, Policy
@@ -119,21 +121,12 @@ def test_a_process_that_dies_of_one_costs_that_one_alone() -> None:
     assert found.keys() == {"teacher", GOOD}
 
 
-def test_a_search_ends_with_what_can_be_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    unscored = "d" * 64
-    content = {GOOD: b"good", REFUSED: b"refused", DEADLY: b"deadly", unscored: b"unscored"}
-
-    def score(_: Any, model: bytes, __: Any) -> float:
-        if model == b"unscored":
-            raise Impossible("no kernel")
-        return 89.0
-
-    monkeypatch.setattr(driver, "score", score)
+def kept(run_dir: Path, content: Mapping[str, bytes]) -> list[dict[str, Any]]:
+    """The full results of artifacts that ``run_dir`` holds, each better than the one before and
+    slower."""
     known = []
     for number, (digest, model) in enumerate(content.items()):
-        place = tmp_path / artifact_path(digest)
+        place = run_dir / artifact_path(digest)
         write_whole(place, model)
         write_json(place.with_name("metrics.json"), {"sha256": hashlib.sha256(model).hexdigest()})
         known.append({
@@ -141,19 +134,47 @@ def test_a_search_ends_with_what_can_be_measured(
             "latency_ms": [1.0 + number] * 3, "size_bytes": 9, "compressed_bytes": 9,
             "constraint": -1.0, "artifact": artifact_path(digest),
         })  # fmt: skip
+    return known
+
+
+HEADER = {
+    "flyweight": "0", "task": "t", "seed": 0, "objective": {"max_drop": 9}, "target": {},
+    "predicted_by": "timing", "teacher": {"metric": 93.0, "latency_ms": 1.0},
+}  # fmt: skip
+
+
+@pytest.fixture
+def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A search whose trials have ended."""
     search: Any = object.__new__(driver._Search)
     search.ready = SimpleNamespace(prepared=SimpleNamespace(splits=SimpleNamespace(test=True)))
     search.run_dir, search.place, search.record = tmp_path, Target(), MemoryRecord()
-    search.mirror = search.profile = None
+    search.mirror = search.profile = search.predictor = None
     search.notes, search.console = [], None
     search.began, search.earlier_s, search.alone_ms = 10.0, 5.0, 1.0
     monkeypatch.setattr(driver, "time", SimpleNamespace(time=lambda: 30.0))
-    controller = SimpleNamespace(results=lambda _: known, limits=Limits(93.0), trials={})
-    header = {
-        "flyweight": "0", "task": "t", "seed": 0, "objective": {"max_drop": 9}, "target": {},
-        "predicted_by": "timing", "teacher": {"metric": 93.0, "latency_ms": 1.0},
-    }  # fmt: skip
-    found = search._measure(controller, header)
+    return search
+
+
+def ended(known: list[dict[str, Any]]) -> Any:
+    return SimpleNamespace(
+        results=lambda _: known, limits=Limits(93.0), trials={}, interrupted=False
+    )
+
+
+def test_a_search_ends_with_what_can_be_measured(
+    search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unscored = "d" * 64
+    content = {GOOD: b"good", REFUSED: b"refused", DEADLY: b"deadly", unscored: b"unscored"}
+
+    def tested(_: Any, model: bytes) -> tuple[float, None]:
+        if model == b"unscored":
+            raise Impossible("no kernel")
+        return 89.0, None
+
+    monkeypatch.setattr(driver, "tested", tested)
+    found = search._measure(ended(kept(search.run_dir, content)), HEADER)
     assert [row["digest"] for row in found["front"]] == [GOOD]
     assert found["front"][0]["metric_test"] == 89.0
     assert [e["digest"] for e in search.record.entries()] == [GOOD]
@@ -163,3 +184,42 @@ def test_a_search_ends_with_what_can_be_measured(
     assert all(
         f"Finalist {digest[:12]} is left out" in told for digest in content if digest != GOOD
     )
+
+
+@pytest.mark.parametrize("when", ["fetch", "test"])
+def test_ctrl_c_before_finalists_are_timed_leaves_what_is_known(
+    search: Any, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def tested(_: Any, model: bytes) -> tuple[float, None]:
+        return (89.0, None) if model == b"good" else interrupted()  # type: ignore[return-value]
+
+    monkeypatch.setattr(driver, "tested", tested)
+    if when == "fetch":
+        search.mirror = True
+        monkeypatch.setattr(search, "_fetch", interrupted)
+    controller = ended(kept(search.run_dir, {GOOD: b"good", REFUSED: b"better"}))
+    found = search._measure(controller, HEADER)
+    assert controller.interrupted
+    assert [row["digest"] for row in found["front"]] == [GOOD, REFUSED]
+    known = 89.0 if when == "test" else None
+    assert [row["metric_test"] for row in found["front"]] == [known, None]
+    assert [row["latency_spread"] for row in found["front"]] == [None, None]
+    assert "are predicted" in " ".join(search.notes)
+
+
+def test_a_report_that_cannot_be_made_costs_no_result(
+    search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_report(_: Path) -> None:
+        raise KeyError("policy")
+
+    monkeypatch.setattr(driver, "write_report", write_report)
+    found = {"wall_s": 1.0, "best": None, "nearest_miss": None}
+    assert search._written(None, found)
+    assert json.loads((search.run_dir / RESULT).read_text()) == found
+    assert search.notes == [
+        "The report could not be made, result.json is whole: KeyError: 'policy'"
+    ]

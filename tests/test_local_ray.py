@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flyweight.search.cache import cache_folder
 from flyweight.search.driver import search
 from flyweight.search.local_ray import connected, ctrl_c_given_back, started, terminable
 from flyweight.search.spec import Objective, Spec
@@ -65,6 +66,20 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) 
         started(1, None),
     ):
         pass
+
+
+def test_a_cache_that_is_named_by_a_relative_path_is_where_the_command_was_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The folder that the search runs in is removed at its end."""
+    found = []
+    spec = Spec(task="t.py:T", objective=Objective(max_drop=1))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FLYWEIGHT_CACHE", "cache")
+    monkeypatch.setattr("ray.init", lambda **_: found.append(cache_folder(spec).absolute()))
+    with started(1, None):
+        pass
+    assert found == [tmp_path / "cache"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from flyweight.search.limits import limits
 from flyweight.search.plan import idle, make_plan, print_plan
 from flyweight.search.ready import per_item
 from flyweight.search.spec import Objective
+from flyweight.spaces import Impossible
 
 TASK = """
 import torch
@@ -102,3 +103,18 @@ def test_what_an_item_counts_is_known_of_a_share(
     metric: float, items: int, counts: float | None
 ) -> None:
     assert per_item(metric, items) == counts
+
+
+def test_a_plan_leaves_out_what_is_impossible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impossible(*_: Any) -> Any:
+        raise Impossible("parity")
+
+    path = write(tmp_path, speedup=2)
+    monkeypatch.setattr("flyweight.search.plan.compress", impossible)
+    found = make_plan(path, Console(file=StringIO()))
+    print_plan(found, Console(file=StringIO()))
+    assert found["cases"] == []
+    assert found["reachable"]
+    assert json.loads(json.dumps(found, allow_nan=False))["fastest_ms"] is None

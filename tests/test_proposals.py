@@ -70,6 +70,11 @@ def test_a_seed_decides(sampler: str) -> None:
     assert one != other
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_every_seed_of_32_bits_is_one(sampler: str) -> None:
+    assert len(drive(Proposals(space(), sampler, 2**32 - 1), 12)) == 12
+
+
 def test_fidelities_are_never_mixed() -> None:
     proposals = Proposals(space())
     drive(proposals, 45)

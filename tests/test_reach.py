@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from flyweight.search import driver
+from flyweight.search.finder import Price
+from flyweight.search.limits import Limits
 from flyweight.search.meter import Device
 from flyweight.search.opening import lasting
+from flyweight.search.reach import check_limits
 from flyweight.search.ready import ready
 from flyweight.search.run_files import RECORD, SPEC
 from flyweight.search.spec import load_spec
-from flyweight.spaces import BadInput
+from flyweight.spaces import BadInput, Impossible, Policy
 
 TASK = """
 import torch
@@ -72,6 +75,28 @@ def test_a_limit_that_nothing_reaches(tmp_path: Path, objective: Any, words: str
     with pytest.raises(BadInput, match=words):
         search(tmp_path, objective=objective)
     assert not (tmp_path / "run").exists()
+
+
+def test_of_smallest_policies_those_that_are_impossible_do_not_count(tmp_path: Path) -> None:
+    with pytest.raises(Started):
+        search(tmp_path)
+    found = ready(load_spec(tmp_path / "search.yaml"))
+    tried: list[Policy] = []
+
+    def price(policy: Policy) -> Price:
+        tried.append(policy)
+        if policy in impossible:
+            raise Impossible("no kernel")
+        return Price((1.0, 1.0, 1.0), 50, 50)
+
+    impossible = found.smallest()
+    check_limits(found, Limits(90.0, size_bytes=10), price)  # nothing is known
+    assert tried == impossible
+    del impossible[1:]
+    assert impossible != tried
+    check_limits(found, Limits(90.0, size_bytes=100), price)
+    with pytest.raises(BadInput, match="the smallest policy of this space has 50"):
+        check_limits(found, Limits(90.0, size_bytes=10), price)
 
 
 def test_on_a_cluster_only_what_this_machine_can_tell(tmp_path: Path) -> None:

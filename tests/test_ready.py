@@ -95,3 +95,36 @@ def test_a_loss_of_classes_is_refused_where_there_are_none(tmp_path: Path) -> No
     text = "objective: {max_drop: 0.1}\nspace: {distill: {losses: [kl, decoupled]}}"
     with pytest.raises(BadInput, match="'decoupled' compares classes, but by the task's loss"):
         ready(load_spec(write(tmp_path, text)))
+
+
+@pytest.mark.parametrize(
+    ("fails", "words"),
+    [
+        ("float('nan')", "There is no metric on test: it is nan there"),
+        ("[][1]", "There is no metric on test: it fails there: IndexError: list index"),
+    ],
+)
+def test_a_metric_that_is_none_on_test_is_told_and_costs_no_search(
+    tmp_path: Path, fails: str, words: str
+) -> None:
+    spec = write(tmp_path, "objective: {size_bytes: 100000}")
+    text = TASK.replace("return 0.97", f"return {fails} if len(output) == 20 else 0.97")
+    text = text.replace("items(40), items(30)", "items(40), items(30)\n    test = items(20)")
+    (tmp_path / "task.py").write_text(text)
+    found = ready(load_spec(spec))
+    assert found.metric == 0.97
+    assert found.metric_test is None
+    assert words in str(found.doubt)
+
+
+def test_a_metric_that_is_none_on_selection_is_refused(tmp_path: Path) -> None:
+    """It was one on the first items of val, and on those that are searched on."""
+    spec = write(tmp_path, "objective: {size_bytes: 100000}")
+    seen = "return float('nan') if torch.equal(target, selection) else 0.97"
+    drawn = (
+        "from flyweight.compressors.data import split\n        "
+        "selection = split(self).selection.targets\n        "
+    )
+    (tmp_path / "task.py").write_text(TASK.replace("return 0.97", drawn + seen))
+    with pytest.raises(BadInput, match="metric must be one finite number, but got nan on val"):
+        ready(load_spec(spec))

@@ -1,5 +1,6 @@
 """Limits, finalists and the choice of the best, against brute force."""
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import given
@@ -30,7 +31,7 @@ LIMITS = st.builds(
 )
 
 
-def fits(row: dict[str, Any], bound: Limits) -> bool:
+def small(row: dict[str, Any], bound: Limits) -> bool:
     names = ("size_bytes", "compressed_bytes")
     return all((most := getattr(bound, n)) is None or row[n] <= most for n in names)
 
@@ -38,7 +39,7 @@ def fits(row: dict[str, Any], bound: Limits) -> bool:
 def keeps(row: dict[str, Any], bound: Limits) -> bool:
     return (
         (bound.latency_ms is None or row["latency_ms"] <= bound.latency_ms)
-        and fits(row, bound)
+        and small(row, bound)
         and (bound.max_drop is None or bound.teacher_metric - row["metric"] <= bound.max_drop)
     )
 
@@ -81,6 +82,21 @@ def test_a_drop_that_is_the_limit_is_within_it() -> None:
     assert Limits(92.3, max_drop=0.1).excess(92.2, 1.0, 1, 1) <= 0  # 92.3 - 92.2 > 0.1 in floats
 
 
+@given(ROWS, LIMITS)
+def test_the_nearest_miss_does_not_hang_on_the_unit_of_the_metric(
+    rows: list[dict[str, Any]], bound: Limits
+) -> None:
+    """0 to 1, per cent, or the negative of an error in some unit."""
+    for unit in (0.01, -3.0):
+        drop = None if bound.max_drop is None else bound.max_drop * abs(unit)
+        other = replace(bound, teacher_metric=92.0 * unit, max_drop=drop)
+        lost = [92.0 - r["metric"] for r in rows]
+        same = [
+            r | {"metric": 92.0 * unit - n * abs(unit)} for r, n in zip(rows, lost, strict=True)
+        ]
+        assert choose(same, other) == choose(rows, bound)
+
+
 def test_limits_of_an_objective() -> None:
     assert limits({"speedup": 2.5}, 90.0, 5.0).latency_ms == 2.0
     assert limits({"latency_ms": 3.0}, 90.0, 5.0).latency_ms == 3.0
@@ -97,13 +113,20 @@ def test_finalists_are_the_front_and_at_most_twelve(
          "loss": r["size_bytes"] * 7 % 5 / 10, "constraint": bound.excess(**r)}
         for i, r in enumerate(rows)
     ]  # fmt: skip
-    rivals = [e for e in entries if fits(e, bound)] or list(entries)
+    rivals = [e for e in entries if small(e, bound)] or list(entries)
     entries += [dict(e, rung="short", digest="s" + e["digest"], metric=99.0) for e in entries]
     found = finalists(entries, bound)
     assert len(found) <= FINALISTS
     assert all(e["rung"] == "full" and e in rivals for e in found)
+    least = min((e["constraint"] for e in rivals), default=0.0)
+    near = [] if any(small(e, bound) for e in entries) else [
+        e for e in found if e["constraint"] == least
+    ]  # fmt: skip
+    assert not rivals or near or any(small(e, bound) for e in entries)
     for e in found:
-        assert not all(_dominated(e, rivals, *figure) for figure in (("metric", 1), ("loss", -1)))
+        assert e in near or not all(
+            _dominated(e, rivals, *figure) for figure in (("metric", 1), ("loss", -1))
+        )
     if len(found) < FINALISTS:
         ahead = [e for e in rivals if not _dominated(e, rivals, "metric", 1)]
         points = {(e["metric"], e["latency_ms"][1]) for e in found}
@@ -124,9 +147,37 @@ def test_what_was_predicted_is_given_for_the_machine_as_fast_as_when_it_was_meas
         "compressed_bytes": 4, "artifact": "a", "loss": 0.1,
     }  # fmt: skip
     timings = {"teacher": Timing((3.0,)), "a": Timing((1.5,))}  # the teacher took 2 before
-    (row,) = final_front([entry], {}, 2.0, timings)
+    header = {"teacher": {"metric": 92.0, "latency_ms": 2.0}, "objective": {"max_drop": 1.0}}
+    (row,) = final_front(header, [entry], {}, timings)
     assert row["latency_ms"] == 1.5
     assert row["predicted_latency_ms"] == [1.5 * ms for ms in (0.9, 1.0, 1.2)]
+
+
+def test_where_nothing_is_small_enough_the_nearest_is_the_smallest() -> None:
+    """Another is better and faster, but much larger."""
+
+    def entry(digest: str, metric: float, latency_ms: float, size: int) -> dict[str, Any]:
+        return {
+            "digest": digest, "rung": "full", "metric": metric, "loss": 95 - metric,
+            "size_bytes": size, "compressed_bytes": size, "latency_ms": [latency_ms] * 3,
+            "artifact": digest,
+            "constraint": bound.excess(metric, latency_ms, size, size),
+        }  # fmt: skip
+
+    bound = Limits(92.0, max_drop=1.0, size_bytes=100)
+    known = [entry("near", 91.5, 2.0, 110), entry("large", 91.8, 1.0, 300)]
+    assert {e["digest"] for e in finalists(known, bound)} == {"near", "large"}
+    header = {
+        "teacher": {"metric": 92.0, "latency_ms": 4.0},
+        "objective": {"max_drop": 1.0, "size_bytes": 100},
+    }
+    rows = final_front(header, known, {}, None)
+    assert [row["digest"] for row in rows] == ["large", "near"]
+    assert choose(rows, bound) == (None, "near")
+    many = [entry(f"{i}", 91.8 - i / 100, 1.0 - i / 100, 300) for i in range(2 * FINALISTS)]
+    found = {e["digest"] for e in finalists([*many, *known], bound)}
+    assert "near" in found
+    assert len(found) == FINALISTS
 
 
 def test_what_was_not_trained_is_one_finalist_whatever_its_settings() -> None:

@@ -173,6 +173,37 @@ def test_relative_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert spec(tmp_path, tracking=None).tracking is None
 
 
+@pytest.mark.parametrize(
+    ("uri", "absolute"),
+    [
+        ("sqlite:///x.db", "sqlite:///{}/x.db"),
+        ("sqlite+pysqlite:///../x.db", "sqlite+pysqlite:///{}/x.db"),
+        ("mlruns", "{}/mlruns"),
+        ("./mlruns", "{}/mlruns"),
+        ("file:mlruns", "file:{}/mlruns"),
+        ("file:./mlruns", "file:{}/mlruns"),
+        *((uri, uri) for uri in (
+            "sqlite:////x.db", "sqlite:///:memory:", "sqlite://", "/x/mlruns", "file:/x/mlruns",
+            "file:///x/mlruns", "http://host:5000", "databricks", "databricks://who", "uc",
+            "postgresql://host/db",
+        )),
+    ],
+)  # fmt: skip
+def test_a_search_runs_elsewhere_so_that_no_address_of_a_tracker_stays_relative(
+    tmp_path: Path, uri: str, absolute: str
+) -> None:
+    tracking = spec(tmp_path, tracking={"uri": uri}).tracking
+    assert tracking is not None
+    folder = tmp_path.resolve()
+    assert tracking.uri == absolute.format(folder.parent if "../" in uri else folder)
+
+
+def test_a_seed_is_what_samplers_take(tmp_path: Path) -> None:
+    assert spec(tmp_path, search={"seed": 2**32 - 1}).search.seed == 2**32 - 1
+    with pytest.raises(BadInput, match=r"search\.seed: seed < 4294967296 must hold"):
+        spec(tmp_path, search={"seed": 2**32})
+
+
 def test_one_number_is_a_range_of_one(tmp_path: Path) -> None:
     assert spec(tmp_path, space={"distill": {"alpha": 0.5}}).space.distill.alpha == (0.5, 0.5)
 

@@ -453,6 +453,20 @@ def test_the_first_items_of_sorted_data_are_of_every_class() -> None:
         assert half.first(12).targets.unique().tolist() == [0, 1, 2]
 
 
+def test_a_metric_need_not_exist_on_a_few_items() -> None:
+    """That of an area under a curve, where classes are rare, does not."""
+    few = "Only one class is present"
+
+    def area(_: Tensor, target: Tensor) -> float:
+        if len(target) < 25:
+            raise ValueError(few)
+        return 0.9
+
+    prepare(Mine(val=items(60), metric=area), make_runtime("onnxruntime", 1), Schedule())
+    with pytest.raises(BadInput, match=f"fails on 20 items of val.*{few}"):
+        prepare(Mine(val=items(40), metric=area), make_runtime("onnxruntime", 1), Schedule())
+
+
 @pytest.mark.parametrize("kind", [float, torch.tensor, np.float32, np.array])
 def test_a_metric_may_be_a_number_of_any_library(kind: Any) -> None:
     task = Mine(metric=lambda *_: kind(98.5))

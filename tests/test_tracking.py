@@ -15,7 +15,15 @@ from typing import Any
 
 import pytest
 
-from flyweight.search.tracking import MemoryTracker, MlflowTracker, Tracker, Undelivered, redact
+from flyweight.search.spec import Tracking
+from flyweight.search.tracking import (
+    MemoryTracker,
+    MlflowTracker,
+    Tracker,
+    Undelivered,
+    redact,
+    tracked_at,
+)
 from flyweight.search.tracking_process import TrackerProcess
 from flyweight.spaces import BadInput, Policy, Prune
 
@@ -690,3 +698,19 @@ def test_requests_that_the_server_counts(server: Server, capfd: pytest.CaptureFi
 
 def _answered(server: Server) -> int:
     return server.log.read_text().count(' HTTP/1.1" ')
+
+
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [
+        ("sqlite:////data/mlflow.db", "/data/mlartifacts"),
+        ("sqlite+pysqlite:////data/mlflow.db?timeout=9", "/data/mlartifacts"),
+        ("sqlite:///:memory:", None),
+        ("http://host:5000", None),
+    ],
+)
+def test_files_lie_beside_the_database_that_knows_of_them(uri: str, place: str | None) -> None:
+    """A task's folder may be one that nobody can write to."""
+    header = {"search_id": "s"}
+    found = tracked_at(Tracking(uri=uri, experiment="e"), header)
+    assert found == (uri, "e", place and f"file://{place}", "s")

@@ -23,6 +23,7 @@ from flyweight.kernels import make_runtime
 from flyweight.search.spec import Resources
 from flyweight.search.storage import Storage
 from flyweight.search.store import checkpoint_folder
+from flyweight.search.trial import not_a_number
 from flyweight.search.workers import KEPT, CompressionTrial, Job
 from flyweight.spaces import Distill, Policy, Prune
 
@@ -177,6 +178,19 @@ def test_what_the_code_of_a_task_raises_fails_the_trial_alone(
     assert error.startswith("short: RuntimeError: shapes do not match (test_workers.py, line ")
     worker.begin("short")
     assert worker.step() == climbed[1]
+
+
+def test_what_has_no_figures_leaves_no_artifact(
+    prepared: Prepared, tmp_path: Path, monkeypatch: Any
+) -> None:
+    run_dir = tmp_path / "another"
+    worker = Worker(prepared, run_dir)
+    monkeypatch.setattr(prepared.task, "metric", lambda *_: float("nan"))
+    worker.begin("full")
+    outcome = worker.step()
+    assert not_a_number(outcome) == "full: the metric is nan"
+    assert outcome["artifact"] is None
+    assert not (run_dir / "artifacts").exists()
 
 
 class Away(Storage):
