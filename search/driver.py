@@ -206,7 +206,8 @@ class _Search:
         found |= {"mlflow_run_id": tracker.wait_run_id(FINISH_S)}
         written = self._written(controller, found)
         self._finish(tracker, controller)
-        failed = bool(controller.fatal or fruitless(controller)) or not written
+        empty = not (found["front"] or controller.interrupted)
+        failed = bool(controller.fatal or fruitless(controller)) or empty or not written
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
 
     def _answers(self) -> dict[int, Any]:
@@ -287,7 +288,8 @@ class _Search:
                 search.strategy, self.ready.space, search.sampler, search.seed, search.trials,
                 warm, self.ready.recipes(), search.time_budget or math.inf,
             )  # fmt: skip
-        budget = Budget(search.trials, search.time_budget)
+        short = self.spec.rungs.short
+        budget = Budget(search.trials, search.time_budget, longer=1 / short - 1)
         return Controller(
             proposals, price, limits, self.record, budget, listen=[listen, look, self._tidy],
             look_ahead=True, reprice=self.predictor is not None,
