@@ -35,7 +35,7 @@ def _like_others(rung: str, own: Results, others: Sequence[Results]) -> float | 
     before = RUNGS[max(0, RUNGS.index(rung) - 1)]
     trains = before in own and not own[before].get("settled")
     if before in own:
-        others = [o for o in others if not o[before].get("settled") == trains]
+        others = [o for o in others if bool(o[before].get("settled")) != trains]
     if not others:
         return None
     if rung == RUNGS[-1] and trains and all(o[before]["rung_seconds"] for o in (own, *others)):
