@@ -56,6 +56,12 @@ class Limits:
         return max(cost, round(self.drop(metric) - self.max_drop, 9))
 
 
+def limits_of(header: Mapping[str, Any]) -> Limits:
+    """The limits of the session that ``header`` opened, for the teacher as the record has it."""
+    teacher = header["teacher"]
+    return limits(header["objective"], teacher["metric"], teacher["latency_ms"])
+
+
 def limits(
     objective: Mapping[str, Any], teacher_metric: float, teacher_latency_ms: float
 ) -> Limits:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..kernels import Timing
-from .limits import COSTS, Limits, limits
+from .limits import COSTS, Limits, limits, limits_of
 from .meter import Device
 from .mlflow_entries import RUNGS
 from .pareto import front, spread_order
@@ -58,9 +58,7 @@ def _ahead(entries: Sequence[Mapping[str, Any]], latencies: Sequence[float]) -> 
 def full_results(header: Entry, entries: Sequence[Entry]) -> tuple[list[Entry], Limits]:
     """The full-rung results among ``entries`` of a record, and the limits that its newest session,
     which ``header`` opened, judges them by."""
-    teacher = header["teacher"]
-    bounds = limits(header["objective"], teacher["metric"], teacher["latency_ms"])
-    found = []
+    bounds, found = limits_of(header), []
     for entry in at_full(entries):
         costs = entry["latency_ms"][1], entry["size_bytes"], entry["compressed_bytes"]
         found.append({**entry, "constraint": bounds.excess(entry["metric"], *costs)})
