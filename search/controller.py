@@ -233,6 +233,7 @@ class Controller:
             self._unstored = 0
         self._refusals = 0
         self._learn(trial, entry)
+        self.exhausted = False  # what came may teach the proposals where the limits are kept
         if competes(trial, rung):
             self._points[rung].append(point(entry))
         if self.limits.cost(*costs(entry)) > 0:
@@ -449,7 +450,9 @@ class Controller:
                 policy = Policy.from_dict(entry["policy"])
                 price = None
                 if "latency_ms" in entry:  # over a limit that may have been changed since
-                    price = self._price_again(policy, entry, reprice)
+                    known = price_of(entry)
+                    large = self.limits.cost(0.0, known.size_bytes, known.compressed_bytes) > 0
+                    price = known if large else self._price_again(policy, entry, reprice)
                 if price is None or price.cost(self.limits) > 0:
                     self.proposals.claim(policy)
             elif entry["kind"] == "result":

@@ -1065,6 +1065,70 @@ def test_a_search_that_ends_prices_no_further(monkeypatch: pytest.MonkeyPatch) -
     assert len(priced) == 2
 
 
+def test_a_form_that_is_made_smaller_is_not_priced_on_past_the_deadline() -> None:
+    clock, priced = Clock(), []
+
+    def slow(policy: Policy) -> Price:
+        clock.now += 3
+        priced.append(policy)
+        return price(policy)
+
+    control = controller(clock=clock, seconds=5.5, limits=Limits(95.0, latency_ms=0.01), costs=slow)
+    assert control.propose() is None
+    assert len(priced) == 4  # as much time again, for the first
+
+
+def test_what_came_in_may_teach_where_the_limits_are_kept() -> None:
+    good = [space().uniform(keep, "int8") for keep in (0.5, 0.25)]
+
+    class Taught(Proposals):
+        given, known = 0, 1
+
+        def ask(self) -> Policy | None:
+            if self.given == self.known:
+                return super().ask()
+            self.given += 1
+            self.claim(good[self.given - 1])
+            return good[self.given - 1]
+
+        def tell(self, *result: Any) -> None:
+            super().tell(*result)
+            self.known = 2
+
+    def costs(policy: Policy) -> Price:
+        ms = 0.5 if policy in good[: proposals.given] else 2.0
+        return Price((ms, ms, ms), 1, 1)
+
+    proposals, limits = Taught(space(), "random"), Limits(95.0, latency_ms=1.0)
+    control = Controller(proposals, costs, limits, MemoryRecord(), Budget(9), clock=Clock())
+    trial = control.propose()
+    assert trial is not None
+    assert control.propose() is None
+    assert control.exhausted
+    climb(control, trial)
+    second = control.propose()
+    assert second is not None
+    assert second.policy == good[1]
+
+
+def test_what_was_too_large_is_not_priced_again() -> None:
+    record, limits = MemoryRecord(), Limits(95.0, size_bytes=300)
+    run(controller(record, limits=limits, trials=3))
+    large = [e["digest"] for e in kinds(record, "rejected") if e["size_bytes"] > 300]
+    assert large
+    priced = []
+
+    def counted(policy: Policy) -> Price:
+        priced.append(policy.digest)
+        return price(policy)
+
+    after = Controller(
+        Proposals(space()), counted, limits, record, Budget(3), clock=Clock(), reprice=True
+    )
+    assert not {*large} & {*priced}
+    assert {t.policy.digest for t in after.trials.values()} <= {*priced}
+
+
 def test_tune_asks_again_while_a_policy_is_looked_for_until_ctrl_c(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
