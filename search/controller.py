@@ -395,7 +395,9 @@ class Controller:
     def _takes(self, own: Results) -> float | None:
         """Seconds that a trial with the results ``own`` still takes, if that is known."""
         newest = {
-            rung: [t.results for t in islice(reversed(reached.values()), RECENT)]
+            rung: [
+                t.results for t in islice(reversed(reached.values()), RECENT) if rung in t.results
+            ]
             for rung, reached in self._reached.items()
         }
         return seconds_left(own, newest, self.budget.longer)
