@@ -111,8 +111,8 @@ class Controller:
                     return trial if self._append({"kind": "again", **self._name(trial)}) else None
                 self._end(trial, "over_limit" if over else "deadline")
         with self._lock:
-            if trial := self._last():
-                return trial if self._append({"kind": "again", **self._name(trial)}) else None
+            if last := self._last():
+                return last if self._append({"kind": "again", **self._name(last)}) else None
         self._finder.catch_up()
         if self.over():
             return None
@@ -452,9 +452,9 @@ class Controller:
                 policy = Policy.from_dict(entry["policy"])
                 price = None
                 if "latency_ms" in entry:  # over a limit that may have been changed since
-                    known = price_of(entry)
-                    large = self.limits.cost(0.0, known.size_bytes, known.compressed_bytes) > 0
-                    price = known if large else self._price_again(policy, entry, reprice)
+                    then = price_of(entry)
+                    large = self.limits.cost(0.0, then.size_bytes, then.compressed_bytes) > 0
+                    price = then if large else self._price_again(policy, entry, reprice)
                 if price is None or price.cost(self.limits) > 0:
                     self.proposals.claim(policy)
             elif entry["kind"] == "result":
