@@ -8,7 +8,6 @@ smaller or rejected; it never becomes a trial.
 
 import contextlib
 import math
-import statistics
 import threading
 import time
 from collections import Counter
@@ -19,12 +18,13 @@ from itertools import islice
 
 from ..compressors import RUNGS
 from ..spaces import BadInput, FlyweightError, Impossible, Policy
+from .deadline import Results, seconds_left
 from .finder import Finder, Price
 from .limits import Limits
 from .pareto import Point, by_chance, climbs
 from .record import Entry, Record, at_work
 from .strategies import Source
-from .trial import Trial, competes, costs, not_a_number, point, price_of, settled
+from .trial import Trial, competes, costs, not_a_number, point, price_of
 
 REDUCTION = 2.0  # one in so many climbs from rung to rung
 HOPELESS = 8  # trials that failed at a rung that none has a result of: the search ends
@@ -43,10 +43,12 @@ SLACK = 0.1  # share of the time budget by which a rung in progress may overrun 
 
 @dataclass(frozen=True)
 class Budget:
-    """trials: how many policies are tried. seconds: of search, None for no limit."""
+    """trials: how many policies are tried. seconds: of search, None for no limit. longer: what the
+    full rung trains, in times of the short one; None if that is not known."""
 
     trials: int
     seconds: float | None = None
+    longer: float | None = None
 
 
 class Controller:
@@ -88,6 +90,7 @@ class Controller:
         self._unstored = 0  # results since the last artifact that was stored
         self._spent = 0.0
         self._began = clock()
+        self._new_takes: float | None = None  # seconds of all rungs, of a trial that begins
         self._rebuild(record.entries(), reprice)
         self._points: dict[str, list[Point]] = {  # going through all results for each is slow
             rung: [point(t.results[rung]) for t in reached.values() if competes(t, rung)]
@@ -100,14 +103,17 @@ class Controller:
         """The next trial, at its ``next_rung``, or None when the search has none: for good, once
         nothing is ``running`` and none is ``looking``. wait_s: how long to wait for a policy that
         is looked for; without it as long as it takes, which is long where the target is away."""
-        while self._again and not self.over():
+        while self._again and not self._stopped():
             trial = self._again.pop(0)
             over = trial.price.cost(self.limits) > 0  # a limit that was changed since
-            goes_on = not over and (not trial.results or self._in_time(trial, trial.next_rung))
+            goes_on = not over and self._in_time(trial)
             with self._lock:
                 if goes_on:
                     return trial if self._append({"kind": "again", **self._name(trial)}) else None
                 self._end(trial, "over_limit" if over else "deadline")
+        with self._lock:
+            if last := self._last():
+                return last if self._append({"kind": "again", **self._name(last)}) else None
         try:
             self._finder.catch_up()
             ahead = None if self.over() else self._finder.find(wait_s)
@@ -143,17 +149,25 @@ class Controller:
 
     def over(self) -> bool:
         """Whether no more trials begin."""
-        if self.fatal or self.interrupted:
+        if self._stopped():
             return True
-        if self.late_to_look() or self.hopeless():
-            return True
-        return not self._again and (self.exhausted or len(self.trials) >= self.budget.trials)
+        had = self.exhausted or len(self.trials) >= self.budget.trials
+        return not self._again and (had or self.late_to_look())
+
+    def _stopped(self) -> bool:
+        """Whether no trial begins, nor goes on that waits."""
+        late = self.remaining() <= 0 and (bool(self.trials) or self.late_to_look())
+        return bool(self.fatal) or self.interrupted or late or self.hopeless()
 
     def late_to_look(self) -> bool:
-        """Whether there is no time for another policy. The first is looked for in any case, for
-        what was found out beforehand may have taken all of it; but no longer than as much again."""
+        """Whether there is no time for another policy to climb all rungs. The first is looked for
+        in any case, for what was found out beforehand may have taken all of it; but no longer than
+        as much again."""
         left = self.remaining()
-        return left <= 0 and (bool(self.trials) or left <= -(self.budget.seconds or 0.0))
+        if not self.trials:
+            return left <= -(self.budget.seconds or 0.0)
+        with self._lock:  # the finder's thread asks too
+            return left <= 0 or not self._in_time()
 
     def hopeless(self) -> bool:
         """Whether every trial that came to some rung failed there, and enough did: all there are to
@@ -219,6 +233,7 @@ class Controller:
             self._unstored = 0
         self._refusals = 0
         self._learn(trial, entry)
+        self.exhausted = False  # what came may teach the proposals where the limits are kept
         if competes(trial, rung):
             self._points[rung].append(point(entry))
         if self.limits.cost(*costs(entry)) > 0:
@@ -229,7 +244,7 @@ class Controller:
             self._end(trial, "stopped")
         elif self.interrupted or self.fatal:
             self._end(trial, "interrupted")
-        elif not self._in_time(trial, RUNGS[RUNGS.index(rung) + 1]):
+        elif not self._in_time(trial):
             self._end(trial, "deadline")
         return trial.ended is None
 
@@ -325,6 +340,8 @@ class Controller:
         trial.results[entry["rung"]] = entry
         self._reached[entry["rung"]].pop(trial.number, None)  # of a trial that began anew
         self._reached[entry["rung"]][trial.number] = trial
+        if self.budget.seconds is not None:
+            self._new_takes = self._takes({})
         figures = entry["loss"], entry["latency_ms"][1], entry["constraint"]
         self._finder.tell(partial(self.proposals.tell, trial.policy, entry["rung"], *figures))
 
@@ -359,30 +376,54 @@ class Controller:
             over += not kept and then["loss"] <= entry["loss"]
         return over >= 2
 
-    def _in_time(self, trial: Trial, rung: str) -> bool:
-        """Whether ``trial``, if it climbs to ``rung`` now, will end near the deadline.
+    def _in_time(self, trial: Trial | None = None) -> bool:
+        """Whether ``trial``, or a new one, will end near the deadline if it climbs on now.
 
         A search ends with something to show: while nothing has finished one trial, alone, climbs on
-        past the deadline. One that is settled is trained no more: only others that were say how
-        long that takes.
+        past the deadline.
         """
         if self.budget.seconds is None:
             return True
-        ahead = RUNGS[RUNGS.index(rung) :]
-        needed = 0.0
-        for each in ahead:
-            newest = islice(reversed(self._reached[each].values()), RECENT)
-            before = RUNGS[RUNGS.index(each) - 1]
-            durations = [
-                t.results[each]["rung_seconds"] for t in newest
-                if each in t.results and settled(t, before) == settled(trial, before)
-            ]  # fmt: skip
-            if not durations:
-                as_far = [t for t in self.running() if t is not trial and t.next_rung in ahead]
-                nothing = not self.results(RUNGS[-1]) and not as_far
-                return self.remaining() > 0 or nothing
-            needed += statistics.median(durations)
-        return needed <= self.remaining() + SLACK * self.budget.seconds
+        takes = self._takes(trial.results) if trial and trial.results else self._new_takes
+        left = self.remaining()
+        fits = left > 0 if takes is None else takes <= left + SLACK * self.budget.seconds
+        if fits:
+            return True
+        had = len(trial.results) if trial else 0
+        as_far = (t for t in self.running() if t is not trial and len(t.results) >= had)
+        return not self.results(RUNGS[-1]) and not any(as_far)
+
+    def _takes(self, own: Results) -> float | None:
+        """Seconds that a trial with the results ``own`` still takes, if that is known."""
+        newest = {
+            rung: [
+                t.results for t in islice(reversed(reached.values()), RECENT) if rung in t.results
+            ]
+            for rung, reached in self._reached.items()
+        }
+        return seconds_left(own, newest, self.budget.longer)
+
+    def _last(self) -> Trial | None:
+        """Where nothing has finished and no trial runs any more: of those that the deadline ended,
+        or that wait, the one nearest to the end. It goes on past the deadline, but is not begun
+        later than as much again: each that did so before has failed."""
+        if self.fatal or self.interrupted or self.budget.seconds is None:
+            return None
+        if self.results(RUNGS[-1]) or self.running() or self.hopeless():
+            return None
+        spent = self._spent >= self.budget.seconds  # before this session, which only reports then
+        if spent or self.remaining() <= -self.budget.seconds:
+            return None
+        waiting = [
+            t for t in self.trials.values()
+            if (t.ended == "deadline" or t in self._again) and t.price.cost(self.limits) <= 0
+        ]  # fmt: skip
+        if not waiting:
+            return None
+        last = max(waiting, key=lambda t: (len(t.results), -_loss(t)))
+        last.ended = None
+        self._again = [t for t in self._again if t is not last]
+        return last
 
     def _price_again(self, policy: Policy, entry: Entry, reprice: bool) -> Price | None:
         """The price in ``entry``, or today's; None if it is impossible today."""
@@ -412,7 +453,9 @@ class Controller:
                 policy = Policy.from_dict(entry["policy"])
                 price = None
                 if "latency_ms" in entry:  # over a limit that may have been changed since
-                    price = self._price_again(policy, entry, reprice)
+                    then = price_of(entry)
+                    large = self.limits.cost(0.0, then.size_bytes, then.compressed_bytes) > 0
+                    price = then if large else self._price_again(policy, entry, reprice)
                 if price is None or price.cost(self.limits) > 0:
                     self.proposals.claim(policy)
             elif entry["kind"] == "result":
@@ -433,11 +476,7 @@ class Controller:
         if entries and entries[-1]["kind"] == "search":  # what came before its trials counts
             self._began = entries[-1]["time"]
         for trial in self.trials.values():  # for which there was no time, and now there may be
-            if (
-                trial.ended == "deadline"
-                and self.remaining() > 0
-                and self._in_time(trial, trial.next_rung)
-            ):
+            if trial.ended == "deadline" and self.remaining() > 0 and self._in_time(trial):
                 trial.ended = None
         self._again = [t for t in self.trials.values() if not t.ended]
         for number, known in told.items():  # so that who reads the record compares like with like
@@ -445,6 +484,11 @@ class Controller:
             now = list(trial.price.latency_ms) if RUNGS[-1] in trial.results else None
             if now != known["latency_ms"]:
                 self._append({"kind": "priced", **self._name(trial), "latency_ms": now})
+
+
+def _loss(trial: Trial) -> float:
+    """That of its last result, 0 without one."""
+    return float(next(reversed(trial.results.values()))["loss"]) if trial.results else 0.0
 
 
 def failures(entries: Sequence[Entry], most: int = 3) -> list[tuple[str, int]]:

@@ -22,7 +22,7 @@ from .controller import Budget, Controller
 from .counting import telling
 from .ending import fruitless, notes_of_end
 from .explain import explanation
-from .limits import Limits
+from .limits import Limits, limits_of
 from .local_ray import check_no_ray, connected, ctrl_c_given_back, terminable
 from .meter import noise, noisy
 from .opening import (
@@ -36,6 +36,7 @@ from .opening import (
     kept,
     lasting,
     opening_entry,
+    priced_alike,
     target_before,
 )
 from .placement import Place, of_finalists, place_of, trial_request
@@ -154,7 +155,10 @@ class _Search:
         self.notes: list[str] = []
         self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
         self.profile = profile
-        self.preparation = Preparation(prepared, place, run.run_dir, console, self.notes)
+        self.spent_s = next(reversed(at_work(run.record.entries())), 0.0)
+        self.preparation = Preparation(
+            prepared, place, run.run_dir, console, self.notes, self.spent_s
+        )
         self.predictor: LatencyPredictor | None = None
         wanted = self.spec.search
         self.nothing_left = is_done(run.record, wanted.trials, wanted.time_budget)
@@ -164,7 +168,7 @@ class _Search:
             self.alone_ms = self.place.alone()
         header = opening_entry(self.ready, self.record, self.place.device, self.alone_ms)
         teacher_ms = header["teacher"]["latency_ms"]
-        limits = self.ready.limits(teacher_ms)
+        limits = limits_of(header)
         price = timed(self.ready.prepared, self.place, teacher_ms / self.alone_ms)
         new_limits = not self.local and asks_anew(self.spec, self.record)
         if new_limits and self.place.there:
@@ -181,6 +185,9 @@ class _Search:
                 "profile` makes it), or begin a new search with another --out"
             )
         header["predicted_by"] = "timing" if self.predictor is None else "profile"
+        if self.predictor is not None and self.spec.target.profile is not None:
+            header["profile"] = key_of(Path(self.spec.target.profile).read_bytes())
+        reprice = self.predictor is not None and not priced_alike(header, self.record)
         try:
             self.record.append(header)  # its time is from before the profile, which so counts
             warm = self._warm_start(limits)
@@ -189,9 +196,9 @@ class _Search:
             warm, interrupted = None, True
             if self.record.entries()[-1:] != [json.loads(json.dumps(header))]:
                 self.record.append(header)
-        answers = {} if interrupted else self._answers()
+        answers = {} if interrupted or self.nothing_left else self._answers()
         tracker = self._tracker(header)
-        controller = self._controller(limits, tracker, price, warm)
+        controller = self._controller(limits, tracker, price, warm, reprice)
         if interrupted:
             controller.interrupted = True
             controller.close()
@@ -206,7 +213,8 @@ class _Search:
         found |= {"mlflow_run_id": tracker.wait_run_id(FINISH_S)}
         written = self._written(controller, found)
         self._finish(tracker, controller)
-        failed = bool(controller.fatal or fruitless(controller)) or not written
+        empty = not (found["front"] or controller.interrupted)
+        failed = bool(controller.fatal or fruitless(controller)) or empty or not written
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
 
     def _answers(self) -> dict[int, Any]:
@@ -223,9 +231,8 @@ class _Search:
     def _predictor(self, teacher_ms: float) -> LatencyPredictor | None:
         """The predictor for the device that is measured on, from the given device profile or one
         that is made now; None where each policy is timed instead."""
-        if self.profile is None and worth_preparing(self.ready):
-            made = self.preparation
-            self.profile = made.made() if self.nothing_left else made.profile(teacher_ms)
+        if self.profile is None:
+            self.profile = self.preparation.found(teacher_ms, self.nothing_left)
             self._name_profile()
         if self.profile is None:
             return None
@@ -263,6 +270,7 @@ class _Search:
         tracker: Tracker,
         price: Pricing,
         warm: WarmStart | None,
+        reprice: bool,
     ) -> Controller:
         search = self.spec.search
         self.progress = Progress(
@@ -282,15 +290,17 @@ class _Search:
 
         for entry in self.record.entries():  # of a resumed search also what came before
             listen(entry)
+        left_s = max(0.0, (search.time_budget or math.inf) - self.spent_s)
         with telling("Choosing the first policies", self.console):
             proposals = source(
                 search.strategy, self.ready.space, search.sampler, search.seed, search.trials,
-                warm, self.ready.recipes(), search.time_budget or math.inf,
+                warm, self.ready.recipes(), left_s,
             )  # fmt: skip
-        budget = Budget(search.trials, search.time_budget)
+        short = self.spec.rungs.short
+        budget = Budget(search.trials, search.time_budget, longer=1 / short - 1)
         return Controller(
             proposals, price, limits, self.record, budget, listen=[listen, look, self._tidy],
-            look_ahead=True, reprice=self.predictor is not None,
+            look_ahead=True, reprice=reprice,
         )  # fmt: skip
 
     def _tidy(self, entry: dict[str, Any]) -> None:

@@ -83,13 +83,9 @@ def fruitless(controller: Controller) -> list[tuple[str, int]]:
 
 
 def causes(entries: Sequence[Entry], hopeless: bool) -> list[tuple[str, int]]:
-    """The commonest reasons of failure where it is failures that left a search without a full
-    result: it is hopeless, or all that ended since it was last begun has failed."""
-    if hopeless:
-        return failures(entries)
-    session = _session(entries)
-    ended = {entry["reason"] for entry in session if entry["kind"] == "end"}
-    return failures(session) if ended == {"failed"} else []
+    """The commonest reasons of failure in a search without a full result: since it was last begun,
+    and before too if it is hopeless."""
+    return failures(entries if hopeless else _session(entries))
 
 
 def _session(entries: Sequence[Entry]) -> Sequence[Entry]:

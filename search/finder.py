@@ -169,7 +169,8 @@ class Finder:
         """The largest shrunk form of ``policy`` that is within the limits and new."""
         best = None
         low, high = 0, SHRINKS  # within the limits at low / SHRINKS of the width, perhaps
-        while high - low > 1 and not self._closed:  # where policies are timed, each takes a while
+        # Where policies are timed, each takes a while.
+        while high - low > 1 and not self._closed and not self._late():
             middle = (low + high) // 2
             tried = self._proposals.space.shrunk(policy, middle / SHRINKS)
             try:

@@ -65,6 +65,12 @@ def point(teacher_metric: float) -> float:
     return abs(teacher_metric) / 100 or 1.0
 
 
+def limits_of(header: Mapping[str, Any]) -> Limits:
+    """The limits of the session that ``header`` opened, for the teacher as the record has it."""
+    teacher = header["teacher"]
+    return limits(header["objective"], teacher["metric"], teacher["latency_ms"])
+
+
 def limits(
     objective: Mapping[str, Any], teacher_metric: float, teacher_latency_ms: float
 ) -> Limits:

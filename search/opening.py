@@ -34,6 +34,10 @@ BACK = {
     "data_digest": "let train, val and test be what they were then",
     "capabilities": "search for a target with the kernels of then",
 }
+# What prices and limits hang on. profile: a digest of it.
+PRICED_BY = (
+    "flyweight", "versions", "target", "teacher", "objective", "predicted_by", "profile"
+)  # fmt: skip
 FREE_BYTES = 200_000_000  # what a run directory may come to need
 
 
@@ -240,6 +244,13 @@ def changed_target(entry: dict[str, Any], record: Record) -> bool:
     """Whether a search that begins with ``entry`` has another target than its last session."""
     earlier = _sessions(record)
     return bool(earlier) and earlier[-1]["target"] != entry["target"]
+
+
+def priced_alike(entry: dict[str, Any], record: Record) -> bool:
+    """Whether a search that begins with ``entry`` prices policies as its last session did, if there
+    was one."""
+    earlier = _sessions(record)
+    return not earlier or all(earlier[-1].get(name) == entry.get(name) for name in PRICED_BY)
 
 
 def is_done(record: Record, trials: int, budget_s: float | None) -> bool:

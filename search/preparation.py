@@ -47,13 +47,23 @@ def worth_preparing(ready: Ready) -> bool:
 @dataclass
 class Preparation:
     """Finds out what can be, in the time that there is, and says in ``notes`` what could not.
-    place: where networks are timed."""
+    place: where networks are timed. spent_s: of the time budget, in earlier sessions."""
 
     ready: Ready
     place: Place
     run_dir: Path
     console: Console | None
     notes: list[str] = field(default_factory=list)
+    spent_s: float = 0.0
+
+    def found(self, teacher_ms: float, nothing_left: bool) -> DeviceProfile | None:
+        """The device profile of the search, if it has one. It is made where the search is worth it;
+        one that the run has already stays what its policies are priced by, also where it is not.
+        nothing_left: whether none is made any more."""
+        worth = worth_preparing(self.ready)
+        if worth and not nothing_left:
+            return self.profile(teacher_ms)
+        return self.made() if worth or (self.run_dir / PROFILE).exists() else None
 
     def profile(self, teacher_ms: float) -> DeviceProfile | None:
         """The device profile of the place, gone on with from the cache; None if none can be made.
@@ -169,7 +179,7 @@ class Preparation:
 
     def _seconds(self, share: float, otherwise: float) -> float:
         budget = self.ready.spec.search.time_budget
-        return otherwise if budget is None else share * budget
+        return otherwise if budget is None else share * max(0.0, budget - self.spent_s)
 
 
 def _loaded(path: Path, wanted: DeviceProfile) -> DeviceProfile | None:

@@ -131,7 +131,8 @@ class Ready:
     def write(self, run_dir: Path) -> None:
         """Writes what a run directory keeps of it: the spec, the teacher's artifact, a request."""
         write_whole(run_dir / SPEC, self.spec.to_yaml().encode())
-        write_whole(run_dir / TEACHER, self.teacher)
+        if not (run_dir / TEACHER).exists():  # a resumed search is judged by the teacher of then
+            write_whole(run_dir / TEACHER, self.teacher)
         write_request(run_dir, self.request())
 
     def advice(self) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..kernels import Timing
-from .limits import COSTS, Limits, limits
+from .limits import COSTS, Limits, limits, limits_of
 from .meter import Device
 from .mlflow_entries import RUNGS
 from .pareto import front, spread_order
@@ -79,9 +79,7 @@ def _ahead(entries: Sequence[Mapping[str, Any]], latencies: Sequence[float]) -> 
 def full_results(header: Entry, entries: Sequence[Entry]) -> tuple[list[Entry], Limits]:
     """The full-rung results among ``entries`` of a record, and the limits that its newest session,
     which ``header`` opened, judges them by."""
-    teacher = header["teacher"]
-    bounds = limits(header["objective"], teacher["metric"], teacher["latency_ms"])
-    return at_full(entries), bounds
+    return at_full(entries), limits_of(header)
 
 
 def at_full(entries: Sequence[Entry]) -> list[Entry]:

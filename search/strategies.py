@@ -23,6 +23,7 @@ FIRST = 8  # one in so many trials is a policy of the warm start's sweep
 # Of them at most; seconds for them, and the share of all that there is.
 MOST_SOLVED, SWEEP_S, SWEEP_SHARE = 32, 60.0, 0.05
 KEEPS = 16  # shares of channels of the uniform strategy
+STREAK = 16  # proposals over a limit, one after another, that end a stage
 STAGES = (  # of the sequential strategy: what is chosen in each, by the beginning of its name
     ("student", "drop/", "width/", "criterion", "reconstruct", "sparsity"),
     ("loss", "temperature", "alpha", "learning_rate"),
@@ -104,6 +105,7 @@ class Sequential:
         self._best: dict[str, tuple[float, Policy]] = {}
         self._seen: list[Policy] = []
         self._stage = 0
+        self._over = 0  # in a row
         self._proposals = self._of_stage({})
 
     def _of_stage(self, chosen: Mapping[str, Any]) -> Proposals:
@@ -116,6 +118,8 @@ class Sequential:
         return Proposals(self.space, self._sampler, self.seed + self._stage, fixed=fixed)
 
     def ask(self) -> Policy | None:
+        if self._over >= STREAK and self._stage + 1 < len(STAGES):  # another may keep the limit
+            self._next_stage()
         policy = self._proposals.ask()
         while policy is None and self._stage + 1 < len(STAGES):  # a stage has no other choices
             self._next_stage()
@@ -126,6 +130,7 @@ class Sequential:
 
     def _next_stage(self) -> None:
         self._stage += 1
+        self._over = 0
         rung = next((r for r in reversed(RUNGS) if r in self._best), None)
         chosen = self.space.values(self._best[rung][1]) if rung else {}
         self._proposals = self._of_stage(chosen)
@@ -135,9 +140,11 @@ class Sequential:
 
     def claim(self, policy: Policy) -> bool:
         self._seen.append(policy)
+        self._over = 0  # a smaller form, within
         return self._proposals.claim(policy)
 
     def reject(self, policy: Policy, latency_ms: float, constraint: float) -> None:
+        self._over += 1
         self._proposals.reject(policy, latency_ms, constraint)
 
     def tell(
@@ -146,6 +153,7 @@ class Sequential:
         self._proposals.tell(policy, rung, loss, latency_ms, constraint)
         if constraint <= 0 and loss < self._best.get(rung, (float("inf"), policy))[0]:
             self._best[rung] = loss, policy
+        self._over = 0
         self._told.add(policy.digest)
         if len(self._told) >= self._each * (self._stage + 1) and self._stage + 1 < len(STAGES):
             self._next_stage()

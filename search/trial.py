@@ -27,11 +27,6 @@ class Trial:
         return RUNGS[len(self.results)]
 
 
-def settled(trial: Trial, rung: str) -> bool:
-    """Whether ``trial`` came out of ``rung`` as it went in, to be trained no more."""
-    return bool(trial.results.get(rung, {}).get("settled"))
-
-
 def price_of(entry: Entry) -> Price:
     return Price(tuple(entry["latency_ms"]), entry["size_bytes"], entry["compressed_bytes"])
 

@@ -23,7 +23,7 @@ from flyweight.search.controller import (
     Price,
     failures,
 )
-from flyweight.search.ending import causes, unreached
+from flyweight.search.ending import causes, fruitless, unreached
 from flyweight.search.limits import Limits
 from flyweight.search.proposals import Proposals
 from flyweight.search.record import Entry, MemoryRecord
@@ -102,11 +102,11 @@ NONE = Limits(95.0)
 def controller(
     record: Any = None, *, limits: Limits = NONE, trials: int = 12, seconds: float | None = None,
     clock: Clock | None = None, costs: Callable[[Policy], Price] = price, seed: int = 0,
-    listen: Any = (), look_ahead: bool = False, **settings: Any,
+    listen: Any = (), look_ahead: bool = False, longer: float | None = None, **settings: Any,
 ) -> Controller:  # fmt: skip
     return Controller(
         Proposals(space(**settings), seed=seed), costs, limits,
-        MemoryRecord() if record is None else record, Budget(trials, seconds),
+        MemoryRecord() if record is None else record, Budget(trials, seconds, longer),
         clock=clock or Clock(), listen=listen, look_ahead=look_ahead,
     )  # fmt: skip
 
@@ -550,7 +550,7 @@ def test_failures_are_told_where_they_left_a_search_with_nothing() -> None:
 
     begin, failed, late = {"kind": "search"}, end("failed"), end("deadline")
     assert causes([begin, failed, failed], hopeless=False) == [("boom", 2)]
-    assert causes([begin, failed, late], hopeless=False) == []
+    assert causes([begin, failed, late], hopeless=False) == [("boom", 1)]
     assert causes([begin, failed, begin], hopeless=False) == []
     assert causes([begin, failed, begin, late], hopeless=False) == []
     assert causes([begin, late, begin, failed], hopeless=False) == [("boom", 1)]
@@ -864,9 +864,12 @@ def test_a_worker_that_dies_when_the_time_is_up_interrupts_its_trial() -> None:
     clock, record = Clock(), MemoryRecord()
     record.append({"kind": "search", "time": clock.now})
     control = controller(record, clock=clock, seconds=5.0)
+    first = control.propose()
+    assert first is not None
+    climb(control, first)
     trial = control.propose()
     assert trial is not None
-    control.result(trial.number, outcome(trial.policy, "recalibrate"))
+    control.result(trial.number, outcome(trial.policy, "recalibrate") | {"loss": 0.0})
     clock.now += 6
     control.died(trial.number, "killed")
     assert control.propose() is None
@@ -878,6 +881,77 @@ def test_a_worker_that_dies_when_the_time_is_up_interrupts_its_trial() -> None:
     found = again.propose()
     assert found is not None
     assert (found.number, found.next_rung) == (trial.number, "short")
+
+
+def test_the_only_trial_goes_on_though_its_worker_dies_when_the_time_is_up() -> None:
+    clock = Clock()
+    control = controller(clock=clock, seconds=5.0)
+    trial = control.propose()
+    assert trial is not None
+    control.result(trial.number, outcome(trial.policy, "recalibrate"))
+    clock.now += 6
+    control.died(trial.number, "killed")
+    assert control.propose() is trial
+    climb(control, trial)
+    assert control.results("full")
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_where_the_last_hope_fails_the_next_goes_on_past_the_deadline(late: bool) -> None:
+    clock, record = Clock(), MemoryRecord()
+    control = controller(record, seconds=10.0, trials=4, clock=clock)
+    trials = [trial for _ in range(4) if (trial := control.propose())]
+    for trial, loss in zip(trials, (4.0, 3.0, 2.0, 1.0), strict=True):
+        assert control.result(trial.number, outcome(trial.policy, "recalibrate") | {"loss": loss})
+    clock.now += 11.0
+    for trial, loss in zip(trials[:3], (3.0, 2.0, 1.0), strict=True):
+        control.result(trial.number, outcome(trial.policy, "short") | {"loss": loss})
+    last, worse, better, other = trials
+    assert (worse.ended, better.ended) == ("deadline", "deadline")
+    control.result(other.number, {"rung": "short", "error": "boom"})
+    assert control.propose() is None  # one goes on already
+    clock.now += 20.0 if late else 1.0
+    control.result(last.number, {"rung": "full", "error": "parity"})
+    if late:  # no more than as much time again
+        assert control.propose() is None
+    else:
+        assert control.propose() is better
+        assert control.propose() is None
+        climb(control, better)
+        assert better.ended == "finished"
+        assert control.propose() is None
+        assert worse.ended == "deadline"
+    control.close()
+    told = [] if not late else [("parity", 1), ("boom", 1)]
+    assert sorted(fruitless(control)) == sorted(told)
+
+
+def test_a_search_whose_time_is_spent_goes_on_with_nothing() -> None:
+    clock, record = Clock(), MemoryRecord()
+    record.append({"kind": "search", "time": clock.now})
+    control = controller(record, seconds=10.0, clock=clock)
+    trial = control.propose()
+    assert trial is not None
+    control.result(trial.number, outcome(trial.policy, "recalibrate"))
+    clock.now += 11
+    control.close()
+    record.append({"kind": "search", "time": clock.now})
+    assert controller(record, seconds=10.0, clock=clock).propose() is None
+    assert controller(record, seconds=20.0, clock=clock).propose() is not None
+
+
+def test_before_any_finished_the_short_rung_says_how_long_a_full_one_takes() -> None:
+    clock = Clock()
+    control = controller(seconds=100.0, trials=3, clock=clock, longer=9.0)
+    trials = [trial for _ in range(3) if (trial := control.propose())]
+    for trial in trials:
+        loss = {"loss": -float(trial.number)}
+        assert control.result(trial.number, outcome(trial.policy, "recalibrate") | loss)
+    clock.now += 90
+    for trial in trials:
+        loss = {"loss": -float(trial.number)}
+        control.result(trial.number, outcome(trial.policy, "short", 90.0) | loss)
+    assert [trial.ended for trial in trials] == [None, "deadline", "deadline"]
 
 
 def test_what_an_earlier_session_left_is_not_begun_when_there_is_no_time_for_it() -> None:
@@ -1035,6 +1109,70 @@ def test_a_search_that_ends_prices_no_further(monkeypatch: pytest.MonkeyPatch) -
     goes_on.set()
     closing.join(60)
     assert len(priced) == 2
+
+
+def test_a_form_that_is_made_smaller_is_not_priced_on_past_the_deadline() -> None:
+    clock, priced = Clock(), []
+
+    def slow(policy: Policy) -> Price:
+        clock.now += 3
+        priced.append(policy)
+        return price(policy)
+
+    control = controller(clock=clock, seconds=5.5, limits=Limits(95.0, latency_ms=0.01), costs=slow)
+    assert control.propose() is None
+    assert len(priced) == 4  # as much time again, for the first
+
+
+def test_what_came_in_may_teach_where_the_limits_are_kept() -> None:
+    good = [space().uniform(keep, "int8") for keep in (0.5, 0.25)]
+
+    class Taught(Proposals):
+        given, known = 0, 1
+
+        def ask(self) -> Policy | None:
+            if self.given == self.known:
+                return super().ask()
+            self.given += 1
+            self.claim(good[self.given - 1])
+            return good[self.given - 1]
+
+        def tell(self, *result: Any) -> None:
+            super().tell(*result)
+            self.known = 2
+
+    def costs(policy: Policy) -> Price:
+        ms = 0.5 if policy in good[: proposals.given] else 2.0
+        return Price((ms, ms, ms), 1, 1)
+
+    proposals, limits = Taught(space(), "random"), Limits(95.0, latency_ms=1.0)
+    control = Controller(proposals, costs, limits, MemoryRecord(), Budget(9), clock=Clock())
+    trial = control.propose()
+    assert trial is not None
+    assert control.propose() is None
+    assert control.exhausted
+    climb(control, trial)
+    second = control.propose()
+    assert second is not None
+    assert second.policy == good[1]
+
+
+def test_what_was_too_large_is_not_priced_again() -> None:
+    record, limits = MemoryRecord(), Limits(95.0, size_bytes=300)
+    run(controller(record, limits=limits, trials=3))
+    large = [e["digest"] for e in kinds(record, "rejected") if e["size_bytes"] > 300]
+    assert large
+    priced = []
+
+    def counted(policy: Policy) -> Price:
+        priced.append(policy.digest)
+        return price(policy)
+
+    after = Controller(
+        Proposals(space()), counted, limits, record, Budget(3), clock=Clock(), reprice=True
+    )
+    assert not {*large} & {*priced}
+    assert {t.policy.digest for t in after.trials.values()} <= {*priced}
 
 
 def test_tune_asks_again_while_a_policy_is_looked_for_until_ctrl_c(

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from flyweight.search import driver
+from flyweight.search.limits import limits_of
 from flyweight.search.meter import Device
-from flyweight.search.opening import check_same, is_done, lasting, opening_entry
+from flyweight.search.opening import check_same, is_done, lasting, opening_entry, priced_alike
 from flyweight.search.progress import Progress
 from flyweight.search.ready import ready
 from flyweight.search.record import MemoryRecord
@@ -84,6 +85,39 @@ def test_a_record_of_an_earlier_flyweight_is_asked_for_what_it_has(tmp_path: Pat
     opened(tmp_path, MemoryRecord([first]), "rungs: {short: 0.3}")
     with pytest.raises(BadInput, match="--resume: seed must be"):
         opened(tmp_path, MemoryRecord([first]), "search: {seed: 3}")
+
+
+def test_limits_stay_those_of_the_teacher_that_the_record_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = MemoryRecord()
+    opened(tmp_path, record)
+    monkeypatch.setitem(globals(), "TASK", TASK.replace("97.0", "96.875"))
+    assert limits_of(opened(tmp_path, record)).teacher_metric == 97.0
+
+
+def test_the_teacher_of_a_run_stays(tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text(TASK)
+    (tmp_path / "search.yaml").write_text("task: task.py:Net\nobjective: {max_drop: 1}\n")
+    found, run = ready(load_spec(tmp_path / "search.yaml")), tmp_path / "run"
+    found.write(run)
+    teacher = run / "teacher" / "model.onnx"
+    assert teacher.read_bytes() == found.teacher
+    teacher.write_bytes(b"of then")
+    found.write(run)
+    assert teacher.read_bytes() == b"of then"
+
+
+def test_what_is_priced_as_before_is_told_from_what_is_not(tmp_path: Path) -> None:
+    record = MemoryRecord()
+    assert priced_alike({}, record)  # there is nothing to price
+    first = opened(tmp_path, record)
+    record.append(first | {"predicted_by": "profile", "profile": "one"})
+    known = opened(tmp_path, MemoryRecord([first])) | {"predicted_by": "profile", "profile": "one"}
+    assert priced_alike(known, record)
+    assert not priced_alike(known | {"profile": "other"}, record)
+    assert not priced_alike(known | {"target": {}}, record)
+    assert not priced_alike(known | {"objective": {"max_drop": 2}}, record)
 
 
 @pytest.mark.parametrize(

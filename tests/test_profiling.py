@@ -177,6 +177,31 @@ def test_a_foreign_profile_is_scaled_by_the_teacher_as_it_is_here(
 # -- made for a search, and kept for the next ----------------------------------------------------
 
 
+def test_a_profile_that_a_run_has_prices_it_whatever_its_strategy(folder: Path) -> None:
+    run, found = folder / "run", prepared(folder)
+    plain = found.spec.search.model_copy(update={"strategy": "random"})
+    random = replace(found, spec=found.spec.model_copy(update={"search": plain}))
+    other, bench = preparation(random, run)
+    assert other.found(0.1, nothing_left=False) is None  # a short search makes none
+    made = preparation(found, run)[0].profile(0.1)
+    assert made
+    assert other.found(0.1, nothing_left=False) == made
+    assert (bench.timed, other.notes) == (0, [])
+
+
+def test_what_a_resumed_search_finds_out_takes_a_share_of_the_time_that_is_left(
+    folder: Path,
+) -> None:
+    found = prepared(folder)
+    search = found.spec.search.model_copy(update={"time_budget": 100.0})
+    found = replace(found, spec=found.spec.model_copy(update={"search": search}))
+    for spent, said in ((99.0, 1), (0.0, 0)):
+        made, _ = preparation(found, folder / "run")
+        made.spent_s = spent
+        made.profile(10.0)
+        assert sum("takes longer than the 0 s" in note for note in made.notes) == said
+
+
 def test_a_search_that_goes_on_with_another_batch_size_has_a_profile_of_that(folder: Path) -> None:
     run = folder / "run"
     first, _ = preparation(prepared(folder), run)

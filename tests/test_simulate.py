@@ -384,6 +384,28 @@ def test_a_deadline_shorter_than_one_trial(toy: ModuleType, workers: int) -> Non
     assert control.late() == 25.0  # which the user is told
 
 
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("settled", [False, True])
+def test_nothing_begins_that_cannot_end_in_time(
+    toy: ModuleType, workers: int, settled: bool
+) -> None:
+    """settled: no student needs training, so that its full rung takes little."""
+    took = dict(zip(RUNGS, (10.0, 10.0, 1.0 if settled else 40.0), strict=True))
+    clock, record = Clock(), MemoryRecord()
+    control = controller(toy, record, clock, trials=100, seconds=300.0)
+
+    def evaluate(policy: Policy, rung: str) -> tuple[Entry | None, float]:
+        found = toy.outcome(policy, rung, took[rung])
+        return found | {"settled": settled and rung != RUNGS[0]}, took[rung]
+
+    out = simulate(control, evaluate, workers, clock)
+    check_ends(control, record)
+    assert "deadline" not in {trial.ended for trial in control.trials.values()}
+    assert out.seconds <= 300.0 * 1.1
+    last = max(e["time"] for e in record.entries() if e["kind"] == "begin")
+    assert last >= 300.0 - (30.0 if settled else 70.0)  # nor is it given up early
+
+
 def test_a_space_of_one_policy(toy: ModuleType) -> None:
     clock, record = Clock(), MemoryRecord()
     control = controller(toy, record, clock, trials=100, **ONE)

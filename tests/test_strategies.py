@@ -9,7 +9,7 @@ import pytest
 
 from flyweight.compressors import RUNGS
 from flyweight.search.spec import Search
-from flyweight.search.strategies import STAGES, source
+from flyweight.search.strategies import STAGES, STREAK, source
 from flyweight.spaces import Capabilities, Network, Policy, Settings, Space
 
 BOTH = ("fp32", "int8")
@@ -137,6 +137,21 @@ def test_sequential_does_not_end_with_a_stage_that_has_few_choices(
     whole = Settings(min_keep=1.0, temperature=(1.0, 8.0))  # nothing to prune
     found = drawn(Space(traced("separable"), target, whole), "sequential", 12)
     assert any(p.quantize.acts for p in found)
+
+
+def test_sequential_goes_on_to_a_stage_that_may_keep_a_limit_which_this_one_does_not(
+    space: Space,
+) -> None:
+    proposals = source("sequential", space, "tpe", 0, 300, None, [])
+    asked = []
+    for _ in range(2 * STREAK + 3):
+        policy = proposals.ask()
+        assert policy is not None
+        asked.append(policy)
+        proposals.reject(policy, 9.0, 1.0)
+    assert all(p.prune == asked[-1].prune for p in asked[STREAK:])
+    assert not any(p.quantize.acts for p in asked[: 2 * STREAK])
+    assert any(p.quantize.acts for p in asked[2 * STREAK :])
 
 
 @pytest.mark.parametrize(("budget", "most"), [(math.inf, 60.0), (7200.0, 60.0), (120.0, 6.0)])
