@@ -3,6 +3,7 @@
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,6 +70,32 @@ def test_a_limit_that_nothing_reaches(tmp_path: Path, objective: Any, words: str
     with pytest.raises(BadInput, match=words):
         search(tmp_path, objective=objective)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("fastest_ms", "refused"), [((100.0, 101.0, 102.0), True), ((0.0, 101.0, 102.0), False)]
+)
+def test_a_limit_that_only_the_solver_knows_to_be_out_of_reach(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fastest_ms: tuple[float, float, float],
+    refused: bool,
+) -> None:
+    def begun(*_: Any) -> Any:
+        raise Started
+
+    monkeypatch.setattr(driver, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(driver, "check_cluster", lambda *_: None)
+    whole, warm = driver._Search, SimpleNamespace(fastest_ms=lambda: fastest_ms)
+    monkeypatch.setattr(whole, "_predictor", lambda *_: object())
+    monkeypatch.setattr(whole, "_warm_start", lambda *_: warm)
+    monkeypatch.setattr(whole, "_answers", begun)
+    words = r"the fastest policy of this space is predicted to take 101\S* ms, a speed-up of 0\.00"
+    with pytest.raises(BadInput, match=words) if refused else pytest.raises(Started):
+        search(tmp_path)
+    if refused:  # as long as nothing was found, going on says the same
+        with pytest.raises(BadInput, match=words):
+            search(tmp_path)
 
 
 def test_on_a_cluster_only_what_this_machine_can_tell(tmp_path: Path) -> None:
