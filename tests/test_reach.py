@@ -84,13 +84,18 @@ def test_a_limit_that_only_the_solver_knows_to_be_out_of_reach(
     def begun(*_: Any) -> Any:
         raise Started
 
+    def place_of(found: Any, *_: Any) -> Any:
+        device = Device.of(found.prepared.runtime)
+        return SimpleNamespace(alone=lambda: 1.0, device=device, there=False)
+
+    monkeypatch.setattr(driver, "place_of", place_of)
     monkeypatch.setattr(driver, "connected", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(driver, "check_cluster", lambda *_: None)
     whole, warm = driver._Search, SimpleNamespace(fastest_ms=lambda: fastest_ms)
     monkeypatch.setattr(whole, "_predictor", lambda *_: object())
     monkeypatch.setattr(whole, "_warm_start", lambda *_: warm)
     monkeypatch.setattr(whole, "_answers", begun)
-    words = r"the fastest policy of this space is predicted to take 101\S* ms, a speed-up of 0\.00"
+    words = r"the fastest policy of this space is predicted to take 101\S* ms, a speed-up of 0\.01"
     with pytest.raises(BadInput, match=words) if refused else pytest.raises(Started):
         search(tmp_path)
     if refused:  # as long as nothing was found, going on says the same
