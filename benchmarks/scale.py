@@ -1,13 +1,14 @@
 """What the controller costs as a search grows: thousands of trials on simulated workers.
 
-The production classes (controller, proposals with TPE, climbs, a record in a file) run on a
-simulated clock; only the work is made up, and the price of a policy. The processor seconds that
+The production classes (controller, the strategy with its warm start, climbs, a record in a file)
+run on a simulated clock; only the work is made up, the price of a policy, and what the warm start
+knows: the sensitivity table, and the timings in the device profile. The processor seconds that
 the controller really takes pass on that clock, one call at a time, so that workers wait for it as
 they would for a driver that has a core of its own (the machine may be shared). Ray's own work,
 MLflow and the live display are not in it (overhead.py), nor is pricing, which looks ahead on a
-thread of its own.
+thread of its own; so does the solver in a search, but here it is in it.
 
-    python benchmarks/scale.py [--trials 5000] [--workers 200] [--sampler tpe]
+    python benchmarks/scale.py [--trials 5000] [--workers 200] [--strategy joint] [--sampler tpe]
         [--minutes 1.5] [--layers 24]
 """
 
@@ -18,23 +19,40 @@ import resource
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from common import write
 
-from flyweight.compressors import RUNGS
+from flyweight.compressors import RUNGS, Prepared
+from flyweight.kernels import DeviceProfile, LatencyPredictor, Timed, signature
+from flyweight.kernels.signature import digest
+from flyweight.search.batch import BatchPredictor
 from flyweight.search.controller import Budget, Controller, Price
 from flyweight.search.limits import Limits
-from flyweight.search.proposals import Proposals
 from flyweight.search.record import Entry, FileRecord
+from flyweight.search.sensitivity import Sensitivity, axes_of
 from flyweight.search.simulate import Clock, simulate
-from flyweight.spaces import Capabilities, Group, Layer, Network, Op, Policy, Settings, Space
+from flyweight.search.strategies import source
+from flyweight.search.warm import WarmStart
+from flyweight.spaces import (
+    Capabilities,
+    Group,
+    Layer,
+    Network,
+    Op,
+    Policy,
+    Settings,
+    Space,
+    blueprint,
+)
 
 LAYERS = 24
 WEIGHTS = dict(zip(RUNGS, (1.0, 3.0, 30.0), strict=True))  # of work
 SHARES = dict(zip(RUNGS, (1.0, 0.5, 0.25), strict=True))  # of trials that reach a rung, about
 DEATHS = 0.01  # share of rungs in which a worker dies
 BAND = 100  # trials over which a cost is averaged
+TIMED = 256  # networks in the device profile
 LIMITS = Limits(90.0, latency_ms=0.6, max_drop=2.0)
 
 
@@ -64,9 +82,41 @@ class Chain:
         return sum(shares) / len(shares)
 
     def price(self, policy: Policy) -> Price:
-        ms = self.kept(policy) * (1 - 0.5 * len(policy.quantize.precision) / len(self.widths))
+        ms, before = 0.0, 1.0  # 1 untouched; a layer takes some time however narrow it is
+        for name, width in self.widths.items():
+            share = policy.prune.width.get(name, width) / width
+            int8 = policy.quantize.precision.get(name) == "int8"
+            ms += (0.2 + 0.8 * before * share) * (0.5 if int8 else 1.0) / len(self.widths)
+            before = share
         size = int(1e6 * ms)
         return Price((0.95 * ms, ms, 1.05 * ms), size, size)
+
+    def warm_start(self, space: Space) -> WarmStart:
+        """From a table, and a device profile of policies at random."""
+        network, target, rng = space.network, space.capabilities, random.Random(0)
+        harm = {
+            axis.name: {
+                choice: 0.01 * (choice == "int8")
+                if isinstance(choice, str)
+                else (1 - choice / axis.choices[-1]) ** 2
+                for choice in axis.choices
+            }
+            for axis in axes_of(space)
+        }
+        count = sum(map(len, harm.values()))
+        table = Sensitivity(harm, {}, dict.fromkeys(space.networks, 0.0), count, count)
+        drawn = [Policy(), *(space.sample(rng) for _ in range(TIMED))]
+        timed = [
+            Timed(signature(blueprint(network, p, target)), self.price(p).latency_ms[1], 1.0, 0, "")
+            for p in drawn
+        ]
+        profile = DeviceProfile({}, "", {}, digest(timed[0].counts), timed)
+        start = SimpleNamespace(network=network)
+        prepared = SimpleNamespace(
+            runtime=SimpleNamespace(capabilities=target), start=lambda _: start
+        )
+        batch = BatchPredictor(cast(Prepared, prepared), space, LatencyPredictor(profile))
+        return WarmStart(space, table, batch, LIMITS)
 
     def work(self, policy: Policy, rung: str, second: float) -> tuple[Entry | None, float]:
         """The smaller, the more it loses; a rung says what the next will up to noise."""
@@ -87,7 +137,12 @@ def resident_kb() -> float:
 
 
 def run(
-    trials: int, workers: int, sampler: str, minutes: float, layers: int = LAYERS
+    trials: int,
+    workers: int,
+    strategy: str,
+    sampler: str,
+    minutes: float,
+    layers: int = LAYERS,
 ) -> dict[str, Any]:
     """minutes: what a trial takes a worker, on average over those that are stopped early too."""
     chain = Chain(layers)
@@ -102,7 +157,8 @@ def run(
 
     with tempfile.TemporaryDirectory() as folder:
         record, clock = FileRecord(Path(folder) / "record.jsonl"), Clock()
-        proposals = Proposals(space, sampler)
+        warm = chain.warm_start(space) if strategy == "joint" else None
+        proposals = source(strategy, space, sampler, 0, trials, warm, ())
         budget = Budget(trials, seconds=1e9)
         control = Controller(proposals, chain.price, LIMITS, record, budget, clock=clock)
         began = time.perf_counter()
@@ -116,7 +172,8 @@ def run(
     counts = {rung: len(control.results(rung)) for rung in RUNGS}
     first = min(500, trials // 2)  # by then everything is imported, and the studies are full
     return {
-        "trials": trials, "workers": workers, "sampler": sampler, "results": counts,
+        "trials": trials, "workers": workers, "strategy": strategy, "sampler": sampler,
+        "results": counts,
         "parameters": len(space.parameters),
         "trial_worker_s": outcome.busy_s / trials, "idle": outcome.idle,
         "simulated_s": outcome.seconds, "real_s": real, "bands": bands,
@@ -128,22 +185,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trials", type=int, default=5000)
     parser.add_argument("--workers", type=int, default=200)
+    parser.add_argument("--strategy", choices=("joint", "random"), default="joint")
     parser.add_argument("--sampler", choices=("tpe", "random"), default="tpe")
     parser.add_argument("--minutes", type=float, default=1.5, help="of a worker for a trial")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the network")
     args = parser.parse_args()
-    figures = run(args.trials, args.workers, args.sampler, args.minutes, args.layers)
+    figures = run(args.trials, args.workers, args.strategy, args.sampler, args.minutes, args.layers)
     print(f"| up to trial | controller, ms a trial (the last {BAND}) |\n|---|---|")
     for band in figures["bands"]:
         print(f"| {band['trial']} | {band['controller_ms']:.1f} |")
     print(
-        f"\n{args.trials} trials of {figures['parameters']} parameters ({args.sampler}) on "
+        f"\n{args.trials} trials of {figures['parameters']} parameters ({args.strategy}) on "
         f"{args.workers} workers, results {figures['results']}: "
         f"idle {figures['idle']:.2%} with {figures['trial_worker_s']:.0f} s of work a trial; "
         f"memory {figures['memory_kb_per_trial']:.1f} KB a trial; "
         f"{figures['simulated_s'] / 3600:.1f} simulated hours took {figures['real_s']:.0f} s"
     )
-    print(write(f"scale-{args.trials}-{args.sampler}-{args.layers}", figures))
+    print(write(f"scale-{args.trials}-{args.strategy}-{args.layers}", figures))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from .preparation import Preparation, worth_preparing
 from .pricing import Pricing, predicted, timed
 from .profiling import check_device, check_profile, empty_profile
 from .progress import Progress
-from .reach import check_limits, check_without_ray
+from .reach import check_fastest, check_limits, check_without_ray
 from .ready import Ready, facts_of, ready, teacher_answers, tested
 from .record import NOT_FOR_GOOD, Entry, Record, at_work
 from .report import FILES as REPORT
@@ -170,13 +170,13 @@ class _Search:
         teacher_ms = header["teacher"]["latency_ms"]
         limits = limits_of(header)
         price = timed(self.ready.prepared, self.place, teacher_ms / self.alone_ms)
-        new_limits = not self.local and asks_anew(self.spec, self.record)
-        if new_limits and self.place.there:
+        new_limits = asks_anew(self.spec, self.record)
+        if new_limits and not self.local and self.place.there:
             check_limits(self.ready, limits, price)
         self.predictor = self._predictor(teacher_ms)
         if self.predictor is not None:
             price = predicted(self.ready.prepared, self.predictor, limits)
-            if new_limits and not self.place.there:
+            if new_limits and not self.local and not self.place.there:
                 check_limits(self.ready, limits, price)
         elif changed_target(header, self.record):
             raise BadInput(
@@ -191,6 +191,11 @@ class _Search:
         try:
             self.record.append(header)  # its time is from before the profile, which so counts
             warm = self._warm_start(limits)
+            # What results there are is judged anew by limits that were asked for before.
+            asked = new_limits or not any(e["kind"] == "result" for e in self.record.entries())
+            fastest_ms = warm.fastest_ms() if warm and asked else None
+            if fastest_ms:
+                check_fastest(self.ready, limits, fastest_ms, teacher_ms)
             interrupted = False
         except KeyboardInterrupt:  # what is known is measured and reported, as ever
             warm, interrupted = None, True
@@ -209,6 +214,8 @@ class _Search:
             self._finish(tracker, controller)
             raise controller.fatal
         self.notes += notes_of_end(controller, self.nothing_left)
+        if warm and (note := warm.note()):
+            self.notes.append(note)
         found = self._measure(controller, header)
         found |= {"mlflow_run_id": tracker.wait_run_id(FINISH_S)}
         written = self._written(controller, found)

@@ -22,6 +22,9 @@ from .warm import WarmStart
 ENOUGH = 10  # results until a rung's study is asked
 WINDOW = 256  # newest results a study holds: the time to ask stays flat
 TURNS = 4  # one in so many proposals is the sampler's alone, where there is a warm start
+# Proposals after which the warm start is asked for one in so many alone: it has had its say, and
+# solving takes longer than a proposal may where hundreds of workers wait.
+MANY, LATE = 1000, 16
 TRIES = 20  # proposals that were seen before until a neighbour is taken
 DRAWS = 200  # policies at random, where every neighbour was seen, until the space counts as tried
 
@@ -155,7 +158,8 @@ class Proposals:
             policy = self._anywhere()
         turn, self._turn = self._turn, self._turn + 1
         settings = self._warm.settings | self._inherited(rung) | suggested if self._warm else {}
-        if self._warm and turn % TURNS and (axes := self._warm.draw(self._rng, settings)):
+        solves = turn % LATE == 1 if turn > MANY else turn % TURNS
+        if self._warm and solves and (axes := self._warm.draw(self._rng, settings)):
             study.tell(trial, state=TrialState.FAIL)
             return self.space.policy(settings | axes)
         if policy.digest in self._seen:

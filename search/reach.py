@@ -65,17 +65,35 @@ def check_limits(ready: Ready, bounds: Limits, price: Pricing) -> None:
     check_reachable(ready, bounds, cases)
 
 
+def check_fastest(
+    ready: Ready, bounds: Limits, fastest_ms: tuple[float, float, float], teacher_ms: float
+) -> None:
+    """Raises BadInput if even the lower end of ``fastest_ms``, what the fastest policy is predicted
+    to take, misses the limit of latency."""
+    low, middle, _ = fastest_ms
+    if bounds.latency_ms is not None and low > bounds.latency_ms:
+        takes = f"is predicted to take {milliseconds(middle)} ms"
+        asked = _latency_missed(ready, bounds.latency_ms, takes)
+        speedup = f"a speed-up of {teacher_ms / middle:.2f}"
+        raise BadInput(f"objective: {asked}, {speedup}. {ready.advice()}")
+
+
+def _latency_missed(ready: Ready, most: float, takes: str) -> str:
+    objective = ready.spec.objective
+    asked = "speedup" if objective.speedup else "latency_ms"
+    return (
+        f"{asked} {getattr(objective, asked):g} means at most {milliseconds(most)} ms, but the "
+        f"fastest policy of this space {takes}"
+    )
+
+
 def check_reachable(ready: Ready, bounds: Limits, cases: Sequence[Mapping[str, float]]) -> None:
     """Raises BadInput if even the smallest policies, ``cases``, miss a limit of ``COSTS``."""
-    missed, spec = [], ready.spec
+    missed = []
     for name, least in bounds.out_of_reach(cases).items():
         most = getattr(bounds, name)
         if name == "latency_ms":
-            asked = "speedup" if spec.objective.speedup else name
-            missed.append(
-                f"{asked} {getattr(spec.objective, asked):g} means at most {milliseconds(most)} "
-                f"ms, but the fastest policy of this space takes {milliseconds(least)} ms"
-            )
+            missed.append(_latency_missed(ready, most, f"takes {milliseconds(least)} ms"))
         else:
             missed.append(
                 f"{name} is {most}, but the smallest policy of this space has {least:.0f}"

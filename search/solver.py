@@ -24,11 +24,15 @@ from scipy import optimize, sparse  # type: ignore[import-untyped]
 
 Point = NDArray[np.int64]  # of every axis the index of its choice
 Latency = Callable[[NDArray[np.int64]], NDArray[np.float64]]  # points [n, axes] -> ms [n]
+# What single changes of a point bring: axes [n], choices [n], costs [1 + n, 1 + limits], first
+# those of the point itself.
+Around = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
 Shares = Callable[[NDArray[np.int64]], NDArray[np.float64]]  # points -> shares [n, limits]
 
 STEPS = 30  # at most, from one start
 REACH = 4  # choices that a width may move at first
 SECONDS = 5.0  # for one knapsack at most; its best so far is taken then
+TIME_OVER = 1  # in scipy's words
 LEAST_ROOM = 2e-6  # as a share: HiGHS lets a constraint be missed by 1e-6
 
 
@@ -47,6 +51,7 @@ class Solver:
     ordered: Sequence[bool]
     shares: Shares = _no_shares
     evaluations: int = field(default=0, init=False)
+    cut: int = field(default=0, init=False)  # knapsacks that took all SECONDS
 
     def harm(self, point: Point) -> float:
         """The sum of the harms of its choices."""
@@ -59,20 +64,23 @@ class Solver:
         found = [point for point, costs in ends if costs[0] <= limit_ms and _over(costs) == 0]
         return min(found, key=self.harm, default=None)
 
-    def fastest(self, starts: Sequence[Point]) -> float:
-        """The least latency within the further limits that is found from any of ``starts``;
-        infinite if none is within."""
-        ends = [self._from(np.array(start), 0.0)[1] for start in starts]
-        return min((float(costs[0]) for costs in ends if _over(costs) == 0), default=math.inf)
+    def fastest(self, starts: Sequence[Point]) -> Point | None:
+        """The point of least latency within the further limits that is found from any of
+        ``starts``; None if none is within."""
+        ends = [self._from(np.array(start), 0.0) for start in starts]
+        found = [(float(costs[0]), point) for point, costs in ends if _over(costs) == 0]
+        return min(found, key=lambda pair: pair[0], default=(math.inf, None))[1]
 
     def _from(self, point: Point, limit_ms: float) -> tuple[Point, NDArray[np.float64]]:
         reach, switches = REACH, sum(not ordered for ordered in self.ordered)
-        costs = self._costs(point[None])[0]
+        costs, around = self._costs(point[None])[0], self._around(point, reach)
         for _ in range(STEPS):
-            moved = self._knapsack(point, limit_ms, reach, switches)
+            moved = self._knapsack(point, around, limit_ms, reach, switches)
+            if (moved == point).all():  # nor is there anything better nearer, by the same sums
+                break
             then = self._costs(moved[None])[0]
             if self._better(moved, then, point, costs, limit_ms):
-                point, costs = moved, then
+                point, costs, around = moved, then, self._around(moved, reach)
             elif reach == 1 and switches <= 1:
                 break
             else:
@@ -102,10 +110,7 @@ class Solver:
         self.evaluations += len(points)
         return np.column_stack([self.latency(points), self.shares(points)])
 
-    def _knapsack(self, point: Point, limit_ms: float, reach: int, switches: int) -> Point:
-        """The choices of least harm whose changes to the costs of ``point`` add up to what is
-        within the limits, none farther than ``reach`` and at most ``switches`` of those that are in
-        no order; where there are none, those that gain most where it is over."""
+    def _around(self, point: Point, reach: int) -> Around:
         near = [
             np.arange(max(0, at - reach), min(len(harms), at + reach + 1))
             if ordered else np.arange(len(harms))
@@ -114,8 +119,19 @@ class Solver:
         owner, choice = np.repeat(np.arange(len(near)), list(map(len, near))), np.concatenate(near)
         rows = np.repeat(point[None], 1 + len(choice), 0)
         rows[np.arange(1, len(rows)), owner] = choice
-        costs = self._costs(rows)
-        changes = costs[1:] - costs[0]
+        return owner, choice, self._costs(rows)
+
+    def _knapsack(
+        self, point: Point, around: Around, limit_ms: float, reach: int, switches: int
+    ) -> Point:
+        """The choices of least harm whose changes to the costs of ``point`` add up to what is
+        within the limits, none farther than ``reach`` and at most ``switches`` of those that are in
+        no order; where there are none, those that gain most where it is over."""
+        owner, choice, costs = around
+        unordered = ~np.array(self.ordered)[owner]
+        near = (np.abs(choice - point[owner]) <= reach) | unordered
+        owner, choice, unordered = owner[near], choice[near], unordered[near]
+        changes = costs[1:][near] - costs[0]
         possible = np.isfinite(changes).all(1)
         changes = np.where(possible[:, None], changes, 0.0) / costs[0]
         limits = np.array([limit_ms, *np.ones(changes.shape[1] - 1)])
@@ -123,9 +139,9 @@ class Solver:
         one_each = optimize.LinearConstraint(
             sparse.csr_array((np.ones(len(owner)), (owner, np.arange(len(owner))))), 1, 1
         )
-        switched = (choice != point[owner]) & ~np.array(self.ordered)[owner]
+        switched = (choice != point[owner]) & unordered
         few = optimize.LinearConstraint(switched[None].astype(float), -np.inf, max(1, switches))
-        harms = np.concatenate([h[n] for h, n in zip(self.harms, near, strict=True)])
+        harms = np.array([self.harms[j][i] for j, i in zip(owner, choice, strict=True)])
         bounds = optimize.Bounds(0, possible.astype(float))
         over = room < 0
         gained = over.copy()  # the further limits first, as in ``_better``
@@ -140,6 +156,7 @@ class Solver:
                     objective, integrality=np.ones(len(objective)), bounds=bounds,
                     constraints=constraints, options={"time_limit": SECONDS},
                 )  # fmt: skip
+            self.cut += found.status == TIME_OVER
             if found.x is not None:
                 out = point.copy()
                 chosen = found.x > 0.5

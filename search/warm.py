@@ -17,7 +17,7 @@ from .learned import LearnedHarms
 from .limits import Limits
 from .sensitivity import Sensitivity
 from .sizes import Sizes
-from .solver import Point, Solver
+from .solver import SECONDS, Point, Solver
 
 KEEPS = (1.0, 0.5, 0.25)  # shares of channels kept by the recipes that the solver starts from
 # Of the way, in octaves, from the limit to the fastest policy: what lies beyond may have lost too
@@ -52,13 +52,32 @@ class WarmStart:
             for name in table.students
         }
         self._space = space
+        self._late_s: float | None = None  # that the sweep took, if it was cut
         self._finished: list[tuple[float, bool]] = []  # latency, and whether the limits are kept
+
+    def fastest_ms(self) -> tuple[float, float, float] | None:
+        """The predicted latency of the fastest policy that is found: lower end, middle and upper
+        end. None where none is within the limits of sizes."""
+        ends = [student.fastest_ms for student in self._students.values()]
+        low, middle, high = min(ends, key=lambda found: float(found[0])).tolist()
+        return (low, middle, high) if math.isfinite(low) else None
+
+    def note(self) -> str | None:
+        """What the clock decided, so that a search with the same seed may find other policies."""
+        told, cut = [], sum(student.cut for student in self._students.values())
+        if self._late_s is not None:
+            told.append(f"the sweep of the warm start was cut after {self._late_s:.0f} s")
+        if cut:
+            told.append(f"{cut} solutions of the solver are the best of {SECONDS:.0f} s")
+        return f"The clock decided: {'; '.join(told)}" if told else None
 
     def sweep(self, count: int, seconds: float = math.inf) -> list[Policy]:
         """``count`` policies of each student, fewer if ``seconds`` are over: at the limit first,
         then far apart, then between."""
-        each = seconds / len(self._students)
+        began, each = time.monotonic(), seconds / len(self._students)
         found = [student.sweep(count, each) for student in self._students.values()]
+        if any(student.late for student in self._students.values()):
+            self._late_s = time.monotonic() - began
         ordered = [values for some in zip(*found, strict=False) for values in some]
         rest = [values for some in found for values in some]
         policies = [self._space.policy({**self.settings, **v}) for v in (*ordered, *rest)]
@@ -117,12 +136,16 @@ class _Student:
         ]
         self._slowest = slowest_ms or float(min(self._latency(np.array(self._whole))))
         self._sparsity = space.defaults["sparsity"]
+        self.late = False  # whether the time for the sweep was over before all was solved for
+        self.cut = 0  # knapsacks for which the time was over
         if sizes is not None:
             self._begin_within()
         # The smallest is not the fastest where narrow layers are slower in int8 than in float.
         smallest = [self._point(space.smallest(p, name)) for p in precisions]
-        fastest = self._solver(self._harms, self._sparsity).fastest([*smallest, *self._recipes])
-        self._fastest = min(self._slowest, fastest)
+        solver = self._solver(self._harms, self._sparsity)
+        fastest = solver.fastest([*smallest, *self._recipes])
+        self.fastest_ms = np.full(3, np.inf) if fastest is None else self._ends(fastest[None])[0]
+        self._fastest = min(self._slowest, float(self.fastest_ms[2]))
         self._solved: list[tuple[float, Point]] = []
         self.learned = LearnedHarms(self._harms, table.students[name])
 
@@ -142,9 +165,12 @@ class _Student:
         ends, starts = time.monotonic() + seconds, self._recipes
         for step in range(count if self._places else 0):  # without axes there is nothing to solve
             if time.monotonic() > ends:
+                self.late = True
                 break
             limit = self._limit(DEPTH * step / max(1, count - 1))
-            found = self._solver(self._harms, self._sparsity).solve(limit, starts)
+            solver = self._solver(self._harms, self._sparsity)
+            found = solver.solve(limit, starts)
+            self.cut += solver.cut
             if found is not None:
                 self._solved.append((limit, found))
                 starts = [found, *self._whole]
@@ -163,6 +189,7 @@ class _Student:
         starts = [point for _, point in near[:1]] or self._recipes
         solver = self._solver(drawn.harms, sparsity)
         found = solver.solve(limit, starts)
+        self.cut += solver.cut
         return None if found is None else (drawn.log_loss(solver.harm(found)), self._values(found))
 
     def tell(self, policy: Policy, rung: str, loss: float) -> float:
@@ -197,7 +224,11 @@ class _Student:
         )  # fmt: skip
 
     def _latency(self, points: NDArray[np.int64]) -> NDArray[np.float64]:
-        return self._predictor.predict(self._rows(points))[:, 2]
+        return self._ends(points)[:, 2]
+
+    def _ends(self, points: NDArray[np.int64]) -> NDArray[np.float64]:
+        """[points, 3]: lower end, middle and upper end of the latency in ms."""
+        return self._predictor.predict(self._rows(points))
 
     def _rows(self, points: NDArray[np.int64]) -> NDArray[np.int64]:
         """The same with all axes of the space."""

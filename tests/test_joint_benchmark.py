@@ -165,13 +165,27 @@ def test_every_method_is_charged_for_what_it_runs(
     compare: ModuleType, surrogate: fitted.Surrogate
 ) -> None:
     bench = compare.Bench.of(surrogate)
-    assert bench.table_seconds > 0
+    assert bench.prepared_s > 0
     begins, climbed = {}, {}
-    for name in ("random", "random with rungs", "uniform", "solver"):
+    for name in ("random", "random with rungs", "uniform", "solver", "joint"):
         curve, counts = compare.run(compare.METHODS[name], 0, bench, cost=6.0)
         assert compare.run(compare.METHODS[name], 0, bench, cost=6.0) == (curve, counts)
         assert counts["recalibrate"] >= counts["full"] > 0
         assert 0 < curve[0][0] < curve[-1][0] < 8
         begins[name], climbed[name] = curve[0][0], counts["full"] / counts["recalibrate"]
     assert climbed["random"] > climbed["random with rungs"]
-    assert begins["solver"] > bench.table_seconds / surrogate.trial_seconds
+    for name in ("solver", "joint"):
+        assert begins[name] > bench.prepared_s / surrogate.trial_seconds
+
+
+def test_a_rung_that_is_unheeded_decides_nothing(compare: ModuleType) -> None:
+    control = compare.WithoutShort.__new__(compare.WithoutShort)
+    assert control._through({"rung": "short", "loss": math.inf}) == "rank"
+
+
+def test_rows_near_what_was_solved_are_left_out(compare: ModuleType, rows: list[table.Row]) -> None:
+    solved, left = record.solved(), compare.without_solved(rows)
+    assert 0.5 * len(rows) < len(left) < len(rows)
+    near = [row for row in rows if row not in left]
+    assert {row.source for row in near} == {"near"}
+    assert not {row.policy for row in left} & {*solved}

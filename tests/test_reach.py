@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +98,37 @@ def test_of_smallest_policies_those_that_are_impossible_do_not_count(tmp_path: P
     check_limits(found, Limits(90.0, size_bytes=100), price)
     with pytest.raises(BadInput, match="the smallest policy of this space has 50"):
         check_limits(found, Limits(90.0, size_bytes=10), price)
+
+
+@pytest.mark.parametrize(
+    ("fastest_ms", "refused"), [((100.0, 101.0, 102.0), True), ((0.0, 101.0, 102.0), False)]
+)
+def test_a_limit_that_only_the_solver_knows_to_be_out_of_reach(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fastest_ms: tuple[float, float, float],
+    refused: bool,
+) -> None:
+    def begun(*_: Any) -> Any:
+        raise Started
+
+    def place_of(found: Any, *_: Any) -> Any:
+        device = Device.of(found.prepared.runtime)
+        return SimpleNamespace(alone=lambda: 1.0, device=device, there=False)
+
+    monkeypatch.setattr(driver, "place_of", place_of)
+    monkeypatch.setattr(driver, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(driver, "check_cluster", lambda *_: None)
+    whole, warm = driver._Search, SimpleNamespace(fastest_ms=lambda: fastest_ms)
+    monkeypatch.setattr(whole, "_predictor", lambda *_: object())
+    monkeypatch.setattr(whole, "_warm_start", lambda *_: warm)
+    monkeypatch.setattr(whole, "_answers", begun)
+    words = r"the fastest policy of this space is predicted to take 101\S* ms, a speed-up of 0\.01"
+    with pytest.raises(BadInput, match=words) if refused else pytest.raises(Started):
+        search(tmp_path)
+    if refused:  # as long as nothing was found, going on says the same
+        with pytest.raises(BadInput, match=words):
+            search(tmp_path)
 
 
 def test_on_a_cluster_only_what_this_machine_can_tell(tmp_path: Path) -> None:

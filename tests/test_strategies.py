@@ -3,13 +3,15 @@
 import math
 import random
 from collections.abc import Callable
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, cast, get_args
 
 import pytest
 
 from flyweight.compressors import RUNGS
+from flyweight.search import proposals
 from flyweight.search.spec import Search
 from flyweight.search.strategies import STAGES, STREAK, source
+from flyweight.search.warm import WarmStart
 from flyweight.spaces import Capabilities, Network, Policy, Settings, Space
 
 BOTH = ("fp32", "int8")
@@ -110,6 +112,24 @@ def test_joint_goes_on_asking_the_warm_start(space: Space) -> None:
     from_there = [tuple(sorted(p.prune.width.items())) in uniform for p in found[2:]]
     assert sum(from_there) >= 20
     assert sum(from_there) <= 32
+
+
+def test_a_long_search_seldom_asks_the_warm_start(
+    space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proposals, "MANY", 16)
+    turns: list[int] = []
+
+    class Counted(Warm):
+        def draw(self, rng: random.Random, _: Any) -> dict[str, Any]:
+            turns.append(found._turn - 1)
+            return super().draw(rng, _)
+
+    found = proposals.Proposals(space, "random", warm=cast(WarmStart, Counted(space)))
+    while found._turn <= 64:
+        found.ask()
+    assert sum(turn <= 16 for turn in turns) == 12
+    assert [turn for turn in turns if 16 < turn <= 64] == [17, 33, 49]
 
 
 def test_sequential_goes_on_where_a_session_ended(space: Space) -> None:

@@ -138,7 +138,22 @@ def test_without_a_latency_limit_it_begins_at_full_width_in_int8(
 
 def test_a_limit_out_of_reach_gives_nothing(space: Space, table: Sensitivity) -> None:
     limits = Limits(95.0, latency_ms=0.01)
-    assert WarmStart(space, table, Device(space), limits).sweep(4) == []
+    start = WarmStart(space, table, Device(space), limits)
+    assert start.sweep(4) == []
+    fastest = min(
+        Device(space).ms(space.smallest(precision, student))
+        for precision in BOTH
+        for student in space.networks
+    )
+    assert start.fastest_ms() == pytest.approx((0.9 * fastest, fastest, 1.1 * fastest))
+
+
+def test_what_the_clock_decided_is_told(space: Space, table: Sensitivity) -> None:
+    start = WarmStart(space, table, Device(space), Limits(95.0, latency_ms=0.3))
+    start.sweep(2)
+    assert start.note() is None
+    assert len(start.sweep(9, seconds=0.0)) < 9
+    assert "the sweep of the warm start was cut after 0 s" in (start.note() or "")
 
 
 class Weights:
