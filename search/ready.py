@@ -23,7 +23,7 @@ from .run_files import SPEC, TEACHER
 from .spec import Spec
 from .storage import write_whole
 from .store import write_request
-from .words import points
+from .words import metric_value
 
 # Who allows a metric of 0 to 1 to lose so much takes it for one of percent.
 PERCENT = 0.3
@@ -171,9 +171,9 @@ def _doubt(task: Task, answers: torch.Tensor, items: Items, metric: float) -> st
     if metric > by_chance:
         return None
     return (
-        f"the metric of the model is {points(metric)}, and {points(by_chance)} where the targets "
-        "are shuffled: is the model trained, and is more of the metric better? (Of an error, let "
-        "metric() return the negative.)"
+        f"the metric of the model is {metric_value(metric)}, and {metric_value(by_chance)} where "
+        "the targets are shuffled: is the model trained, and is more of the metric better? (Of an "
+        "error, let metric() return the negative.)"
     )
 
 
