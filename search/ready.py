@@ -1,7 +1,7 @@
 """From a spec to a prepared task, its space and its teacher's figures; nothing is trained."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -122,12 +122,15 @@ class Ready:
     def advice(self) -> str:
         """What may be done where a limit is out of reach of the space."""
         space = self.space.settings
-        ways = ["let space.prune.min_keep be smaller"]
+        ways = []
+        narrower = replace(self.space, settings=replace(space, min_keep=1e-9))
+        if narrower.widths != self.space.widths:  # else multiple_of is what holds them
+            ways.append("let space.prune.min_keep be smaller")
         if "int8" not in space.precisions:
             ways.append("allow int8")
         if not space.depth and any(network.blocks for network in self.space.networks.values()):
             ways.append("set space.prune.depth: true")
-        return f"Ask for less, or {', or '.join(ways)}"
+        return ", or ".join(["Ask for less", *ways])
 
     def smallest(self) -> list[Policy]:
         """The policies that can be expected to be fastest and smallest, in each precision."""
