@@ -1,6 +1,7 @@
 """A user's module without what wraps it or its weights: the same function, ready to be traced."""
 
 import copy
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -57,10 +58,45 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A copy of ``model``, also of one that keeps what it computed (a weight under its norm)."""
+    """A copy of ``model``, also of one that keeps what it computed (a weight under its norm), or
+    functions that use its modules (``self.mlpf = lambda x: mlp(x)``): those use the copy's."""
     attributes = [value for module in model.modules() for value in vars(module).values()]
     computed = [v for v in attributes if isinstance(v, torch.Tensor) and not v.is_leaf]
-    return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in computed}
+    model = copy.deepcopy(model, memo)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, FunctionType) and (cells := _used(value)):
+                vars(module)[name] = _Kept(value, copy.deepcopy(cells, memo))
+    return model
+
+
+def _used(function: FunctionType) -> dict[int, nn.Module]:
+    """The modules that ``function`` closes over, by place."""
+    held = {i: cell for i, cell in enumerate(function.__closure__ or ()) if cell != CellType()}
+    contents = {i: cell.cell_contents for i, cell in held.items()}
+    return {i: value for i, value in contents.items() if isinstance(value, nn.Module)}
+
+
+class _Kept:
+    """A function that is copied together with the modules that it closes over."""
+
+    def __init__(self, function: FunctionType, modules: dict[int, nn.Module]) -> None:
+        self.function, self.modules = function, modules
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
+        return _Kept(self.function, copy.deepcopy(self.modules, memo))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        old = self.function
+        cells = list(old.__closure__ or ())
+        for place, module in self.modules.items():
+            cells[place] = CellType(module)
+        now = FunctionType(
+            old.__code__, old.__globals__, old.__name__, old.__defaults__, tuple(cells)
+        )
+        now.__kwdefaults__ = old.__kwdefaults__
+        return now(*args, **kwargs)
 
 
 def untied(model: nn.Module) -> nn.Module:

@@ -313,14 +313,15 @@ def replay(policy: Path, spec: Path, rung: str, out: Path, as_json: bool) -> Non
     as --spec the beginning of the digest of one of its artifacts."""
     from .plan import replay as run
     from .store import policy_file
-    from .words import points
+    from .words import metric_value
 
     found = run(policy_file(policy, spec.parent), spec, rung, out)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
         click.echo(
-            f"{found['artifact']}: metric {points(found['metric'])}, {found['size_bytes']} bytes"
+            f"{found['artifact']}: metric {metric_value(found['metric'])}, "
+            f"{found['size_bytes']} bytes"
         )
 
 

@@ -39,7 +39,7 @@ def deploy(
 ) -> None:  # fmt: skip
     """Verify an artifact of RUN_DIR in a clean process and register it under an alias."""
     from .deploy import deploy as run
-    from .words import milliseconds, points
+    from .words import metric_value, milliseconds
 
     found = run(
         run_dir, digest=digest, max_latency_ms=max_latency_ms, alias=alias, folder=folder,
@@ -56,7 +56,7 @@ def deploy(
     )
     here = found.verified_latency_ms
     timed = f", {milliseconds(here)} ms" if here and found.same_device else ""
-    click.echo(f"Verified in a clean process: metric {points(found.metric)}{timed}")
+    click.echo(f"Verified in a clean process: metric {metric_value(found.metric)}{timed}")
     if found.misses:
         click.echo(f"It misses limits of its search: {'; '.join(found.misses)}.")
     if found.latency_ms is None:

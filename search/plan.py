@@ -20,7 +20,7 @@ from .spec import Objective, load_spec
 from .storage import Storage
 from .store import compressed_bytes, read_policy, write_artifact
 from .whole import left_whole
-from .words import milliseconds, points, size
+from .words import metric_value, milliseconds, size
 
 LISTED = 4  # names of what stays whole for one reason
 SHOWN = 40  # groups, and layers of one choice of precisions; --json has all
@@ -119,7 +119,7 @@ def idle(objective: Objective, limits: Limits, teacher: Mapping[str, Any]) -> li
     if limits.max_drop is not None and 0 < teacher["metric"] <= limits.max_drop:
         told.append(
             f"max_drop {limits.max_drop:g} asks for nothing: all that the model has of the metric "
-            f"is {teacher['metric']:.2f}"
+            f"is {metric_value(teacher['metric'])}"
         )
     for name, most in limits.costs().items():
         if teacher[name] > most:
@@ -143,9 +143,10 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     """The plan for people."""
     console = console or Console()
     teacher, space = plan["teacher"], plan["space"]
-    test = "" if teacher["metric_test"] is None else f" ({points(teacher['metric_test'])} on test)"
+    on_test = teacher["metric_test"]
+    test = "" if on_test is None else f" ({metric_value(on_test)} on test)"
     console.print(
-        f"{plan['task']}: metric {points(teacher['metric'])} on selection validation{test}, "
+        f"{plan['task']}: metric {metric_value(teacher['metric'])} on selection validation{test}, "
         f"{milliseconds(teacher['latency_ms'])} ms, {teacher['parameters'] / 1e6:.2f} M parameters",
         markup=False, soft_wrap=True,
     )  # fmt: skip
@@ -166,7 +167,7 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         table.add_row(
             case["kind"], f"{case['kept']:.0%}", str(case["int8_layers"]),
             milliseconds(case["latency_ms"]), f"{case['speedup']:.2f}x",
-            "none" if case["metric_untrained"] is None else points(case["metric_untrained"]),
+            "none" if case["metric_untrained"] is None else metric_value(case["metric_untrained"]),
         )  # fmt: skip
     console.print(table)
     for name in COSTS:

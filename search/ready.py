@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,7 @@ from .run_files import SPEC, TEACHER
 from .spec import Spec
 from .storage import write_whole
 from .store import write_request
-from .words import points
+from .words import metric_value, points
 
 # Who allows a metric of 0 to 1 to lose so much takes it for one of percent.
 PERCENT = 0.3
@@ -138,12 +138,15 @@ class Ready:
     def advice(self) -> str:
         """What may be done where a limit is out of reach of the space."""
         space = self.space.settings
-        ways = ["let space.prune.min_keep be smaller"]
+        ways = []
+        narrower = replace(self.space, settings=replace(space, min_keep=1e-9))
+        if narrower.widths != self.space.widths:  # else multiple_of is what holds them
+            ways.append("let space.prune.min_keep be smaller")
         if "int8" not in space.precisions:
             ways.append("allow int8")
         if not space.depth and any(network.blocks for network in self.space.networks.values()):
             ways.append("set space.prune.depth: true")
-        return f"Ask for less, or {', or '.join(ways)}"
+        return ", or ".join(["Ask for less", *ways])
 
     def smallest(self) -> list[Policy]:
         """The policies that can be expected to be fastest and smallest, in each precision."""
@@ -198,9 +201,9 @@ def _doubt(task: Task, answers: torch.Tensor, items: Items, metric: float) -> st
     if metric > by_chance:
         return None
     return (
-        f"the metric of the model is {points(metric)}, and {points(by_chance)} where the targets "
-        "are shuffled: is the model trained, and is more of the metric better? (Of an error, let "
-        "metric() return the negative.)"
+        f"the metric of the model is {metric_value(metric)}, and {metric_value(by_chance)} where "
+        "the targets are shuffled: is the model trained, and is more of the metric better? (Of an "
+        "error, let metric() return the negative.)"
     )
 
 

@@ -55,7 +55,7 @@ def render(run: Run, compared: Sequence[Run] = ()) -> str:
     )
     environment.filters |= {
         "size": words.size, "lost": words.lost, "points": words.points, "speed": words.speed,
-        "ms": words.milliseconds, "clock": words.clock_time,
+        "metric": words.metric_value, "ms": words.milliseconds, "clock": words.clock_time,
     }  # fmt: skip
     drawing, hidden = figures.front_figure(run, compared)
     first = next(entry for entry in run.entries if entry["kind"] == "search")

@@ -12,8 +12,13 @@ def milliseconds(ms: float) -> str:
     return f"{ms:.{max(0, 2 - math.floor(math.log10(ms)))}f}" if 0 < ms < math.inf else f"{ms:g}"
 
 
+def metric_value(value: float) -> str:
+    """A metric: two decimals, and four of one of 0 to 1."""
+    return f"{value:.4f}" if 0 < abs(value) < 1 else points(value)
+
+
 def points(value: float) -> str:
-    """A metric, or a difference of two: two decimals, and two digits that mean something of what
+    """A difference of two metrics: two decimals, and two digits that mean something of what
     is smaller, as with a metric of 0 to 1; nothing of what is the rounding of floats."""
     small = 1e-7 < abs(value) < 0.095
     return f"{value:.2g}" if small else f"{round(value, 2) + 0.0:.2f}"

@@ -533,3 +533,27 @@ def test_a_block_whose_layer_runs_elsewhere_stays() -> None:
     network = trace(Repeats(), torch.rand(1, 3, 6, 6))
     assert list(network.blocks) == ["own"]
     assert network.without(["own"]).layers.keys() == {"stem", "same", "head"}
+
+
+class Sewn(nn.Module):
+    """A part that is written as a function on modules, as minGPT's feed-forward is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({"a": nn.Linear(8, 32), "b": nn.Linear(32, 8)})
+        parts = self.parts
+        self.feed = lambda x, scale=1.0: parts["b"](F.gelu(parts["a"](x))) * scale
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.feed(x))
+
+
+def test_functions_that_a_module_keeps_are_traced_with_its_own_modules() -> None:
+    model = Sewn().eval()
+    ready = prepared(model, (8,))
+    assert set(ready.network.layers) == {"parts.a", "parts.b", "head"}
+    assert "parts.a" in ready.network.groups
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(ready.starts["pruned"].model(x), model(x))
+    compress(ready, halves(ready), "recalibrate")

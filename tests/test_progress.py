@@ -11,7 +11,7 @@ from rich.console import Console
 from flyweight.search import counting
 from flyweight.search.progress import Progress, closing_sentence, closing_table
 from flyweight.search.summary import Summary
-from flyweight.search.words import clock_time, lost, size
+from flyweight.search.words import clock_time, lost, metric_value, size
 
 TEACHER = {
     "metric": 93.0,
@@ -464,6 +464,9 @@ def test_words() -> None:
     ]  # fmt: skip
     assert [lost(drop) for drop in (0.0042, -0.013, 2.5e-5)] == [  # of a metric of 0 to 1
         "0.0042 points lost", "0.013 points gained", "2.5e-05 points lost",
+    ]  # fmt: skip
+    assert [metric_value(v) for v in (0.9513, 93.687, -8.97, 0.0, 1.0)] == [  # R2, accuracy
+        "0.9513", "93.69", "-8.97", "0.00", "1.00",
     ]  # fmt: skip
     assert (size(999_999), size(1_000_000)) == ("1000 kB", "1.00 MB")
     assert [clock_time(s) for s in (-3, 59.6, 61, 3661)] == ["0:00", "1:00", "1:01", "1:01:01"]

@@ -131,6 +131,17 @@ def test_a_limit_that_only_the_solver_knows_to_be_out_of_reach(
             search(tmp_path)
 
 
+@pytest.mark.parametrize(("keep", "helps"), [(0.5, True), (0.01, False)])
+def test_a_smaller_min_keep_is_advised_where_it_would_help(
+    tmp_path: Path, keep: float, helps: bool
+) -> None:
+    with pytest.raises(BadInput) as told:
+        search(tmp_path, objective={"size_bytes": 10}, space={"prune": {"min_keep": keep}})
+    assert str(told.value).endswith(
+        "Ask for less, or let space.prune.min_keep be smaller" if helps else "Ask for less"
+    )
+
+
 def test_on_a_cluster_only_what_this_machine_can_tell(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="the smallest policy of this space has"):
         search(tmp_path, "auto", objective={"size_bytes": 10, "speedup": 1.01})
