@@ -124,7 +124,7 @@ def profiled(rows: list[Row]) -> float:
 
 
 def without_solved(rows: list[Row]) -> list[Row]:
-    """Those that were not drawn near a policy of ``solved.json``."""
+    """Those that differ from every policy of ``solved.json`` on more than ``NEAR`` axes."""
     points = np.array([space().point(policy) for policy in solved()])
     return [r for r in rows if ((points != space().point(r.policy)).sum(1) > NEAR).all()]
 

@@ -59,7 +59,9 @@ THEIRS = {
     "entropy": CalibrationMethod.Entropy,
 }
 OURSELVES = ("flyweight", "flyweight, mixed")
-TOOLS = ("onnxruntime, defaults", "onnxruntime", "nncf")  # of others
+TRANSFORMER = "nncf, transformer"  # NNCF told that it is one
+TOOLS = ("onnxruntime, defaults", "onnxruntime", "nncf", TRANSFORMER)  # of others
+TRANSFORMERS = ("vit", "minilm")
 CHUNK = 64  # items whose every value ONNX Runtime's calibration holds in memory at once
 
 
@@ -106,9 +108,10 @@ def onnxruntime_settings(calibration: str, weight_bits: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def nncf_int8(fp32: bytes, items: Items) -> bytes:
+def nncf_int8(fp32: bytes, items: Items, model_type: nncf.ModelType | None = None) -> bytes:
     data = nncf.Dataset([feed(batch.inputs) for batch in items.batches(1)])
-    made = nncf.quantize(onnx.load_from_string(fp32), data, subset_size=len(items))
+    model = onnx.load_from_string(fp32)
+    made = nncf.quantize(model, data, subset_size=len(items), model_type=model_type)
     return made.SerializeToString()
 
 
@@ -214,6 +217,9 @@ def measure(
             "onnxruntime": onnxruntime,
             "nncf": functools.partial(nncf_int8, fp32, some),
         }
+        if name in TRANSFORMERS:
+            kind = nncf.ModelType.TRANSFORMER
+            makers[TRANSFORMER] = functools.partial(nncf_int8, fp32, some, kind)
         if mixed is not None:
             makers["flyweight, mixed"] = functools.partial(_model, drawn, mixed)
         for method, make in makers.items():

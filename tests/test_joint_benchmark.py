@@ -186,6 +186,6 @@ def test_a_rung_that_is_unheeded_decides_nothing(compare: ModuleType) -> None:
 def test_rows_near_what_was_solved_are_left_out(compare: ModuleType, rows: list[table.Row]) -> None:
     solved, left = record.solved(), compare.without_solved(rows)
     assert 0.5 * len(rows) < len(left) < len(rows)
-    near = [row for row in rows if row not in left]
-    assert {row.source for row in near} == {"near"}
+    gone = [row.source for row in rows if row not in left]
+    assert gone.count("near") > 0.5 * len(gone)  # what was drawn around them
     assert not {row.policy for row in left} & {*solved}
