@@ -124,8 +124,10 @@ class Controller:
             odd = FlyweightError(f"{type(error).__name__}: {error}")
             self.fatal = self.fatal or (error if isinstance(error, OSError) else odd)
             return None
+        if found is None and self._finder.cut_short:
+            return None if self.over() else self.propose(wait_s)  # it was late, and is no more
         if found is None:
-            self.exhausted = not self.late_to_look()
+            self.exhausted = True
             return None
         with self._lock:
             trial = Trial(len(self.trials), *found)
@@ -187,10 +189,15 @@ class Controller:
         return over if over > SLACK * (self.budget.seconds or 0.0) else 0.0
 
     def unused_s(self) -> float:
-        """Seconds of the time budget that are left because all trials were tried; 0 if few are."""
-        tried = not self.interrupted and len(self.trials) >= self.budget.trials
-        left = self.remaining() if tried and self.budget.seconds else 0.0
+        """Seconds of the time budget that are left because all trials were tried, or because none
+        could end in them; 0 if few are."""
+        ended = len(self.trials) >= self.budget.trials or self.late_to_look()
+        left = self.remaining() if ended and not self.interrupted and self.budget.seconds else 0.0
         return left if left > UNUSED * (self.budget.seconds or 0.0) else 0.0
+
+    def spent_s(self) -> float | None:
+        """The time budget, if no other trial could end in what is left of it, else None."""
+        return self.budget.seconds if self.late_to_look() else None
 
     def elapsed(self) -> float:
         """Seconds of search so far, those before a resume included."""
@@ -430,7 +437,7 @@ class Controller:
         if not reprice:
             return None if entry["latency_ms"] is None else price_of(entry)
         try:
-            return self._price(policy)
+            return self._finder.priced(policy)
         except Impossible:
             return None
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from ..compressors import RUNGS
 from .record import Entry
 
-NEAR = 9  # others whose networks are as much work: they say how long a rung takes
+NEAR = 9  # others whose networks are as much work say how long a rung takes: a third, at most these
 
 Results = Mapping[str, Entry]  # of one trial: rung -> its result
 
@@ -31,11 +31,15 @@ def seconds_left(
 
 def _like_others(rung: str, own: Results, others: Sequence[Results]) -> float | None:
     """The median of ``others``. What is settled is trained no more: only others that were say how
-    long that takes; before the trial knows whether it is, all do."""
+    long that takes; before the trial knows whether it is, all do. One that begins may be the least
+    of those that are trained; its first rung costs little, and behind it more is known."""
     before = RUNGS[max(0, RUNGS.index(rung) - 1)]
     trains = before in own and not own[before].get("settled")
     if before in own:
         others = [o for o in others if bool(o[before].get("settled")) != trains]
+    if not own:
+        trained = [o for o in others if not o[rung].get("settled")] or others
+        return min((float(o[rung]["rung_seconds"]) for o in trained), default=None)
     if not others:
         return None
     if rung == RUNGS[-1] and trains and all(o[before]["rung_seconds"] for o in (own, *others)):
@@ -50,7 +54,8 @@ def _near(own: Results, others: Sequence[Results]) -> Sequence[Results]:
     work, *theirs = (o.get(RUNGS[0], {}).get("macs") for o in (own, *others))
     if not work or not all(theirs):
         return others
-    return sorted(others, key=lambda o: abs(math.log(o[RUNGS[0]]["macs"] / work)))[:NEAR]
+    nearest = sorted(others, key=lambda o: abs(math.log(o[RUNGS[0]]["macs"] / work)))
+    return nearest[: min(NEAR, 1 + len(others) // 3)]
 
 
 def _alone(own: Results, found: Mapping[str, float], longer: float | None) -> float | None:

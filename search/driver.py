@@ -462,7 +462,7 @@ class _Search:
         try:
             write_json(self.run_dir / RESULT, found)
             self._append(
-                {"kind": "done", "wall_s": found["wall_s"]}
+                {"kind": "done", "wall_s": found["wall_s"], "spent_s": controller.spent_s()}
             )  # the report, for one, asks whether the search runs
             self._reported(controller, found)
         except OSError as error:

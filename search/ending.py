@@ -27,10 +27,17 @@ def notes_of_end(controller: Controller, nothing_left: bool) -> list[str]:
     elif controller.exhausted and len(controller.trials) < trials:
         notes.append(f"There were no further policies to try after {len(controller.trials)} trials")
     elif controller.unused_s() > 0 and controller.results(RUNGS[-1]):
-        notes.append(
-            f"All {trials} trials were tried, but {clock_time(controller.unused_s())} of the time "
-            "budget are left: to use them, raise search.trials and go on with --resume"
-        )
+        left = f"{clock_time(controller.unused_s())} of the time budget are left"
+        if len(controller.trials) >= trials:
+            notes.append(
+                f"All {trials} trials were tried, but {left}: to use them, raise search.trials and "
+                "go on with --resume"
+            )
+        else:
+            notes.append(
+                f"{left}, in which no trial could have ended: to search on, raise "
+                "search.time_budget and go on with --resume"
+            )
     if controller.exhausted and not controller.trials:
         session = _session(controller.record.entries())
         notes.append(f"No policy was tried: {unreached(session, controller.limits)}")

@@ -61,6 +61,7 @@ class Finder:
         self._untold: list[Tell] = []  # what the proposals do not know yet
         self._due: list[Tell] | None = None  # and are told before they are asked
         self._ahead: Future[Found | None] | None = None
+        self.cut_short = False  # whether the last look ended because it was late
 
     @property
     def looking(self) -> bool:
@@ -130,12 +131,14 @@ class Finder:
         return untold
 
     def _affordable(self) -> Found | None:
+        self.cut_short = False
         for _ in range(ASKS):
-            policy = None if self._closed or self._late() else self._proposals.ask()
+            self.cut_short = self._closed or self._late()
+            policy = None if self.cut_short else self._proposals.ask()
             if policy is None:
                 return None
             try:
-                price = self._priced(policy)
+                price = self.priced(policy)
             except Impossible as error:
                 self._proposals.fail(policy)
                 self._reject(policy, str(error), None)
@@ -155,7 +158,7 @@ class Finder:
                 return smaller
         return None
 
-    def _priced(self, policy: Policy) -> Price:
+    def priced(self, policy: Policy) -> Price:
         """Its price. Raises Impossible where it has none: also for what nobody foresaw of it, for
         others may have one; OSError if nothing can be priced any more."""
         try:
@@ -174,7 +177,7 @@ class Finder:
             middle = (low + high) // 2
             tried = self._proposals.space.shrunk(policy, middle / SHRINKS)
             try:
-                price = self._priced(tried)
+                price = self.priced(tried)
             except Impossible:
                 break
             if price.cost(self._limits) <= 0:

@@ -255,10 +255,11 @@ def priced_alike(entry: dict[str, Any], record: Record) -> bool:
 
 def is_done(record: Record, trials: int, budget_s: float | None) -> bool:
     """Whether a record holds ``trials`` trials, all of which have ended for good, or those that
-    its time was spent on."""
+    its time was spent on, as far as any could end in it."""
     begun = {e["trial"] for e in record.entries() if e["kind"] == "begin"}
     spent_s = next(reversed(at_work(record.entries())), 0.0)
-    if begun and budget_s is not None and spent_s >= budget_s:
+    done = next((e for e in reversed(record.entries()) if e["kind"] == "done"), {})
+    if begun and budget_s is not None and max(spent_s, done.get("spent_s") or 0.0) >= budget_s:
         return True
     ends = (e for e in record.entries() if e["kind"] == "end" and e["reason"] not in NOT_FOR_GOOD)
     return len(begun) >= trials and begun <= {e["trial"] for e in ends}

@@ -408,7 +408,7 @@ def test_what_is_trained_no_more_is_no_measure_of_what_is() -> None:
         assert climb(loss, True, 1.0) == "finished"
     assert climb(0.8, False, 300.0) == "finished"
     assert climb(0.7, True, 1.0, short_s=500.0) == "finished"
-    assert climb(0.6, False, 300.0) == "deadline"
+    assert control.propose() is None  # 187 s are left: what was trained took longer
 
 
 def test_one_trial_runs_if_what_came_before_took_all_the_time() -> None:

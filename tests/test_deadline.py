@@ -20,9 +20,10 @@ def among(*trials: dict[str, Any]) -> dict[str, list[Results]]:
     return {rung: [t for t in trials if rung in t] for rung in RUNGS}
 
 
-def test_one_that_begins_takes_what_others_took() -> None:
-    others = among(had(1, 2, 10), had(1, 4, 30), had(3, 4), had(1, 2, 20))
-    assert seconds_left({}, others) == 1 + 3 + 20
+def test_one_that_begins_may_be_as_quick_as_the_quickest_that_was_trained() -> None:
+    others = among(had(1, 2, 10), had(1, 4, 30), had(3, 4), had(1, 1, 1, settled=True))
+    assert seconds_left({}, others) == 1 + 2 + 10
+    assert seconds_left({}, among(had(1, 1, 3, settled=True), had(2, 4))) == 1 + 4 + 3
 
 
 def test_before_anybody_has_had_a_rung_nobody_knows() -> None:
@@ -48,6 +49,12 @@ def test_who_is_trained_no_more_is_no_measure_of_who_is(settled: bool, left: flo
     others = among(*[had(1, 1, 2, settled=True)] * 3, had(1, 1, 100))
     assert seconds_left(had(1, 1, settled=settled), others) == left
     assert seconds_left(had(1), others) == 1 + 2  # not known yet: most are trained no more
+
+
+def test_of_few_a_third_is_near_enough() -> None:
+    others = among(had(1, 1, 33, macs=55), had(1, 1, 91, macs=215), had(1, 1, 73, macs=143))
+    assert seconds_left(had(1, macs=60), others) == 1 + (33 + 73) / 2
+    assert seconds_left(had(1, macs=200), others) == 1 + (91 + 73) / 2
 
 
 def test_networks_of_as_much_work_say_how_long_it_takes() -> None:

@@ -137,6 +137,10 @@ def test_a_search_whose_time_was_spent_is_done() -> None:
     assert is_done(MemoryRecord(entries), 9, 60.0)
     assert not is_done(MemoryRecord(entries), 9, 90.0)
     assert not is_done(MemoryRecord(entries[:1]), 9, 0.0)  # one policy is always tried
+    full = {"kind": "done", "wall_s": 61.0, "spent_s": 90.0}  # nothing fitted into the last 30 s
+    assert is_done(MemoryRecord([*entries, full]), 9, 90.0)
+    assert not is_done(MemoryRecord([*entries, full]), 9, 120.0)
+    assert not is_done(MemoryRecord([*entries, full | {"spent_s": None}]), 9, 90.0)
 
 
 def test_a_trial_that_more_time_lets_go_on_keeps_its_checkpoint(
