@@ -31,13 +31,13 @@ def check_without_ray(ready: Ready, local: bool) -> None:
         target = ready.spec.target
         start = target.runtime, target.threads, ready.teacher, ready.request()
         with MeasuringProcess(*start) as process:
-            meter = _Careful(*start, process)
+            meter = CarefulMeter(*start, process)
             check_limits(ready, ready.limits(meter.alone()), timed(ready.prepared, meter))
     else:
         check_limits(ready, replace(ready.limits(1.0), latency_ms=None), _sizes(ready))
 
 
-class _Careful(Meter):
+class CarefulMeter(Meter):
     """A meter in this process, of models that ``process`` outlives."""
 
     def __init__(

@@ -231,17 +231,24 @@ real.OnnxRuntime.load = deadly
 """
 
 
-def test_a_policy_that_the_runtime_dies_of_does_not_end_the_search(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "script",
+    [
+        "from flyweight.search import reach, ready, spec; "
+        "reach.check_without_ray(ready.ready(spec.load_spec(path)), True)",
+        "from flyweight.search import plan; plan.make_plan(path)",
+    ],
+)
+def test_a_policy_that_the_runtime_dies_of_ends_neither_search_nor_plan(
+    tmp_path: Path, script: str
+) -> None:
     (tmp_path / "task.py").write_text(TASK.replace("64", "1024"))
     (tmp_path / "search.yaml").write_text(
         "task: task.py:Patterns\nobjective: {speedup: 1.01}\ntracking: null\n"
         "space: {quantize: {precisions: [fp32]}}\n"
     )
     (tmp_path / "sitecustomize.py").write_text(DEADLY)  # in whatever process
-    script = (
-        "from pathlib import Path; from flyweight.search import reach, ready, spec; "
-        f"reach.check_without_ray(ready.ready(spec.load_spec(Path({str(tmp_path)!r}))), True)"
-    )
+    script = f"from pathlib import Path; path = Path({str(tmp_path)!r}); {script}"
     died = tmp_path / "died"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "DIED": str(died)}
     done = subprocess.run(
