@@ -69,22 +69,23 @@ def deploy(
             "It was measured on another device: its latency here is not known until "
             f"`flyweight measure {run_dir}` times it."
         )
+    registry, hidden = _registry(found), "***" in found.tracking_uri
+    asks = ", with that address in full as --tracking-uri" if registry and hidden else ""
     click.echo(
         f"Registered in {found.tracking_uri} as {found.name}, version {found.version}, alias "
-        f"{found.alias}. Next:"
+        f"{found.alias}. Next{asks}:"
     )
-    click.echo(f"  {_serving(found)}")
+    words = ["flyweight", "serve", f"{found.name}@{found.alias}"]
+    click.echo(f"  {shlex.join(words if hidden else words + registry)}")
 
 
-def _serving(found: "Deployed") -> str:
-    """The command that serves what was deployed, with the registry where ``serve`` would look
-    elsewhere."""
+def _registry(found: "Deployed") -> list[str]:
+    """The option that names the registry, where ``serve`` would look elsewhere."""
     from .registries import usual_uri
     from .tracking import redact
 
     usual = redact(usual_uri(found.name) or "") == found.tracking_uri
-    where = [] if usual else ["--tracking-uri", found.tracking_uri]
-    return shlex.join(["flyweight", "serve", f"{found.name}@{found.alias}", *where])
+    return [] if usual else ["--tracking-uri", found.tracking_uri]
 
 
 @click.command()
@@ -101,7 +102,8 @@ def rollback(name: str, alias: str, tracking_uri: str | None) -> None:
 
 @click.command()
 @click.argument("model")
-@click.option("--name", help="What clients call the model [default: NAME of an alias, else model].")
+@click.option("--name", help="What clients call the model [default: NAME of an alias if it "
+              "begins with a letter or digit, all ASCII; else model].")  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
 @REGISTRY
@@ -138,7 +140,7 @@ def serve(
 
     It listens on this machine alone; with another --host, whoever reaches it can ask the model.
     """
-    from .serve_source import alias_of, file_of
+    from .serve_source import NAME, alias_of, file_of
 
     alias = alias_of(model)
     if alias is None:
@@ -146,6 +148,7 @@ def serve(
     from .serve import Options
     from .serve import serve as run
 
-    said = Options(name=name or (alias[0] if alias else Options.name), **options)
+    usual = alias[0] if alias and NAME.fullmatch(alias[0]) else Options.name
+    said = Options(name=name or usual, **options)
     say = partial(click.echo, err=True)
     run(model, said, tracking_uri=tracking_uri, address=address, say=say)

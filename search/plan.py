@@ -9,12 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..compressors import RUNGS, compress
+from ..compressors import RUNGS, compress, untrained
+from ..kernels import MeasuringProcess
 from ..spaces import BadInput, Impossible, Policy, Space
 from .counting import telling
 from .limits import COSTS, Limits
 from .meter import Meter
 from .predict import given_profile, predictor_of
+from .reach import CarefulMeter
 from .ready import Ready, facts_of, make_space, prepare_task, ready, score
 from .spec import Objective, load_spec
 from .storage import Storage
@@ -36,8 +38,10 @@ def make_plan(spec_path: Path, console: Console | None = None) -> dict[str, Any]
     profile = given_profile(spec)
     with telling(f"Checking {spec.given_task} and tracing its model", console):
         found = ready(spec)
-    meter = Meter(spec.target.runtime, spec.target.threads, found.teacher, found.request())
-    with telling("Timing the teacher and the simplest policies, untrained", console):
+    start = spec.target.runtime, spec.target.threads, found.teacher, found.request()
+    text = "Timing the teacher and the simplest policies, untrained"
+    with telling(text, console), MeasuringProcess(*start) as process:
+        meter = CarefulMeter(*start, process)
         teacher_ms = meter.alone()
         if profile is not None:  # a search would refuse what this refuses
             predictor_of(spec, found.prepared, profile, teacher_ms=teacher_ms)
@@ -90,11 +94,12 @@ def _cases(found: Ready, meter: Meter, teacher_ms: float) -> list[dict[str, Any]
     cases = []
     for name, policy in [*named, *(("uniform", policy) for policy in found.recipes())]:
         try:
+            # First, as this process would not outlive what the runtime dies of.
+            latency = meter.provisional(untrained(found.prepared, policy))[1]
             model = compress(found.prepared, policy, RUNGS[0]).model
+            metric = score(found.prepared, model, found.prepared.splits.selection)
         except Impossible:  # a search would leave it out and try others
             continue
-        latency = meter.provisional(model)[1]
-        metric = score(found.prepared, model, found.prepared.splits.selection)
         cases.append(
             {
                 "kind": name,

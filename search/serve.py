@@ -31,7 +31,7 @@ from .registries import registry_of
 from .serve_http import make_app
 from .serve_model import ServedModel
 from .serve_protocol import Protocol, tensors
-from .serve_source import Source, alias_of, read_path, read_registered
+from .serve_source import NAME, Source, alias_of, read_path, read_registered
 
 if TYPE_CHECKING:
     from .registry import Registry
@@ -219,7 +219,7 @@ def stop(options: Options, *, shared: bool) -> None:
 
 
 def _check(options: Options, *, listens: bool) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", options.name, re.ASCII):  # it becomes a path
+    if not NAME.fullmatch(options.name):
         raise BadInput(
             "--name must begin with a letter or digit and go on with those and _.-, but got "
             f"{options.name!r}"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ALIAS = re.compile(r"(?:models:/)?(?P<name>[\w.-]+)@(?P<alias>[\w-]+)")
 SCHEME = "models:/"
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)  # what clients call a model becomes a path
 FIX = "build the artifact again, or copy it whole"
 
 

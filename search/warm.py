@@ -57,7 +57,10 @@ class WarmStart:
 
     def fastest_ms(self) -> tuple[float, float, float] | None:
         """The predicted latency of the fastest policy that is found: lower end, middle and upper
-        end. None where none is within the limits of sizes."""
+        end. None where none is within the limits of sizes, or where a student is not known: it may
+        be faster."""
+        if set(self._students) != set(self._space.networks):
+            return None
         ends = [student.fastest_ms for student in self._students.values()]
         low, middle, high = min(ends, key=lambda found: float(found[0])).tolist()
         return (low, middle, high) if math.isfinite(low) else None

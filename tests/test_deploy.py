@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -512,6 +512,12 @@ def test_the_last_lines_say_where_it_is_and_how_it_is_served(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://elsewhere:5000")
     done = CliRunner().invoke(main, [*map(str, words), run.uri])
     assert done.output.endswith(f"\n  flyweight serve said@next --tracking-uri {run.uri}\n")
+    shown = replace(run.deploy(name="said", alias="next"), tracking_uri="http://***@there:5000")
+    monkeypatch.setattr("flyweight.search.deploy.deploy", lambda *_, **__: shown)
+    done = CliRunner().invoke(main, [*map(str, words), "http://me:hunter2@there:5000"])
+    *_, where, then = done.output.splitlines()
+    assert where.endswith(". Next, with that address in full as --tracking-uri:")
+    assert then == "  flyweight serve said@next"  # what is printed works once that is given
 
 
 def with_teacher(run: Run, **latencies: float) -> None:

@@ -105,14 +105,15 @@ def test_what_an_item_counts_is_known_of_a_share(
     assert per_item(metric, items) == counts
 
 
+@pytest.mark.parametrize("where", ["untrained", "compress", "score"])
 def test_a_plan_leaves_out_what_is_impossible(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     def impossible(*_: Any) -> Any:
         raise Impossible("parity")
 
     path = write(tmp_path, speedup=2)
-    monkeypatch.setattr("flyweight.search.plan.compress", impossible)
+    monkeypatch.setattr(f"flyweight.search.plan.{where}", impossible)
     found = make_plan(path, Console(file=StringIO()))
     print_plan(found, Console(file=StringIO()))
     assert found["cases"] == []

@@ -101,7 +101,12 @@ def test_of_smallest_policies_those_that_are_impossible_do_not_count(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("fastest_ms", "refused"), [((100.0, 101.0, 102.0), True), ((0.0, 101.0, 102.0), False)]
+    ("fastest_ms", "refused"),
+    [
+        ((100.0, 101.0, 102.0), True),
+        ((0.0, 101.0, 102.0), False),
+        ((1.0, 101.0, 102.0), False),  # 1% over the limit: the solver may have missed a faster one
+    ],
 )
 def test_a_limit_that_only_the_solver_knows_to_be_out_of_reach(
     tmp_path: Path,
@@ -218,6 +223,7 @@ load = real.OnnxRuntime.load
 
 def deadly(self, model):
     if len(model) < 8000 and b"QuantizeLinear" not in model:  # no probe: a small policy
+        open(os.environ["DIED"], "a").close()
         os._exit(77)
     return load(self, model)
 
@@ -225,19 +231,28 @@ real.OnnxRuntime.load = deadly
 """
 
 
-def test_a_policy_that_the_runtime_dies_of_does_not_end_the_search(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "script",
+    [
+        "from flyweight.search import reach, ready, spec; "
+        "reach.check_without_ray(ready.ready(spec.load_spec(path)), True)",
+        "from flyweight.search import plan; plan.make_plan(path)",
+    ],
+)
+def test_a_policy_that_the_runtime_dies_of_ends_neither_search_nor_plan(
+    tmp_path: Path, script: str
+) -> None:
     (tmp_path / "task.py").write_text(TASK.replace("64", "1024"))
     (tmp_path / "search.yaml").write_text(
         "task: task.py:Patterns\nobjective: {speedup: 1.01}\ntracking: null\n"
         "space: {quantize: {precisions: [fp32]}}\n"
     )
     (tmp_path / "sitecustomize.py").write_text(DEADLY)  # in whatever process
-    script = (
-        "from pathlib import Path; from flyweight.search import reach, ready, spec; "
-        f"reach.check_without_ray(ready.ready(spec.load_spec(Path({str(tmp_path)!r}))), True)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    script = f"from pathlib import Path; path = Path({str(tmp_path)!r}); {script}"
+    died = tmp_path / "died"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "DIED": str(died)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert died.exists()

@@ -566,11 +566,32 @@ def test_what_cannot_be_served_is_said_before_ray_starts(
     assert "--tracking-uri" in done.output
     done = CliRunner().invoke(main, ["serve", str(tmp_path / "none")])
     assert (done.exit_code, "no '" in done.output) == (2, True)
-    # The name of an alias is what clients call the model, unless --name says.
-    for words, name in (([folder, "--name", "a/b"], "a/b"), (["_net@champion"], "_net")):
-        done = CliRunner().invoke(main, ["serve", *words])
-        assert done.exit_code == 2
-        assert f"go on with those and _.-, but got {name!r}" in done.output
+    done = CliRunner().invoke(main, ["serve", folder, "--name", "a/b"])
+    assert done.exit_code == 2
+    assert "go on with those and _.-, but got 'a/b'" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["net@champion"], "net"),
+        (["net@champion", "--name", "other"], "other"),
+        (["_net@champion"], "model"),  # MLflow takes what can be no path
+        (["n\N{LATIN SMALL LETTER E WITH ACUTE}t@champion"], "model"),
+    ],
+)
+def test_the_name_of_an_alias_is_what_clients_call_the_model(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], name: str
+) -> None:
+    from click.testing import CliRunner
+
+    from flyweight.search import serve
+    from flyweight.search.cli import main
+
+    called: list[str] = []
+    monkeypatch.setattr(serve, "serve", lambda _, options, **__: called.append(options.name))
+    assert CliRunner().invoke(main, ["serve", *words]).exit_code == 0
+    assert called == [name]
 
 
 def register(uri: str, folder: Path, content: bytes, digest: str, alias: str = "champion") -> str:

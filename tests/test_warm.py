@@ -148,6 +148,13 @@ def test_a_limit_out_of_reach_gives_nothing(space: Space, table: Sensitivity) ->
     assert start.fastest_ms() == pytest.approx((0.9 * fastest, fastest, 1.1 * fastest))
 
 
+def test_the_fastest_is_not_known_where_a_student_was_not_judged(
+    space: Space, table: Sensitivity
+) -> None:
+    alone = replace(table, students={"pruned": 0.0})
+    assert WarmStart(space, alone, Device(space), Limits(95.0, 0.01)).fastest_ms() is None
+
+
 def test_what_the_clock_decided_is_told(space: Space, table: Sensitivity) -> None:
     start = WarmStart(space, table, Device(space), Limits(95.0, latency_ms=0.3))
     start.sweep(2)
