@@ -254,17 +254,13 @@ class Bench:
     ) -> float:
         """How many times as fast as the teacher; measured anew, for longer, near to ``asked``."""
         if size not in self._sized:
-            model = network(size)
-            # With the teacher's statistics what a narrow one computes dies out in denormal numbers,
-            # with which it takes ten times as long.
-            recompute_statistics(model, self.calibration.first(FEW))
-            fp32 = export(model)
+            fp32 = export(network(size))
             self._sized[size] = {"int8": quick_int8(self, fp32), "fp32": fp32}
-        key, made = (size, precision), self._sized[size][precision]
+        key, model = (size, precision), self._sized[size][precision]
         if key not in self._timed:
-            self._timed[key] = self.speedup(made)
+            self._timed[key] = self.speedup(model)
         if abs(self._timed[key] / asked - 1) < CLOSE:
-            self._timed[key] = statistics.median(self.speedup(made, 100) for _ in range(3))
+            self._timed[key] = statistics.median(self.speedup(model, 100) for _ in range(3))
         print(f"  {size:g}, {precision}: {self._timed[key]:.2f} times as fast", flush=True)
         return self._timed[key]
 
