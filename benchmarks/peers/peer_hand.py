@@ -11,8 +11,8 @@ import torch_pruning as tp
 from shared import Order, main
 from torch import nn
 
-# Of the channels. Of less than a quarter of 32 channels no 8 would be left, and torch-pruning leaves
-# such a group as it is: slower again.
+# Of the channels. Of less than a quarter of 32 no 8 would be left, and torch-pruning leaves such a
+# group as it is: slower again.
 SHARES = [sixteenths / 16 for sixteenths in range(16, 3, -1)]
 
 
