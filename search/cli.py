@@ -43,7 +43,7 @@ def main() -> None:
       flyweight deploy my-search/run
       flyweight serve my-search/run     answers HTTP
 
-    Exit codes: 0 done, 1 failure, 2 bad input (before any cost), 130 interrupted.
+    Exit codes: 0 done, 1 failure, 2 bad input (before any trial), 130 interrupted.
     """
     _quiet()
 
