@@ -196,8 +196,9 @@ class Controller:
         return left if left > UNUSED * (self.budget.seconds or 0.0) else 0.0
 
     def spent_s(self) -> float | None:
-        """The time budget, if no other trial could end in what is left of it, else None."""
-        return self.budget.seconds if self.late_to_look() else None
+        """The time budget, if no trial could end in what is left of it, else None."""
+        could = self.interrupted or any(t.ended == "interrupted" for t in self.trials.values())
+        return None if could or not self.late_to_look() else self.budget.seconds
 
     def elapsed(self) -> float:
         """Seconds of search so far, those before a resume included."""

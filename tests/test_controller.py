@@ -388,6 +388,16 @@ def test_the_deadline_drains() -> None:
     assert all(t.ended for t in control.trials.values())
 
 
+def test_a_budget_is_spent_once_nothing_could_end_in_the_rest() -> None:
+    clock = Clock()
+    control = controller(seconds=20.0, trials=1000, clock=clock)
+    assert control.spent_s() is None
+    run(control, clock)
+    assert control.spent_s() == 20.0
+    control.interrupted = True  # what was stopped by hand could have gone on
+    assert control.spent_s() is None
+
+
 def test_what_is_trained_no_more_is_no_measure_of_what_is() -> None:
     clock = Clock()
     control = controller(seconds=1000.0, trials=10, clock=clock)
