@@ -218,7 +218,7 @@ def test_a_report_that_cannot_be_made_costs_no_result(
 
     monkeypatch.setattr(driver, "write_report", write_report)
     found = {"wall_s": 1.0, "best": None, "nearest_miss": None}
-    assert search._written(None, found)
+    assert search._written(SimpleNamespace(spent_s=lambda: None), found)
     assert json.loads((search.run_dir / RESULT).read_text()) == found
     assert search.notes == [
         "The report could not be made, result.json is whole: KeyError: 'policy'"
