@@ -33,6 +33,10 @@ RUNGS = ("recalibrate", "short", "full")
 # recorded trials that the short rung harmed, the 30 harmed 25 times and more ended worse than
 # untrained, the 3 harmed 1.3 times at most ended better (docs/benchmarks.md).
 HARMED = 2.0
+# KL in nats, of classes: so near to its teacher a student is trained no more. Of three on record
+# that were, and were trained for minutes all the same, all three ended farther away; what such
+# artifacts lose on the test set is within its noise (docs/benchmarks.md).
+NEAR = 0.002
 # Of the training, at the end, with quantizers in place. Half recovers more of what weights of 2
 # bits lose, but costs 0.35 points at 8 bits, where a quarter costs none (docs/benchmarks.md).
 QAT_SHARE = 0.25
@@ -51,9 +55,10 @@ class Candidate:
     student: in float, with its norms, as the next rung goes on from it. model: the artifact
     (ONNX). loss, metric: of the artifact in the target's runtime; KL to the teacher on search
     validation, and the task's metric there, at the full rung on selection validation. samples,
-    seconds: what all rungs so far have cost. parity: at the full rung. settled: training took it
-    away from the teacher, so that what it was before is kept, and it is trained no more. diverged:
-    how, where that training diverged. drop_error: at the full rung, see there.
+    seconds: what all rungs so far have cost. parity: at the full rung. settled: it is trained no
+    more, because training took it away from the teacher, so that what it was before is kept, or
+    because it is near. diverged: how, where that training diverged. drop_error: at the full rung,
+    see there.
     """
 
     policy: Policy
@@ -100,6 +105,17 @@ def compress(
     seconds = previous.seconds if previous else 0.0
     settled = previous is None or previous.settled
     diverged = previous.diverged if previous else None
+
+    def as_before() -> Candidate:
+        """``previous``, trained no more: its figures are of the same items."""
+        assert previous is not None
+        return replace(
+            previous, rung=rung, samples=samples, diverged=diverged, settled=True,
+            seconds=seconds + time.perf_counter() - began,
+        )  # fmt: skip
+
+    if settled and rung == "short":
+        return as_before()
     student, made = _start(prepared, policy, plan, previous), None
     if not settled:
         assert previous is not None
@@ -112,12 +128,8 @@ def compress(
             more, harmed, diverged = error.samples, True, str(error)
         samples += more
         if harmed:
-            if rung == "short":  # its figures are of the same items: nothing is to be built again
-                seconds += time.perf_counter() - began
-                return replace(
-                    previous, rung=rung, samples=samples, seconds=seconds, settled=True,
-                    diverged=diverged,
-                )  # fmt: skip
+            if rung == "short":
+                return as_before()
             settled, made = True, None
             student = _start(prepared, policy, plan, previous)
     made = made or _artifact(prepared, quantize(prepared, policy, plan, student))
@@ -125,7 +137,9 @@ def compress(
     if rung != "full":
         metric, parity = metric_of(task, made.answers, splits.search.targets), None
         doubt = None
+        no_more = (settled and previous is not None) or _near(prepared, policy, made.loss)
     else:
+        no_more = settled
         theirs = prepared.selection_answers  # first, as in _artifact
         answers = _answers(made.session, splits.selection)
         metric = metric_of(task, answers, splits.selection.targets)
@@ -139,7 +153,7 @@ def compress(
     seconds += time.perf_counter() - began
     return Candidate(
         policy, rung, plan, student, made.model, made.loss, metric, samples, seconds, parity,
-        settled and previous is not None, diverged, doubt,
+        no_more, diverged, doubt,
     )  # fmt: skip
 
 
@@ -178,6 +192,11 @@ def _asked_near(policy: Policy) -> bool:
     """Whether the student is to be near to its teacher. Who trains by the labels alone has not
     asked for that: there training is never given up."""
     return policy.distill is None or policy.distill.alpha > 0
+
+
+def _near(prepared: Prepared, policy: Policy, loss: float) -> bool:
+    """Whether a student answers as its teacher does, as far as can be told."""
+    return _asked_near(policy) and prepared.kind.axis is not None and loss < NEAR
 
 
 def _harmed(policy: Policy, rung: str, before: float, after: float) -> bool:

@@ -21,12 +21,14 @@ from ..spaces import BadInput, FlyweightError, Impossible, Policy
 from .deadline import Results, seconds_left
 from .finder import Finder, Price
 from .limits import Limits
-from .pareto import Point, by_chance, climbs
+from .pareto import Point, by_chance, climbers, layers
 from .record import Entry, Record, at_work
 from .strategies import Source
 from .trial import Trial, competes, costs, not_a_number, point, price_of
 
-REDUCTION = 2.0  # one in so many climbs from rung to rung
+# One in so many climbs on from a rung: to build costs a second, to train whole many times what the
+# short rung does.
+REDUCTION = {"recalibrate": 2.0, "short": 4.0}
 HOPELESS = 8  # trials that failed at a rung that none has a result of: the search ends
 DEATHS = 2  # of its worker, and a policy is not tried again: it may be what kills them
 # How much of a death it is, by what was lost. That a node goes says little of the policy, but one
@@ -85,6 +87,7 @@ class Controller:
         self._finder = Finder(
             proposals, price, limits, self._reject, self.late_to_look, look_ahead=look_ahead
         )
+        self._placed: dict[str, set[int]] = {rung: set() for rung in REDUCTION}  # that went on
         self._again: list[Trial] = []  # whose worker died, or that an earlier session left
         self._refusals = 0  # of workers to make the task, since the last result
         self._unstored = 0  # results since the last artifact that was stored
@@ -92,10 +95,15 @@ class Controller:
         self._began = clock()
         self._new_takes: float | None = None  # seconds of all rungs, of a trial that begins
         self._rebuild(record.entries(), reprice)
-        self._points: dict[str, list[Point]] = {  # going through all results for each is slow
-            rung: [point(t.results[rung]) for t in reached.values() if competes(t, rung)]
+        self._points: dict[str, dict[int, Point]] = {  # going through all results each time is slow
+            rung: {n: point(t.results[rung]) for n, t in reached.items() if competes(t, rung)}
             for rung, reached in self._reached.items()
         }
+        # By rung: who is among the best; whom nobody beats.
+        self._best: dict[str, list[Trial]] = {}
+        self._ahead: dict[str, list[Trial]] = {}
+        for rung in REDUCTION:
+            self._rank(rung, self._points[rung])
 
     # What to try next.
 
@@ -112,8 +120,9 @@ class Controller:
                     return trial if self._append({"kind": "again", **self._name(trial)}) else None
                 self._end(trial, "over_limit" if over else "deadline")
         with self._lock:
-            if last := self._last():
-                return last if self._append({"kind": "again", **self._name(last)}) else None
+            if other := self._last() or self._climber():
+                other.ended = None
+                return other if self._append({"kind": "again", **self._name(other)}) else None
         try:
             self._finder.catch_up()
             ahead = None if self.over() else self._finder.find(wait_s)
@@ -128,7 +137,7 @@ class Controller:
             return None if self.over() else self.propose(wait_s)  # it was late, and is no more
         if found is None:
             self.exhausted = True
-            return None
+            return self.propose(wait_s)  # of those that stopped one may go on now
         with self._lock:
             trial = Trial(len(self.trials), *found)
             self.trials[trial.number] = trial
@@ -243,7 +252,7 @@ class Controller:
         self._learn(trial, entry)
         self.exhausted = False  # what came may teach the proposals where the limits are kept
         if competes(trial, rung):
-            self._points[rung].append(point(entry))
+            self._points[rung][number] = point(entry)
         if self.limits.cost(*costs(entry)) > 0:
             self._end(trial, "over_limit")
         elif rung == RUNGS[-1]:
@@ -335,11 +344,60 @@ class Controller:
         among the results so far, or ``chance``; None if nothing does. What its results say of the
         limits in the end is a guess that chance must be able to contradict; what it costs is not.
         """
-        earlier = self._points[entry["rung"]]
-        if not self._doomed(entry) and climbs(earlier, point(entry), REDUCTION):
+        number, rung = entry["trial"], entry["rung"]
+        self._rank(rung, {**self._points[rung], number: point(entry)})
+        trial = self.trials[number]
+        # What is trained no further is built and judged in seconds.
+        best = self._best[rung] + (self._ahead[rung] if entry.get("settled") else [])
+        if trial in best and not self._doomed(entry):
             return "rank"
-        seed = self.proposals.seed
-        return "chance" if by_chance(seed, entry["digest"], entry["rung"]) else None
+        return "chance" if by_chance(self.proposals.seed, entry["digest"], rung) else None
+
+    def _places(self, rung: str) -> int:
+        """How many more than those that went on from ``rung`` may, by the number of results there.
+        One that is among the best as it comes goes on in any case."""
+        return math.ceil(len(self._points[rung]) / REDUCTION[rung]) - len(self._placed[rung])
+
+    def _place(self, trial: Trial) -> None:
+        """``trial`` goes on by its rank. What is trained no further takes nobody's place."""
+        if not trial.results[trial.last_rung].get("settled"):
+            self._placed[trial.last_rung].add(trial.number)
+
+    def _rank(self, rung: str, points: dict[int, Point]) -> None:
+        """Notes who of those with the results ``points`` at ``rung`` is among the best, and whom
+        nobody beats."""
+        numbers, values = list(points), list(points.values())
+        ranked = layers(values)
+        best = climbers(values, ranked, REDUCTION[rung])
+        self._best[rung] = [self.trials[numbers[i]] for i in sorted(best)]
+        self._ahead[rung] = [self.trials[numbers[i]] for i in (ranked or [[]])[0]]
+
+    def _climber(self) -> Trial | None:
+        """One that stopped and goes on: there is a place for it by now, as more are known; or
+        nobody beats it and what is left of the search has no better use. The highest rung first; of
+        several the farthest along latency from those that went on."""
+        if self._stopped():
+            return None
+        last = self.exhausted or len(self.trials) >= self.budget.trials or self.late_to_look()
+        for rung in reversed(REDUCTION):
+            best = self._best[rung] if self._places(rung) > 0 else []
+            for waiting in (best, self._ahead[rung] if last else []):
+                while waiting:
+                    trial = max(waiting, key=partial(self._apart, RUNGS[RUNGS.index(rung) + 1]))
+                    waiting.remove(trial)  # until the next result at this rung
+                    if trial.ended != "stopped" or trial.last_rung != rung:
+                        continue
+                    over = trial.price.cost(self.limits) > 0 or self._doomed(trial.results[rung])
+                    if not over and self._in_time(trial):
+                        self._place(trial)
+                        return trial
+        return None
+
+    def _apart(self, rung: str, trial: Trial) -> float:
+        """How far ``trial`` is along latency from those that came to ``rung``, in e-folds."""
+        there = (t.price.latency_ms[1] for t in self._reached[rung].values())
+        own = trial.price.latency_ms[1]
+        return min((abs(math.log(ms / own)) for ms in there), default=math.inf)
 
     def _name(self, trial: Trial) -> Entry:
         return {"trial": trial.number, "digest": trial.policy.digest, "time": self._clock()}
@@ -348,6 +406,8 @@ class Controller:
         trial.results[entry["rung"]] = entry
         self._reached[entry["rung"]].pop(trial.number, None)  # of a trial that began anew
         self._reached[entry["rung"]][trial.number] = trial
+        if entry.get("through") == "rank":
+            self._place(trial)
         if self.budget.seconds is not None:
             self._new_takes = self._takes({})
         figures = entry["loss"], entry["latency_ms"][1], entry["constraint"]
@@ -355,8 +415,14 @@ class Controller:
 
     def _end(self, trial: Trial, reason: str, error: str | None = None) -> None:
         trial.ended = reason
+        if reason == "failed":  # its place goes to another
+            for placed in self._placed.values():
+                placed.discard(trial.number)
         self._finder.tell(partial(self.proposals.fail, trial.policy))
-        self._append({"kind": "end", **self._name(trial), "reason": reason, "error": error})
+        entry = {"kind": "end", **self._name(trial), "reason": reason, "error": error}
+        if reason == "stopped" and trial in self._ahead[trial.last_rung]:
+            entry["ahead"] = True  # it may yet go on
+        self._append(entry)
 
     def _append(self, entry: Entry) -> bool:
         try:
@@ -429,7 +495,6 @@ class Controller:
         if not waiting:
             return None
         last = max(waiting, key=lambda t: (len(t.results), -_loss(t)))
-        last.ended = None
         self._again = [t for t in self._again if t is not last]
         return last
 
@@ -476,10 +541,12 @@ class Controller:
                     self.trials[entry["trial"]].ended = "finished"
             elif entry["kind"] == "died":
                 self.trials[entry["trial"]].deaths += LOSSES[entry.get("lost", "worker")]
-            elif entry["kind"] == "end" and entry["reason"] != "interrupted":
+            elif entry["kind"] in ("again", "end") and entry.get("reason") != "interrupted":
                 trial = self.trials[entry["trial"]]
+                if trial.ended == "stopped":
+                    self._place(trial)
                 if trial.ended != "failed":
-                    trial.ended = entry["reason"]
+                    trial.ended = entry.get("reason")
         self._spent = next(reversed(at_work(entries)), 0.0)
         if entries and entries[-1]["kind"] == "search":  # what came before its trials counts
             self._began = entries[-1]["time"]

@@ -311,8 +311,8 @@ class _Search:
         )  # fmt: skip
 
     def _tidy(self, entry: dict[str, Any]) -> None:
-        """Removes the checkpoints of a trial that ended for good."""
-        if entry["kind"] == "end" and entry["reason"] not in NOT_FOR_GOOD:
+        """Removes the checkpoints of a trial that ended for good, or is unlikely to go on."""
+        if entry["kind"] == "end" and not (entry["reason"] in NOT_FOR_GOOD or entry.get("ahead")):
             self.janitor.submit(remove_checkpoints, self.storage, entry["digest"])
 
     def _trials(

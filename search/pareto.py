@@ -67,23 +67,18 @@ def spread_order(points: Sequence[Point], chosen: list[int], most: int | None = 
     return out
 
 
-def climbs(earlier: Sequence[Point], new: Point, reduction: float) -> bool:
-    """Whether a trial with result ``new`` goes on, given the results ``earlier`` at its rung.
-
-    Asynchronous successive halving of the stopping kind (Li et al. 2020, "A system for massively
-    parallel hyperparameter tuning") by non-dominated rank: it goes on if it is among the best
-    ceil(n / reduction) of the n results so far, its own included; within a front those go first
-    that spread evenly along latency.
-    """
-    points = [*earlier, new]
+def climbers(points: Sequence[Point], ranked: list[list[int]], reduction: float) -> set[int]:
+    """Which of the results ``points`` of a rung go on, by non-dominated rank: the best
+    ceil(n / reduction) of the n; within a front those go first that spread evenly along latency.
+    ranked: the ``layers`` of the points."""
+    out: set[int] = set()
     places = math.ceil(len(points) / reduction)
-    for layer in layers(points):
-        if len(points) - 1 in layer:
-            return len(layer) <= places or len(points) - 1 in spread_order(points, layer, places)
-        places -= len(layer)
-        if places <= 0:
-            return False
-    raise AssertionError("every point is in some layer")
+    for layer in ranked:
+        left = places - len(out)
+        if len(layer) >= left:
+            return out | set(layer if len(layer) == left else spread_order(points, layer, left))
+        out.update(layer)
+    return out
 
 
 def by_chance(seed: int, digest: str, rung: str) -> bool:

@@ -28,8 +28,7 @@ Policy = Mapping[str, Any]
 class Row:
     """One artifact. predicted_ms: lower, mean, upper. spread: share of the latency. misses: the
     limits that it breaks, in words. loss: KL to the teacher on search validation, in nats. settled:
-    it is what it was before some training that led it away from the teacher. diverged: how, if that
-    diverged."""
+    it was trained no further, see ``Candidate``. diverged: how, if training did."""
 
     figures: Figures
     drop: float

@@ -25,10 +25,10 @@ NOT_FOR_GOOD = ("interrupted", "deadline")
 
 class Record(Protocol):
     """Where results are appended as they come. Entries are JSON objects with a ``kind``:
-    search, begin, again, result, died, end, rejected, priced, measured, done. again: a trial that
-    its worker's death or the end of a session cut off goes on. priced: what an artifact of an
-    earlier session is predicted to take on this one's target; null where that cannot run it. done:
-    result.json is that of the session."""
+    search, begin, again, result, died, end, rejected, priced, measured, done. again: a trial goes
+    on that its worker's death, its rank or the end of a session had stopped. priced: what an
+    artifact of an earlier session is predicted to take on this one's target; null where that cannot
+    run it. done: result.json is that of the session."""
 
     def append(self, entry: Entry) -> None:
         """Adds one entry; a process that dies after this has lost nothing. Raises OSError, also

@@ -113,7 +113,7 @@ class Prune(Section):
 class Quantize(Section):
     precisions: Annotated[Names, _names(("fp32", "int8"))] = ("fp32", "int8")
     calibrations: Names = ("minmax", "percentile", "mse")
-    qat: Choices = (True, False)
+    qat: Choices = (False, True)
 
 
 class Distill(Section):

@@ -10,7 +10,7 @@ from .pareto import Point
 from .record import Entry
 
 
-@dataclass
+@dataclass(eq=False)
 class Trial:
     """One policy climbing the rungs. deaths: of workers it ran on, weighed by what was lost."""
 
@@ -25,6 +25,11 @@ class Trial:
     def next_rung(self) -> str:
         """The rung it climbs to, as long as it has not ended."""
         return RUNGS[len(self.results)]
+
+    @property
+    def last_rung(self) -> str:
+        """The rung of its newest result, of which it has one."""
+        return RUNGS[len(self.results) - 1]
 
 
 def price_of(entry: Entry) -> Price:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -23,7 +24,7 @@ from flyweight.compressors import (
     compress,
     prepare,
 )
-from flyweight.compressors.compress import drop_error
+from flyweight.compressors.compress import NEAR, drop_error
 from flyweight.compressors.data import Items
 from flyweight.compressors.distill import Epoch
 from flyweight.compressors.parity import run_session
@@ -120,7 +121,35 @@ def test_the_rungs_climb_and_leave_everything_behind_as_it_was(prepared: Prepare
     assert compress(prepared, how, "short", climbed[0], seed=4).model != climbed[1].model
 
 
-def test_training_that_leads_away_from_the_teacher_is_given_up(prepared: Prepared) -> None:
+def test_what_is_near_its_teacher_is_trained_no_further(prepared: Prepared) -> None:
+    how = policy(prepared, prune=Prune())  # int8 alone: next to nothing to repair
+    untrained = compress(prepared, how, "recalibrate")
+    assert untrained.loss < NEAR
+    full = compress(prepared, how, "full", compress(prepared, how, "short", untrained))
+    assert (untrained.settled, full.settled, full.samples) == (True, True, 0)
+    assert (full.model, full.loss) == (untrained.model, untrained.loss)
+    # Who learns from the labels alone has not asked to be near.
+    alone = policy(prepared, prune=Prune(), distill=Distill(alpha=0.0, learning_rate=0.02))
+    assert not compress(prepared, alone, "recalibrate").settled
+
+
+def test_near_is_told_of_classes_alone(prepared: Prepared) -> None:
+    class Distances(Noisy):
+        def loss(self, output: Tensor, target: Tensor) -> Tensor:
+            return (output - nn.functional.one_hot(target, 5)).square().mean()
+
+    task = Distances(*(getattr(prepared.task, name) for name in ("_model", "train", "val")))
+    found = compress(
+        dataclasses.replace(prepared, task=task), policy(prepared, prune=Prune()), "recalibrate"
+    )
+    assert found.loss < NEAR
+    assert not found.settled
+
+
+def test_training_that_leads_away_from_the_teacher_is_given_up(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[compress.__module__], "NEAR", 0.0)
     # int8 alone: next to nothing to repair
     how = policy(prepared, prune=Prune(), distill=Distill(learning_rate=0.2))
     untrained = compress(prepared, how, "recalibrate")

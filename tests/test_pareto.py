@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from flyweight.search.pareto import (
     CHANCE,
     by_chance,
-    climbs,
+    climbers,
     dominates,
     front,
     layers,
@@ -63,6 +63,11 @@ def test_spread_order_begins_with_the_most_accurate_and_loses_none(
             return min(abs(points[i][1] - points[j][1]) for j in before)
 
         assert far(found[n]) == max(far(i) for i in found[n:])
+
+
+def climbs(earlier: list[tuple[float, float]], new: tuple[float, float], reduction: float) -> bool:
+    points = [*earlier, new]
+    return len(earlier) in climbers(points, layers(points), reduction)
 
 
 def climbs_by_definition(

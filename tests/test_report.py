@@ -252,7 +252,7 @@ def test_front_table(page: Page) -> None:
 def test_training_that_was_given_up_is_told(tmp_path: Path) -> None:
     given_up = [e | {"settled": e["kind"] == "result" and e["trial"] == 1} for e in entries()]
     found = page_of(run_directory(tmp_path, given_up, result()))
-    assert found.row(FRONT, digest(1)[:10])[-1] == "mse training given up"
+    assert found.row(FRONT, digest(1)[:10])[-1] == "mse trained no further"
     assert found.row(FRONT, digest(3)[:10])[-1] == "mse trained with it"
 
 

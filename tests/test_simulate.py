@@ -1,6 +1,7 @@
 """The search on a simulated clock: what repeats, who climbs and why, races, bad ends."""
 
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -21,10 +22,11 @@ from flyweight.search.controller import (
     failures,
 )
 from flyweight.search.limits import Limits
-from flyweight.search.pareto import by_chance
+from flyweight.search.pareto import by_chance, dominates
 from flyweight.search.proposals import Proposals
 from flyweight.search.record import Entry, MemoryRecord
 from flyweight.search.simulate import Clock, simulate
+from flyweight.search.trial import competes
 from flyweight.spaces import Policy
 
 ONE: dict[str, Any] = {
@@ -80,10 +82,13 @@ def results(record: MemoryRecord) -> list[Entry]:
 
 
 def check_ends(control: Controller, record: MemoryRecord) -> None:
-    """Every trial ended once, after its last result; nothing is left open."""
+    """Every trial ended, after its last result, and does nothing after that unless it goes on;
+    nothing is left open."""
     ended: dict[int, str] = {}
     for entry in record.entries():
-        if entry["kind"] in ("result", "end"):
+        if entry["kind"] == "again":
+            assert ended.pop(entry["trial"], "stopped") == "stopped"
+        if entry["kind"] in ("result", "end", "died"):
             assert entry["trial"] not in ended
         if entry["kind"] == "end":
             ended[entry["trial"]] = entry["reason"]
@@ -129,10 +134,11 @@ def test_workers_work(toy: ModuleType, workers: int, trials: int) -> None:
 
 @pytest.mark.parametrize("workers", [1, 5])
 def test_what_the_controller_takes_passes_on_the_clock(toy: ModuleType, workers: int) -> None:
-    clock, ticks = Clock(), itertools.count()
-    control = controller(toy, MemoryRecord(), clock, trials=20)
+    clock, ticks, record = Clock(), itertools.count(), MemoryRecord()
+    control = controller(toy, record, clock, trials=20)
     out = simulate(control, Work(toy), workers, clock, lambda: float(next(ticks)))
-    calls = 20 + sum(len(control.results(rung)) for rung in RUNGS)
+    again = [e for e in record.entries() if e["kind"] == "again"]
+    calls = 20 + len(again) + sum(len(control.results(rung)) for rung in RUNGS)
     assert sum(out.controller_s.values()) == calls  # a second each
     if workers == 1:
         assert clock.now == pytest.approx(out.busy_s + calls)
@@ -142,28 +148,60 @@ def test_what_the_controller_takes_passes_on_the_clock(toy: ModuleType, workers:
     assert 0 < out.idle < 1
 
 
-def through_by_definition(entry: Entry, before: list[Entry], limits: Limits, brute: Any) -> Any:
-    """What lets ``entry`` through, from the entries before it alone."""
-    rung = entry["rung"]
-    if rung == RUNGS[-1] or entry["constraint"] > 0:
-        return None
-    below = RUNGS[: RUNGS.index(rung)]
-    by_luck = {e["trial"] for e in before if e["through"] == "chance" and e["rung"] in below}
-    points = [
-        (e["loss"], e["latency_ms"][1])
-        for e in before
-        if e["rung"] == rung and e["constraint"] <= 0 and e["trial"] not in by_luck
-    ]
-    then = {e["trial"]: e["loss"] for e in before if e["rung"] == rung}
-    full = {e["trial"]: e["metric"] for e in before if e["rung"] == RUNGS[-1]}
-    kept = {t: limits.teacher_metric - m <= (limits.max_drop or 0) for t, m in full.items()}
-    no_worse = [t for t in full if not kept[t] and then[t] <= entry["loss"]]
-    hope = [t for t in full if kept[t] and then[t] >= entry["loss"]]
-    doomed = limits.max_drop is not None and len(no_worse) >= 2 and not hope
-    new = (entry["loss"], entry["latency_ms"][1])
-    if not doomed and brute.climbs_by_definition(points, new, REDUCTION):
-        return "rank"
-    return "chance" if by_chance(7, entry["digest"], rung) else None
+def check_climbs(record: MemoryRecord, limits: Limits, brute: Any, trials: int) -> None:
+    """Who goes on, and who that stopped goes on later, by the entries before it alone."""
+    found: list[Entry] = []
+    placed: dict[str, set[int]] = {rung: set() for rung in REDUCTION}
+    begun, ended = set(), {}
+
+    def points(rung: str) -> dict[int, tuple[float, float]]:
+        below = RUNGS[: RUNGS.index(rung)]
+        by_luck = {e["trial"] for e in found if e["through"] == "chance" and e["rung"] in below}
+        some = [e for e in found if e["rung"] == rung and e["trial"] not in by_luck]
+        return {e["trial"]: toy_point(e) for e in some if e["constraint"] <= 0}
+
+    def doomed(entry: Entry) -> bool:
+        then = {e["trial"]: e["loss"] for e in found if e["rung"] == entry["rung"]}
+        full = {e["trial"]: e["metric"] for e in found if e["rung"] == RUNGS[-1]}
+        kept = {t: limits.teacher_metric - m <= (limits.max_drop or 0) for t, m in full.items()}
+        no_worse = [t for t in full if not kept[t] and then[t] <= entry["loss"]]
+        hope = [t for t in full if kept[t] and then[t] >= entry["loss"]]
+        return limits.max_drop is not None and len(no_worse) >= 2 and not hope
+
+    def through(entry: Entry) -> str | None:
+        rung = entry["rung"]
+        if rung == RUNGS[-1] or entry["constraint"] > 0:
+            return None
+        others, new = list(points(rung).values()), toy_point(entry)
+        if brute.climbs_by_definition(others, new, REDUCTION[rung]) and not doomed(entry):
+            placed[rung].add(entry["trial"])
+            return "rank"
+        return "chance" if by_chance(7, entry["digest"], rung) else None
+
+    for entry in record.entries():
+        trial = entry.get("trial")
+        if entry["kind"] == "begin":
+            begun.add(trial)
+        elif entry["kind"] == "result":
+            assert entry["through"] == through(entry)
+            found.append(entry)
+        elif entry["kind"] == "end":
+            ended[trial] = entry["reason"]
+            if entry["reason"] == "failed":
+                for some in placed.values():
+                    some.discard(trial)
+        elif entry["kind"] == "again" and ended.pop(trial, None) == "stopped":
+            last = [e for e in found if e["trial"] == trial][-1]
+            rung, known = last["rung"], points(last["rung"])
+            assert not doomed(last)
+            beaten = any(dominates(p, known[trial]) for p in known.values())
+            place = math.ceil(len(known) / REDUCTION[rung]) > len(placed[rung])
+            assert place or (len(begun) == trials and not beaten)
+            placed[rung].add(trial)
+
+
+def toy_point(entry: Entry) -> tuple[float, float]:
+    return entry["loss"], entry["latency_ms"][1]
 
 
 @FEW
@@ -179,13 +217,44 @@ def test_who_climbs_hangs_on_the_results_so_far_alone(
     control = controller(toy, record, clock, trials=40, limits=limits, seed=7)
     simulate(control, Work(toy, seed, deaths=0.05), workers, clock)
     check_ends(control, record)
-    found = results(record)
-    for at, entry in enumerate(found):
-        assert entry["through"] == through_by_definition(entry, found[:at], limits, brute)
-        if entry["through"]:
-            assert control.trials[entry["trial"]].ended in ("finished", "stopped", "failed")
-        elif entry["rung"] != RUNGS[-1]:
-            assert control.trials[entry["trial"]].ended in ("stopped", "over_limit")
+    check_climbs(record, limits, brute, 40)
+
+
+@FEW
+@given(st.integers(0, 10**6), st.integers(1, 12))
+def test_at_the_end_nothing_waits_that_nobody_beats(
+    toy: ModuleType, seed: int, workers: int
+) -> None:
+    clock, record = Clock(), MemoryRecord()
+    control = controller(toy, record, clock, trials=40, seed=7)
+    simulate(control, Work(toy, seed), workers, clock)
+    for rung in REDUCTION:
+        known = {
+            n: toy_point(t.results[rung]) for n, t in control.trials.items() if competes(t, rung)
+        }
+        ahead = [n for n, p in known.items() if not any(dominates(q, p) for q in known.values())]
+        above = RUNGS[RUNGS.index(rung) + 1]
+        assert all(above in control.trials[n].results for n in ahead)
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_what_is_trained_no_further_takes_no_place(toy: ModuleType, settled: bool) -> None:
+    """Nobody beats anybody: all come to the full rung, most only once no other policy is left."""
+
+    def evaluate(policy: Policy, rung: str) -> tuple[Entry, float]:
+        found = toy.outcome(policy, rung) | {"loss": 1 / toy.price(policy).latency_ms[1]}
+        return found | {"settled": settled and rung != RUNGS[0]}, 1.0
+
+    clock, record = Clock(), MemoryRecord()
+    control = controller(toy, record, clock, trials=20)
+    simulate(control, evaluate, 1, clock)
+    assert len(control.results(RUNGS[-1])) == 20
+    came = Counter(e["trial"] for e in results(record))  # 3 results by the end of the search
+    stops = [e["trial"] for e in record.entries() if e.get("reason") == "stopped"]
+    assert stops
+    assert all(came[trial] == 3 for trial in stops)
+    through = [e["through"] for e in results(record) if e["rung"] == "short"]
+    assert (through.count("rank") == 20) == settled
 
 
 def test_a_small_share_goes_on_by_chance(toy: ModuleType) -> None:
@@ -277,12 +346,9 @@ def test_a_search_that_was_killed_goes_on(
     assert {t.ended for t in again.trials.values()} <= {"finished", "stopped"}
     found = results(record)
     assert len({(e["trial"], e["rung"]) for e in found}) == len(found)  # no rung is repeated
-    for at, entry in enumerate(found):
-        assert entry["through"] == through_by_definition(entry, found[:at], toy.NONE, brute)
     assert again.results(RUNGS[-1])
-    ends = [e["trial"] for e in record.entries() if e["kind"] == "end"]
-    assert len(ends) == len(set(ends))
-    assert again.proposals.running() == 0
+    check_ends(again, record)
+    check_climbs(record, toy.NONE, brute, 20)
 
 
 # Bad ends.
