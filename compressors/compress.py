@@ -195,8 +195,10 @@ def _asked_near(policy: Policy) -> bool:
 
 
 def _near(prepared: Prepared, policy: Policy, loss: float) -> bool:
-    """Whether a student answers as its teacher does, as far as can be told."""
-    return _asked_near(policy) and prepared.kind.axis is not None and loss < NEAR
+    """Whether a student answers as its teacher does, as far as can be told. Of many answers an
+    item, as pixels are, most may be told apart by nobody and hide the rest."""
+    one = prepared.kind.axis is not None and prepared.search_answers.ndim == 2  # [N, classes]
+    return one and _asked_near(policy) and loss < NEAR
 
 
 def _harmed(policy: Policy, rung: str, before: float, after: float) -> bool:

@@ -10,6 +10,7 @@ import contextlib
 import math
 import threading
 import time
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from .finder import Finder, Price
 from .limits import Limits
 from .pareto import Point, by_chance, climbers, layers
 from .record import Entry, Record, at_work
+from .results import FINALISTS
 from .strategies import Source
 from .trial import Trial, competes, costs, not_a_number, point, price_of
 
@@ -59,7 +61,7 @@ class Controller:
     ``fatal`` set, and so does what nobody foresaw of the proposals.
 
     look_ahead: see ``Finder``. reprice: what the record knows is priced anew, for a target or a
-    profile that has changed.
+    profile that has changed. front_alone: what stopped stays so.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Controller:
         listen: Sequence[Callable[[Entry], None]] = (),
         look_ahead: bool = False,
         reprice: bool = False,
+        front_alone: bool = False,
     ) -> None:
         self.proposals, self.limits, self.record, self.budget = proposals, limits, record, budget
         self.trials: dict[int, Trial] = {}
@@ -83,6 +86,7 @@ class Controller:
         self.exhausted = False
         self.interrupted = False
         self._clock, self._listen = clock, listen
+        self._front_alone = front_alone
         self._lock = threading.RLock()  # guards everything but prices and proposals
         self._finder = Finder(
             proposals, price, limits, self._reject, self.late_to_look, look_ahead=look_ahead
@@ -96,11 +100,14 @@ class Controller:
         self._new_takes: float | None = None  # seconds of all rungs, of a trial that begins
         self._rebuild(record.entries(), reprice)
         self._points: dict[str, dict[int, Point]] = {  # going through all results each time is slow
-            rung: {n: point(t.results[rung]) for n, t in reached.items() if competes(t, rung)}
+            rung: {
+                n: point(t.results[rung])
+                for n, t in reached.items() if competes(t, rung) and t.ended != "failed"
+            }
             for rung, reached in self._reached.items()
-        }
-        # By rung: who is among the best; whom nobody beats.
-        self._best: dict[str, list[Trial]] = {}
+        }  # fmt: skip
+        for placed in self._placed.values():
+            placed -= {n for n, t in self.trials.items() if t.ended == "failed"}
         self._ahead: dict[str, list[Trial]] = {}
         for rung in REDUCTION:
             self._rank(rung, self._points[rung])
@@ -188,7 +195,8 @@ class Controller:
         if rung is None:
             return False
         ends = Counter(t.ended for t in self.trials.values() if t.next_rung == rung)
-        enough = 1 if self.exhausted else min(HOPELESS, self.budget.trials)
+        no_other = self.exhausted and not ends["stopped"]
+        enough = 1 if no_other else min(HOPELESS, self.budget.trials)
         return ends["failed"] >= max(enough, ends[None])
 
     def late(self) -> float:
@@ -344,60 +352,77 @@ class Controller:
         among the results so far, or ``chance``; None if nothing does. What its results say of the
         limits in the end is a guess that chance must be able to contradict; what it costs is not.
         """
-        number, rung = entry["trial"], entry["rung"]
-        self._rank(rung, {**self._points[rung], number: point(entry)})
-        trial = self.trials[number]
-        # What is trained no further is built and judged in seconds.
-        best = self._best[rung] + (self._ahead[rung] if entry.get("settled") else [])
-        if trial in best and not self._doomed(entry):
+        rung, trial = entry["rung"], self.trials[entry["trial"]]
+        best = self._rank(rung, {**self._points[rung], trial.number: point(entry)})
+        if entry.get("settled"):  # it is built and judged in seconds
+            goes = trial in self._ahead[rung]
+        elif rung == RUNGS[-2]:  # what comes next takes minutes: there others may come first
+            goes = self._places(rung, 1) > 0 and self._next(rung, trial) is trial
+        else:
+            goes = trial.number in best
+        if any(below.get("through") == "chance" for below in trial.results.values()):
+            self._rank(rung, self._points[rung])  # it does not compete
+        if goes and not self._doomed(entry):
             return "rank"
         return "chance" if by_chance(self.proposals.seed, entry["digest"], rung) else None
 
-    def _places(self, rung: str) -> int:
-        """How many more than those that went on from ``rung`` may, by the number of results there.
-        One that is among the best as it comes goes on in any case."""
-        return math.ceil(len(self._points[rung]) / REDUCTION[rung]) - len(self._placed[rung])
+    def _places(self, rung: str, more: int = 0) -> int:
+        """How many more than those that went on from ``rung`` may, by the number of results there
+        and ``more``."""
+        known = len(self._points[rung]) + more
+        return math.ceil(known / REDUCTION[rung]) - len(self._placed[rung])
 
     def _place(self, trial: Trial) -> None:
         """``trial`` goes on by its rank. What is trained no further takes nobody's place."""
         if not trial.results[trial.last_rung].get("settled"):
             self._placed[trial.last_rung].add(trial.number)
 
-    def _rank(self, rung: str, points: dict[int, Point]) -> None:
-        """Notes who of those with the results ``points`` at ``rung`` is among the best, and whom
-        nobody beats."""
+    def _rank(self, rung: str, points: dict[int, Point]) -> set[int]:
+        """Who of those with the results ``points`` at ``rung`` is among the best; notes who is
+        ahead: on its front, and where that has fewer than the best are, on the next ones."""
         numbers, values = list(points), list(points.values())
         ranked = layers(values)
         best = climbers(values, ranked, REDUCTION[rung])
-        self._best[rung] = [self.trials[numbers[i]] for i in sorted(best)]
-        self._ahead[rung] = [self.trials[numbers[i]] for i in (ranked or [[]])[0]]
+        self._ahead[rung] = [
+            self.trials[numbers[i]] for layer in ranked if best & set(layer) for i in layer
+        ]
+        return {numbers[i] for i in best}
 
     def _climber(self) -> Trial | None:
-        """One that stopped and goes on: there is a place for it by now, as more are known; or
-        nobody beats it and what is left of the search has no better use. The highest rung first; of
-        several the farthest along latency from those that went on."""
-        if self._stopped():
+        """One that stopped and goes on: there is a place for it by now, as more are known, or what
+        is left of the search has no better use and fewer went on than a front shows. The highest
+        rung first."""
+        if self._stopped() or self._front_alone:
             return None
         last = self.exhausted or len(self.trials) >= self.budget.trials or self.late_to_look()
         for rung in reversed(REDUCTION):
-            best = self._best[rung] if self._places(rung) > 0 else []
-            for waiting in (best, self._ahead[rung] if last else []):
-                while waiting:
-                    trial = max(waiting, key=partial(self._apart, RUNGS[RUNGS.index(rung) + 1]))
-                    waiting.remove(trial)  # until the next result at this rung
-                    if trial.ended != "stopped" or trial.last_rung != rung:
-                        continue
-                    over = trial.price.cost(self.limits) > 0 or self._doomed(trial.results[rung])
-                    if not over and self._in_time(trial):
-                        self._place(trial)
-                        return trial
+            most = FINALISTS - len(self._placed[rung]) if last else 0
+            if max(most, self._places(rung)) > 0 and (trial := self._next(rung)):
+                self._place(trial)
+                return trial
         return None
 
-    def _apart(self, rung: str, trial: Trial) -> float:
-        """How far ``trial`` is along latency from those that came to ``rung``, in e-folds."""
-        there = (t.price.latency_ms[1] for t in self._reached[rung].values())
-        own = trial.price.latency_ms[1]
-        return min((abs(math.log(ms / own)) for ms in there), default=math.inf)
+    def _next(self, rung: str, newest: Trial | None = None) -> Trial | None:
+        """Of those that are ahead at ``rung`` and stopped there, or are the ``newest``: the
+        farthest along latency from those that went on."""
+        went = self._placed[rung] | self._reached[RUNGS[RUNGS.index(rung) + 1]].keys()
+        there = sorted(_log_latency(self.trials[number]) for number in went)
+
+        def apart(trial: Trial) -> float:
+            own = _log_latency(trial)
+            at = bisect(there, own)
+            return min((abs(ms - own) for ms in there[max(0, at - 1) : at + 1]), default=math.inf)
+
+        for trial in sorted(self._ahead[rung], key=apart, reverse=True):
+            if trial is newest:
+                return trial
+            waits = trial.ended == "stopped" and trial.last_rung == rung
+            if not waits or trial.number not in self._points[rung]:
+                continue
+            over = trial.price.cost(self.limits) > 0 or self._doomed(trial.results[rung])
+            if not over and self._in_time(trial):
+                return trial
+        return None
 
     def _name(self, trial: Trial) -> Entry:
         return {"trial": trial.number, "digest": trial.policy.digest, "time": self._clock()}
@@ -415,9 +440,11 @@ class Controller:
 
     def _end(self, trial: Trial, reason: str, error: str | None = None) -> None:
         trial.ended = reason
-        if reason == "failed":  # its place goes to another
-            for placed in self._placed.values():
+        if reason == "failed":  # its place goes to another, and it beats nobody
+            for rung, placed in self._placed.items():
                 placed.discard(trial.number)
+                if self._points[rung].pop(trial.number, None):
+                    self._rank(rung, self._points[rung])
         self._finder.tell(partial(self.proposals.fail, trial.policy))
         entry = {"kind": "end", **self._name(trial), "reason": reason, "error": error}
         if reason == "stopped" and trial in self._ahead[trial.last_rung]:
@@ -478,9 +505,9 @@ class Controller:
         return seconds_left(own, newest, self.budget.longer)
 
     def _last(self) -> Trial | None:
-        """Where nothing has finished and no trial runs any more: of those that the deadline ended,
-        or that wait, the one nearest to the end. It goes on past the deadline, but is not begun
-        later than as much again: each that did so before has failed."""
+        """Where nothing has finished and no trial runs any more: of those that the deadline or
+        others stopped, or that wait, the one nearest to the end. It goes on past the deadline, but
+        is not begun later than as much again: each that did so before has failed."""
         if self.fatal or self.interrupted or self.budget.seconds is None:
             return None
         if self.results(RUNGS[-1]) or self.running() or self.hopeless():
@@ -490,7 +517,8 @@ class Controller:
             return None
         waiting = [
             t for t in self.trials.values()
-            if (t.ended == "deadline" or t in self._again) and t.price.cost(self.limits) <= 0
+            if (t.ended in ("deadline", "stopped") or t in self._again)
+            and t.price.cost(self.limits) <= 0
         ]  # fmt: skip
         if not waiting:
             return None
@@ -559,6 +587,10 @@ class Controller:
             now = list(trial.price.latency_ms) if RUNGS[-1] in trial.results else None
             if now != known["latency_ms"]:
                 self._append({"kind": "priced", **self._name(trial), "latency_ms": now})
+
+
+def _log_latency(trial: Trial) -> float:
+    return math.log(trial.price.latency_ms[1])
 
 
 def _loss(trial: Trial) -> float:

@@ -48,7 +48,8 @@ def _agreement(newest: dict[tuple[str, str], Entry], below: str, above: str) -> 
     pairs = [
         (entry, newest[above, digest])
         for (rung, digest), entry in newest.items()
-        if rung == below and (above, digest) in newest
+        # What stopped and went on later is of the kind that those by chance stand for.
+        if rung == below and (above, digest) in newest and entry.get("through", "rank")
     ]
     chance = np.array([low.get("through") == "chance" for low, _ in pairs], bool)
     biased = int(chance.sum()) < ENOUGH

@@ -18,6 +18,8 @@ def seconds_left(
     """Seconds of the rungs that a trial with the results ``own`` has not had yet, None if nobody
     knows. others: for each rung those who have had it. longer: the training of the full rung, in
     that of the short one, for a first full rung."""
+    if RUNGS[1] not in own and own.get(RUNGS[0], {}).get("settled"):
+        return float(own[RUNGS[0]]["rung_seconds"])  # it is built and scored once more
     found: dict[str, float] = {}
     for rung in RUNGS[len(own) :]:
         seconds = _like_others(rung, own, others[rung])

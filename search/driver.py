@@ -307,7 +307,7 @@ class _Search:
         budget = Budget(search.trials, search.time_budget, longer=1 / short - 1)
         return Controller(
             proposals, price, limits, self.record, budget, listen=[listen, look, self._tidy],
-            look_ahead=True, reprice=reprice,
+            look_ahead=True, reprice=reprice, front_alone=self.nothing_left,
         )  # fmt: skip
 
     def _tidy(self, entry: dict[str, Any]) -> None:

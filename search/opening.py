@@ -261,8 +261,9 @@ def is_done(record: Record, trials: int, budget_s: float | None) -> bool:
     done = next((e for e in reversed(record.entries()) if e["kind"] == "done"), {})
     if begun and budget_s is not None and max(spent_s, done.get("spent_s") or 0.0) >= budget_s:
         return True
-    ends = (e for e in record.entries() if e["kind"] == "end" and e["reason"] not in NOT_FOR_GOOD)
-    return len(begun) >= trials and begun <= {e["trial"] for e in ends}
+    last = {e["trial"]: e for e in record.entries() if e["kind"] in ("begin", "again", "end")}
+    for_good = (e["kind"] == "end" and e["reason"] not in NOT_FOR_GOOD for e in last.values())
+    return len(begun) >= trials and all(for_good)
 
 
 def asks_anew(spec: Spec, record: Record) -> bool:

@@ -21,6 +21,9 @@ from .warm import WarmStart
 
 ENOUGH = 10  # results until a rung's study is asked
 WINDOW = 256  # newest results a study holds: the time to ask stays flat
+# Of the first policies so many come before any other, where there is a warm start; the rest take
+# turns with what is drawn: it knows the results, and in a short search would never have its say.
+ALONE = 8
 TURNS = 4  # one in so many proposals is the sampler's alone, where there is a warm start
 # Proposals after which the warm start is asked for one in so many alone: it has had its say, and
 # solving takes longer than a proposal may where hundreds of workers wait.
@@ -62,6 +65,7 @@ class Proposals:
         self._rng = random.Random(seed)
         self._seed = seed  # of the newest study
         self._queue = list(first)
+        self._alone = ALONE
         self._seen: set[str] = set()
         self._studies = {rung: self._study() for rung in RUNGS}
         self._asked: dict[str, tuple[str, optuna.Trial]] = {}  # digest -> (rung, trial)
@@ -70,10 +74,12 @@ class Proposals:
 
     def ask(self) -> Policy | None:
         """A policy that was not proposed before; None when none is found any more."""
-        while self._queue:
+        while self._queue and (self._alone > 0 or not self._warm):
             policy = self._queue.pop(0)
+            self._alone -= 1
             if self.claim(policy):
                 return policy
+        self._alone = 1
         if self._sampler is None:
             return None
         for _ in range(TRIES):

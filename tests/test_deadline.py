@@ -44,6 +44,12 @@ def test_who_is_slow_at_the_short_rung_is_slow_at_the_full_one() -> None:
     assert seconds_left(had(1, 10), others) == 50
 
 
+def test_who_is_near_untrained_is_built_once_more() -> None:
+    near = {RUNGS[0]: {"rung_seconds": 3, "macs": None, "settled": True}}
+    assert seconds_left(near, among(had(1, 2, 100))) == 3
+    assert seconds_left(near, among()) == 3
+
+
 @pytest.mark.parametrize(("settled", "left"), [(False, 100.0), (True, 2.0)])
 def test_who_is_trained_no_more_is_no_measure_of_who_is(settled: bool, left: float) -> None:
     others = among(*[had(1, 1, 2, settled=True)] * 3, had(1, 1, 100))

@@ -127,6 +127,9 @@ def test_what_is_priced_as_before_is_told_from_what_is_not(tmp_path: Path) -> No
 def test_a_trial_that_more_time_lets_go_on_is_not_done(reason: str, done: bool) -> None:
     begin, end = {"kind": "begin", "trial": 0}, {"kind": "end", "trial": 0, "reason": reason}
     assert is_done(MemoryRecord([begin, end]), 1, None) == done
+    again = {"kind": "again", "trial": 0}
+    assert not is_done(MemoryRecord([begin, end, again]), 1, None)  # it went on, and was killed
+    assert is_done(MemoryRecord([begin, end, again, end]), 1, None) == done
 
 
 def test_a_search_whose_time_was_spent_is_done() -> None:

@@ -5,6 +5,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,7 @@ from flyweight.search.limits import Limits
 from flyweight.search.pareto import by_chance, dominates
 from flyweight.search.proposals import Proposals
 from flyweight.search.record import Entry, MemoryRecord
+from flyweight.search.results import FINALISTS
 from flyweight.search.simulate import Clock, simulate
 from flyweight.search.trial import competes
 from flyweight.spaces import Policy
@@ -157,7 +159,8 @@ def check_climbs(record: MemoryRecord, limits: Limits, brute: Any, trials: int) 
     def points(rung: str) -> dict[int, tuple[float, float]]:
         below = RUNGS[: RUNGS.index(rung)]
         by_luck = {e["trial"] for e in found if e["through"] == "chance" and e["rung"] in below}
-        some = [e for e in found if e["rung"] == rung and e["trial"] not in by_luck]
+        out = by_luck | {t for t, reason in ended.items() if reason == "failed"}
+        some = [e for e in found if e["rung"] == rung and e["trial"] not in out]
         return {e["trial"]: toy_point(e) for e in some if e["constraint"] <= 0}
 
     def doomed(entry: Entry) -> bool:
@@ -168,12 +171,41 @@ def check_climbs(record: MemoryRecord, limits: Limits, brute: Any, trials: int) 
         hope = [t for t in full if kept[t] and then[t] >= entry["loss"]]
         return limits.max_drop is not None and len(no_worse) >= 2 and not hope
 
+    def farthest(rung: str, known: dict[int, tuple[float, float]], new: Entry | None) -> int:
+        """Of those that wait on the first fronts, as many as it takes to fill the places."""
+        above = RUNGS[RUNGS.index(rung) + 1]
+        went = placed[rung] | {e["trial"] for e in found if e["rung"] == above}
+        last = {e["trial"]: e for e in found} | ({new["trial"]: new} if new else {})
+        left, ahead = dict(known), list[int]()
+        while len(ahead) < math.ceil(len(known) / REDUCTION[rung]):
+            ahead += (
+                on := [t for t in left if not any(dominates(q, left[t]) for q in left.values())]
+            )
+            left = {t: p for t, p in left.items() if t not in on}
+        waiting = [
+            t for t in ahead
+            if (new and t == new["trial"])
+            or (ended.get(t) == "stopped" and last[t]["rung"] == rung and not doomed(last[t]))
+        ]  # fmt: skip
+
+        def apart(trial: int) -> float:
+            own, *there = (math.log(last[t]["latency_ms"][1]) for t in (trial, *went))
+            return min((abs(ms - own) for ms in there), default=math.inf)
+
+        return max(sorted(waiting, key=lambda t: (rank(t, known), known[t][1])), key=apart)
+
     def through(entry: Entry) -> str | None:
         rung = entry["rung"]
         if rung == RUNGS[-1] or entry["constraint"] > 0:
             return None
-        others, new = list(points(rung).values()), toy_point(entry)
-        if brute.climbs_by_definition(others, new, REDUCTION[rung]) and not doomed(entry):
+        others, new = points(rung), toy_point(entry)
+        if rung == "short":
+            known = others | {entry["trial"]: new}
+            free = math.ceil(len(known) / REDUCTION[rung]) > len(placed[rung])
+            goes = free and farthest(rung, known, entry) == entry["trial"]
+        else:
+            goes = brute.climbs_by_definition(list(others.values()), new, REDUCTION[rung])
+        if goes and not doomed(entry):
             placed[rung].add(entry["trial"])
             return "rank"
         return "chance" if by_chance(7, entry["digest"], rung) else None
@@ -190,14 +222,24 @@ def check_climbs(record: MemoryRecord, limits: Limits, brute: Any, trials: int) 
             if entry["reason"] == "failed":
                 for some in placed.values():
                     some.discard(trial)
-        elif entry["kind"] == "again" and ended.pop(trial, None) == "stopped":
+        elif entry["kind"] == "again" and ended.get(trial) == "stopped":
             last = [e for e in found if e["trial"] == trial][-1]
             rung, known = last["rung"], points(last["rung"])
             assert not doomed(last)
-            beaten = any(dominates(p, known[trial]) for p in known.values())
             place = math.ceil(len(known) / REDUCTION[rung]) > len(placed[rung])
-            assert place or (len(begun) == trials and not beaten)
+            assert place or (len(begun) == trials and len(placed[rung]) < FINALISTS)
+            assert trial == farthest(rung, known, None)
             placed[rung].add(trial)
+            del ended[trial]
+
+
+def rank(trial: int, known: dict[int, tuple[float, float]]) -> int:
+    """The number of the front that ``trial`` is on."""
+    left, number = dict(known), 0
+    while trial in left:
+        left = {t: p for t, p in left.items() if any(dominates(q, p) for q in left.values())}
+        number += 1
+    return number
 
 
 def toy_point(entry: Entry) -> tuple[float, float]:
@@ -228,18 +270,46 @@ def test_at_the_end_nothing_waits_that_nobody_beats(
     clock, record = Clock(), MemoryRecord()
     control = controller(toy, record, clock, trials=40, seed=7)
     simulate(control, Work(toy, seed), workers, clock)
-    for rung in REDUCTION:
-        known = {
-            n: toy_point(t.results[rung]) for n, t in control.trials.items() if competes(t, rung)
-        }
-        ahead = [n for n, p in known.items() if not any(dominates(q, p) for q in known.values())]
-        above = RUNGS[RUNGS.index(rung) + 1]
-        assert all(above in control.trials[n].results for n in ahead)
+    known = {
+        n: toy_point(t.results["short"]) for n, t in control.trials.items() if competes(t, "short")
+    }
+    ahead = {n for n, p in known.items() if not any(dominates(q, p) for q in known.values())}
+    full = {n for n, t in control.trials.items() if RUNGS[-1] in t.results}
+    assert ahead <= full or len(full) >= FINALISTS
+
+
+def test_what_fails_gives_up_its_place_and_beats_nobody(toy: ModuleType) -> None:
+    """The first beats all others at the short rung, and fails at the full one."""
+    first: list[str] = []
+
+    def evaluate(policy: Policy, rung: str) -> tuple[Entry, float]:
+        first.append(policy.digest)
+        if policy.digest != first[0]:
+            return toy.outcome(policy, rung) | {"loss": 1 / toy.price(policy).latency_ms[1]}, 1.0
+        if rung == RUNGS[-1]:
+            return {"rung": rung, "error": "parity"}, 1.0
+        return toy.outcome(policy, rung) | {"loss": -1.0}, 1.0
+
+    def fastest_first(policy: Policy) -> Any:
+        price = toy.price(policy)
+        return (
+            price if first and policy.digest != first[0] else replace(price, latency_ms=(0.01,) * 3)
+        )
+
+    clock = Clock()
+    control = Controller(
+        Proposals(toy.space(), "random", 0), fastest_first, toy.NONE, MemoryRecord(), Budget(9),
+        clock=clock,
+    )  # fmt: skip
+    simulate(control, evaluate, 1, clock)
+    assert control.trials[0].ended == "failed"
+    assert len(control.results(RUNGS[-1])) > 1
 
 
 @pytest.mark.parametrize("settled", [False, True])
 def test_what_is_trained_no_further_takes_no_place(toy: ModuleType, settled: bool) -> None:
-    """Nobody beats anybody: all come to the full rung, most only once no other policy is left."""
+    """Nobody beats anybody: as many come to the full rung as a front shows, most of them only once
+    no other policy is left."""
 
     def evaluate(policy: Policy, rung: str) -> tuple[Entry, float]:
         found = toy.outcome(policy, rung) | {"loss": 1 / toy.price(policy).latency_ms[1]}
@@ -248,13 +318,9 @@ def test_what_is_trained_no_further_takes_no_place(toy: ModuleType, settled: boo
     clock, record = Clock(), MemoryRecord()
     control = controller(toy, record, clock, trials=20)
     simulate(control, evaluate, 1, clock)
-    assert len(control.results(RUNGS[-1])) == 20
-    came = Counter(e["trial"] for e in results(record))  # 3 results by the end of the search
-    stops = [e["trial"] for e in record.entries() if e.get("reason") == "stopped"]
-    assert stops
-    assert all(came[trial] == 3 for trial in stops)
+    assert len(control.results(RUNGS[-1])) == FINALISTS
     through = [e["through"] for e in results(record) if e["rung"] == "short"]
-    assert (through.count("rank") == 20) == settled
+    assert (through.count("rank") == FINALISTS) == settled
 
 
 def test_a_small_share_goes_on_by_chance(toy: ModuleType) -> None:
