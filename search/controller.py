@@ -10,7 +10,6 @@ import contextlib
 import math
 import threading
 import time
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,8 @@ from ..spaces import BadInput, FlyweightError, Impossible, Policy
 from .deadline import Results, seconds_left
 from .finder import Finder, Price
 from .limits import Limits
-from .pareto import Point, by_chance, climbers, layers
+from .pareto import by_chance
+from .places import Places
 from .record import Entry, Record, at_work
 from .results import FINALISTS
 from .strategies import Source
@@ -91,7 +91,7 @@ class Controller:
         self._finder = Finder(
             proposals, price, limits, self._reject, self.late_to_look, look_ahead=look_ahead
         )
-        self._placed: dict[str, set[int]] = {rung: set() for rung in REDUCTION}  # that went on
+        self._places = {rung: Places(reduction) for rung, reduction in REDUCTION.items()}
         self._again: list[Trial] = []  # whose worker died, or that an earlier session left
         self._refusals = 0  # of workers to make the task, since the last result
         self._unstored = 0  # results since the last artifact that was stored
@@ -99,18 +99,13 @@ class Controller:
         self._began = clock()
         self._new_takes: float | None = None  # seconds of all rungs, of a trial that begins
         self._rebuild(record.entries(), reprice)
-        self._points: dict[str, dict[int, Point]] = {  # going through all results each time is slow
-            rung: {
-                n: point(t.results[rung])
-                for n, t in reached.items() if competes(t, rung) and t.ended != "failed"
-            }
-            for rung, reached in self._reached.items()
-        }  # fmt: skip
-        for placed in self._placed.values():
-            placed -= {n for n, t in self.trials.items() if t.ended == "failed"}
-        self._ahead: dict[str, list[Trial]] = {}
-        for rung in REDUCTION:
-            self._rank(rung, self._points[rung])
+        for rung, places in self._places.items():
+            for number, trial in self._reached[rung].items():
+                if trial.ended == "failed":
+                    places.drop(number)
+                elif competes(trial, rung):
+                    places.add(number, point(trial.results[rung]))
+            places.rank()
 
     # What to try next.
 
@@ -259,8 +254,8 @@ class Controller:
         self._refusals = 0
         self._learn(trial, entry)
         self.exhausted = False  # what came may teach the proposals where the limits are kept
-        if competes(trial, rung):
-            self._points[rung][number] = point(entry)
+        if competes(trial, rung) and rung in self._places:
+            self._places[rung].add(number, point(entry))
         if self.limits.cost(*costs(entry)) > 0:
             self._end(trial, "over_limit")
         elif rung == RUNGS[-1]:
@@ -353,40 +348,19 @@ class Controller:
         limits in the end is a guess that chance must be able to contradict; what it costs is not.
         """
         rung, trial = entry["rung"], self.trials[entry["trial"]]
-        best = self._rank(rung, {**self._points[rung], trial.number: point(entry)})
+        places, number = self._places[rung], trial.number
+        best = places.rank({number: point(entry)})
         if entry.get("settled"):  # it is built and judged in seconds
-            goes = trial in self._ahead[rung]
+            goes = number in places.ahead
         elif rung == RUNGS[-2]:  # what comes next takes minutes: there others may come first
-            goes = self._places(rung, 1) > 0 and self._next(rung, trial) is trial
+            goes = places.free(1) > 0 and self._next(rung, trial) is trial
         else:
-            goes = trial.number in best
+            goes = number in best
         if any(below.get("through") == "chance" for below in trial.results.values()):
-            self._rank(rung, self._points[rung])  # it does not compete
+            places.rank()  # it does not compete
         if goes and not self._doomed(entry):
             return "rank"
         return "chance" if by_chance(self.proposals.seed, entry["digest"], rung) else None
-
-    def _places(self, rung: str, more: int = 0) -> int:
-        """How many more than those that went on from ``rung`` may, by the number of results there
-        and ``more``."""
-        known = len(self._points[rung]) + more
-        return math.ceil(known / REDUCTION[rung]) - len(self._placed[rung])
-
-    def _place(self, trial: Trial) -> None:
-        """``trial`` goes on by its rank. What is trained no further takes nobody's place."""
-        if not trial.results[trial.last_rung].get("settled"):
-            self._placed[trial.last_rung].add(trial.number)
-
-    def _rank(self, rung: str, points: dict[int, Point]) -> set[int]:
-        """Who of those with the results ``points`` at ``rung`` is among the best; notes who is
-        ahead: on its front, and where that has fewer than the best are, on the next ones."""
-        numbers, values = list(points), list(points.values())
-        ranked = layers(values)
-        best = climbers(values, ranked, REDUCTION[rung])
-        self._ahead[rung] = [
-            self.trials[numbers[i]] for layer in ranked if best & set(layer) for i in layer
-        ]
-        return {numbers[i] for i in best}
 
     def _climber(self) -> Trial | None:
         """One that stopped and goes on: there is a place for it by now, as more are known, or what
@@ -396,33 +370,35 @@ class Controller:
             return None
         last = self.exhausted or len(self.trials) >= self.budget.trials or self.late_to_look()
         for rung in reversed(REDUCTION):
-            most = FINALISTS - len(self._placed[rung]) if last else 0
-            if max(most, self._places(rung)) > 0 and (trial := self._next(rung)):
-                self._place(trial)
+            places = self._places[rung]
+            most = FINALISTS - places.taken if last else 0
+            if max(most, places.free()) > 0 and (trial := self._next(rung)):
+                self._goes(trial)
                 return trial
         return None
 
     def _next(self, rung: str, newest: Trial | None = None) -> Trial | None:
-        """Of those that are ahead at ``rung`` and stopped there, or are the ``newest``: the
-        farthest along latency from those that went on."""
-        went = self._placed[rung] | self._reached[RUNGS[RUNGS.index(rung) + 1]].keys()
-        there = sorted(_log_latency(self.trials[number]) for number in went)
+        """Of those that are ahead at ``rung`` and stopped there, or are the ``newest``: the one
+        that adds most to those that went on."""
+        places = self._places[rung]
 
-        def apart(trial: Trial) -> float:
-            own = _log_latency(trial)
-            at = bisect(there, own)
-            return min((abs(ms - own) for ms in there[max(0, at - 1) : at + 1]), default=math.inf)
+        def waits(trial: Trial) -> bool:
+            stopped = trial.ended == "stopped" and trial.last_rung == rung
+            return trial is newest or (stopped and trial.number in places)
 
-        for trial in sorted(self._ahead[rung], key=apart, reverse=True):
+        for number in places.by_gain(n for n in places.ahead if waits(self.trials[n])):
+            trial = self.trials[number]
             if trial is newest:
                 return trial
-            waits = trial.ended == "stopped" and trial.last_rung == rung
-            if not waits or trial.number not in self._points[rung]:
-                continue
             over = trial.price.cost(self.limits) > 0 or self._doomed(trial.results[rung])
             if not over and self._in_time(trial):
                 return trial
         return None
+
+    def _goes(self, trial: Trial) -> None:
+        """``trial`` goes on. What is trained no further takes nobody's place."""
+        settled = bool(trial.results[trial.last_rung].get("settled"))
+        self._places[trial.last_rung].goes(trial.number, not settled)
 
     def _name(self, trial: Trial) -> Entry:
         return {"trial": trial.number, "digest": trial.policy.digest, "time": self._clock()}
@@ -432,7 +408,7 @@ class Controller:
         self._reached[entry["rung"]].pop(trial.number, None)  # of a trial that began anew
         self._reached[entry["rung"]][trial.number] = trial
         if entry.get("through") == "rank":
-            self._place(trial)
+            self._goes(trial)
         if self.budget.seconds is not None:
             self._new_takes = self._takes({})
         figures = entry["loss"], entry["latency_ms"][1], entry["constraint"]
@@ -440,14 +416,12 @@ class Controller:
 
     def _end(self, trial: Trial, reason: str, error: str | None = None) -> None:
         trial.ended = reason
-        if reason == "failed":  # its place goes to another, and it beats nobody
-            for rung, placed in self._placed.items():
-                placed.discard(trial.number)
-                if self._points[rung].pop(trial.number, None):
-                    self._rank(rung, self._points[rung])
+        if reason == "failed":
+            for places in self._places.values():
+                places.drop(trial.number)
         self._finder.tell(partial(self.proposals.fail, trial.policy))
         entry = {"kind": "end", **self._name(trial), "reason": reason, "error": error}
-        if reason == "stopped" and trial in self._ahead[trial.last_rung]:
+        if reason == "stopped" and trial.number in self._places[trial.last_rung].ahead:
             entry["ahead"] = True  # it may yet go on
         self._append(entry)
 
@@ -572,7 +546,7 @@ class Controller:
             elif entry["kind"] in ("again", "end") and entry.get("reason") != "interrupted":
                 trial = self.trials[entry["trial"]]
                 if trial.ended == "stopped":
-                    self._place(trial)
+                    self._goes(trial)
                 if trial.ended != "failed":
                     trial.ended = entry.get("reason")
         self._spent = next(reversed(at_work(entries)), 0.0)
@@ -587,10 +561,6 @@ class Controller:
             now = list(trial.price.latency_ms) if RUNGS[-1] in trial.results else None
             if now != known["latency_ms"]:
                 self._append({"kind": "priced", **self._name(trial), "latency_ms": now})
-
-
-def _log_latency(trial: Trial) -> float:
-    return math.log(trial.price.latency_ms[1])
 
 
 def _loss(trial: Trial) -> float:

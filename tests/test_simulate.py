@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,9 +46,12 @@ def toy(load: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def brute(load: Callable[[str], ModuleType]) -> ModuleType:
-    """Climbing by its definition."""
-    return load("tests/test_pareto.py")
+def brute(load: Callable[[str], ModuleType]) -> Any:
+    """Climbing and what a place gains by their definitions."""
+    return SimpleNamespace(
+        climbs_by_definition=load("tests/test_pareto.py").climbs_by_definition,
+        area=load("tests/test_places.py").area,
+    )
 
 
 def controller(
@@ -171,10 +174,9 @@ def check_climbs(record: MemoryRecord, limits: Limits, brute: Any, trials: int) 
         hope = [t for t in full if kept[t] and then[t] >= entry["loss"]]
         return limits.max_drop is not None and len(no_worse) >= 2 and not hope
 
-    def farthest(rung: str, known: dict[int, tuple[float, float]], new: Entry | None) -> int:
-        """Of those that wait on the first fronts, as many as it takes to fill the places."""
-        above = RUNGS[RUNGS.index(rung) + 1]
-        went = placed[rung] | {e["trial"] for e in found if e["rung"] == above}
+    def most(rung: str, known: dict[int, tuple[float, float]], new: Entry | None) -> set[int]:
+        """Who adds most, of those that wait on the first fronts, as many as it takes to fill the
+        places."""
         last = {e["trial"]: e for e in found} | ({new["trial"]: new} if new else {})
         left, ahead = dict(known), list[int]()
         while len(ahead) < math.ceil(len(known) / REDUCTION[rung]):
@@ -188,11 +190,14 @@ def check_climbs(record: MemoryRecord, limits: Limits, brute: Any, trials: int) 
             or (ended.get(t) == "stopped" and last[t]["rung"] == rung and not doomed(last[t]))
         ]  # fmt: skip
 
-        def apart(trial: int) -> float:
-            own, *there = (math.log(last[t]["latency_ms"][1]) for t in (trial, *went))
-            return min((abs(ms - own) for ms in there), default=math.inf)
+        def logs(trial: int) -> tuple[float, float]:
+            return math.log(max(known[trial][0], 1e-6)), math.log(known[trial][1])
 
-        return max(sorted(waiting, key=lambda t: (rank(t, known), known[t][1])), key=apart)
+        went = [logs(t) for t in placed[rung] if t in known]
+        both = [*went, *(logs(t) for t in waiting)]
+        ref = max(x for x, _ in both) + 1, max(y for _, y in both) + 1
+        best = max(brute.area([*went, logs(t)], ref) for t in waiting)
+        return {t for t in waiting if brute.area([*went, logs(t)], ref) > best - 1e-9}
 
     def through(entry: Entry) -> str | None:
         rung = entry["rung"]
@@ -202,7 +207,10 @@ def check_climbs(record: MemoryRecord, limits: Limits, brute: Any, trials: int) 
         if rung == "short":
             known = others | {entry["trial"]: new}
             free = math.ceil(len(known) / REDUCTION[rung]) > len(placed[rung])
-            goes = free and farthest(rung, known, entry) == entry["trial"]
+            first = most(rung, known, entry) if free else set()  # one of them, of equals
+            goes = first == {entry["trial"]} or (
+                entry["trial"] in first and entry["through"] == "rank"
+            )
         else:
             goes = brute.climbs_by_definition(list(others.values()), new, REDUCTION[rung])
         if goes and not doomed(entry):
@@ -228,18 +236,9 @@ def check_climbs(record: MemoryRecord, limits: Limits, brute: Any, trials: int) 
             assert not doomed(last)
             place = math.ceil(len(known) / REDUCTION[rung]) > len(placed[rung])
             assert place or (len(begun) == trials and len(placed[rung]) < FINALISTS)
-            assert trial == farthest(rung, known, None)
+            assert trial in most(rung, known, None)
             placed[rung].add(trial)
             del ended[trial]
-
-
-def rank(trial: int, known: dict[int, tuple[float, float]]) -> int:
-    """The number of the front that ``trial`` is on."""
-    left, number = dict(known), 0
-    while trial in left:
-        left = {t: p for t, p in left.items() if any(dominates(q, p) for q in left.values())}
-        number += 1
-    return number
 
 
 def toy_point(entry: Entry) -> tuple[float, float]:
@@ -253,7 +252,7 @@ def toy_point(entry: Entry) -> tuple[float, float]:
     st.sampled_from([Limits(95.0), Limits(95.0, max_drop=1.0), Limits(95.0, 0.7, max_drop=1.2)]),
 )
 def test_who_climbs_hangs_on_the_results_so_far_alone(
-    toy: ModuleType, brute: ModuleType, seed: int, workers: int, limits: Limits
+    toy: ModuleType, brute: Any, seed: int, workers: int, limits: Limits
 ) -> None:
     clock, record = Clock(), MemoryRecord()
     control = controller(toy, record, clock, trials=40, limits=limits, seed=7)
@@ -391,7 +390,7 @@ def test_trials_whose_workers_die_go_on_elsewhere(toy: ModuleType, seed: int, wo
 @FEW
 @given(st.integers(0, 60), st.integers(1, 5))
 def test_a_search_that_was_killed_goes_on(
-    toy: ModuleType, brute: ModuleType, calls: int, workers: int
+    toy: ModuleType, brute: Any, calls: int, workers: int
 ) -> None:
     clock, record, left = Clock(), MemoryRecord(), itertools.count(calls, -1)
     work = Work(toy)
