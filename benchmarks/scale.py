@@ -49,7 +49,7 @@ from flyweight.spaces import (
 
 LAYERS = 24
 WEIGHTS = dict(zip(RUNGS, (1.0, 3.0, 30.0), strict=True))  # of work
-SHARES = dict(zip(RUNGS, (1.0, 0.5, 0.25), strict=True))  # of trials that reach a rung, about
+SHARES = dict(zip(RUNGS, (1.0, 0.5, 0.125), strict=True))  # of trials that reach a rung, about
 DEATHS = 0.01  # share of rungs in which a worker dies
 BAND = 100  # trials over which a cost is averaged
 TIMED = 256  # networks in the device profile

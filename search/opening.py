@@ -263,7 +263,9 @@ def is_done(record: Record, trials: int, budget_s: float | None) -> bool:
         return True
     last = {e["trial"]: e for e in record.entries() if e["kind"] in ("begin", "again", "end")}
     for_good = (e["kind"] == "end" and e["reason"] not in NOT_FOR_GOOD for e in last.values())
-    return len(begun) >= trials and all(for_good)
+    had_s = done.get("spent_s")  # what time ended, more time lets go on
+    waits = had_s and budget_s and budget_s > had_s and any(e.get("ahead") for e in last.values())
+    return len(begun) >= trials and all(for_good) and not waits
 
 
 def asks_anew(spec: Spec, record: Record) -> bool:

@@ -8,7 +8,7 @@ from moocore import hypervolume
 
 from .pareto import Point, climbers, front, layers
 
-LEAST = 1e-6  # loss below which none is better than another
+LEAST = 1e-6  # loss, and milliseconds, below which none is better than another
 
 
 class Places:
@@ -53,11 +53,12 @@ class Places:
 
     def free(self, more: int = 0) -> int:
         """How many places nobody has, by the number of results and ``more``."""
-        return math.ceil((len(self._points) + more) / self._reduction) - len(self._took)
+        return math.ceil((len(self._points) + more) / self._reduction) - self.taken
 
     @property
     def taken(self) -> int:
-        return len(self._took)
+        """By those that compete: what is over a limit that was changed has none."""
+        return len(self._took & self._points.keys())
 
     def goes(self, number: int, takes_place: bool) -> None:
         """The trial goes on."""
@@ -84,4 +85,4 @@ class Places:
 
 def _logs(point: Point) -> Point:
     loss, latency_ms = point
-    return math.log(max(loss, LEAST)), math.log(latency_ms)
+    return math.log(max(loss, LEAST)), math.log(max(latency_ms, LEAST))

@@ -76,8 +76,8 @@ class Proposals:
         """A policy that was not proposed before; None when none is found any more."""
         while self._queue and (self._alone > 0 or not self._warm):
             policy = self._queue.pop(0)
-            self._alone -= 1
             if self.claim(policy):
+                self._alone -= 1
                 return policy
         self._alone = 1
         if self._sampler is None:
@@ -86,7 +86,7 @@ class Proposals:
             policy = self._next()
             if self.claim(policy):
                 return policy
-        near = [p for p in self.space.neighbours(policy) if self._new(p) and self._keeps(p)]
+        near = [p for p in self.space.neighbours(policy) if self._new(p) and self.keeps(p)]
         # A sampler that has settled is surrounded by what it tried: the rest of the space is not.
         anywhere = (self._anywhere() for _ in range(0 if near else DRAWS))
         found = self._rng.choice(near) if near else next(filter(self._new, anywhere), None)
@@ -97,15 +97,15 @@ class Proposals:
     def _new(self, policy: Policy) -> bool:
         return policy.digest not in self._seen
 
-    def _keeps(self, policy: Policy) -> bool:
-        """Whether ``policy`` has the fixed values, as far as they act in it."""
-        values = self.space.values(policy)
-        return all(values.get(name, value) == value for name, value in self._fixed.items())
-
     def _anywhere(self) -> Policy:
         """A policy at random with the fixed values."""
         drawn = {p.name: p.sample(self._rng) for p in self.space.parameters}
         return self.space.policy(drawn | self._fixed)
+
+    def keeps(self, policy: Policy) -> bool:
+        """Whether ``policy`` has the fixed values, as far as they act in it."""
+        values = self.space.values(policy)
+        return all(values.get(name, value) == value for name, value in self._fixed.items())
 
     def claim(self, policy: Policy) -> bool:
         """Marks ``policy`` as proposed; whether it was new."""

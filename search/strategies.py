@@ -151,7 +151,8 @@ class Sequential:
         self, policy: Policy, rung: str, loss: float, latency_ms: float, constraint: float
     ) -> None:
         self._proposals.tell(policy, rung, loss, latency_ms, constraint)
-        if constraint <= 0 and loss < self._best.get(rung, (float("inf"), policy))[0]:
+        chosen = self._proposals.keeps(policy)  # not of a stage before, that went on late
+        if chosen and constraint <= 0 and loss < self._best.get(rung, (float("inf"), policy))[0]:
             self._best[rung] = loss, policy
         self._over = 0
         self._told.add(policy.digest)

@@ -132,6 +132,17 @@ def test_a_trial_that_more_time_lets_go_on_is_not_done(reason: str, done: bool) 
     assert is_done(MemoryRecord([begin, end, again, end]), 1, None) == done
 
 
+def test_a_search_that_time_ended_goes_on_with_who_waits() -> None:
+    end = {"kind": "end", "trial": 0, "reason": "stopped", "ahead": True, "time": 9.0}
+    begin = {"kind": "begin", "trial": 0, "time": 1.0}
+    entries = [{"kind": "search", "time": 0.0}, begin, end]
+    timed = {"kind": "done", "wall_s": 60.0, "spent_s": 60.0}
+    assert is_done(MemoryRecord([*entries, timed]), 1, 60.0)
+    assert not is_done(MemoryRecord([*entries, timed]), 1, 90.0)
+    assert is_done(MemoryRecord([*entries, timed | {"spent_s": None}]), 1, 90.0)
+    assert is_done(MemoryRecord([*entries[:2], end | {"ahead": None}, timed]), 1, 90.0)
+
+
 def test_a_search_whose_time_was_spent_is_done() -> None:
     entries = [
         {"kind": "search", "time": 0.0}, {"kind": "begin", "trial": 0, "time": 1.0},

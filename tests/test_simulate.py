@@ -206,7 +206,7 @@ def check_climbs(record: MemoryRecord, limits: Limits, brute: Any, trials: int) 
         others, new = points(rung), toy_point(entry)
         if rung == "short":
             known = others | {entry["trial"]: new}
-            free = math.ceil(len(known) / REDUCTION[rung]) > len(placed[rung])
+            free = math.ceil(len(known) / REDUCTION[rung]) > len(placed[rung] & known.keys())
             first = most(rung, known, entry) if free else set()  # one of them, of equals
             goes = first == {entry["trial"]} or (
                 entry["trial"] in first and entry["through"] == "rank"
@@ -234,8 +234,8 @@ def check_climbs(record: MemoryRecord, limits: Limits, brute: Any, trials: int) 
             last = [e for e in found if e["trial"] == trial][-1]
             rung, known = last["rung"], points(last["rung"])
             assert not doomed(last)
-            place = math.ceil(len(known) / REDUCTION[rung]) > len(placed[rung])
-            assert place or (len(begun) == trials and len(placed[rung]) < FINALISTS)
+            place = math.ceil(len(known) / REDUCTION[rung]) > len(placed[rung] & known.keys())
+            assert place or (len(begun) == trials and len(placed[rung] & known.keys()) < FINALISTS)
             assert trial in most(rung, known, None)
             placed[rung].add(trial)
             del ended[trial]
@@ -275,6 +275,18 @@ def test_at_the_end_nothing_waits_that_nobody_beats(
     ahead = {n for n, p in known.items() if not any(dominates(q, p) for q in known.values())}
     full = {n for n, t in control.trials.items() if RUNGS[-1] in t.results}
     assert ahead <= full or len(full) >= FINALISTS
+
+
+def test_places_of_what_is_over_a_new_limit_are_free(toy: ModuleType) -> None:
+    clock, record = Clock(), MemoryRecord()
+    simulate(controller(toy, record, clock, trials=60), Work(toy), 1, clock)
+    record.append({"kind": "search", "time": clock.now})
+    faster = Limits(95.0, latency_ms=0.3)
+    old = {e["digest"] for e in results(record)}
+    again = controller(toy, record, clock, trials=100, limits=faster)
+    simulate(again, Work(toy), 1, clock)
+    new = [e for e in again.results(RUNGS[-1]) if e["digest"] not in old]
+    assert len(new) > 3
 
 
 def test_what_fails_gives_up_its_place_and_beats_nobody(toy: ModuleType) -> None:
