@@ -95,6 +95,8 @@ def test_a_search_outlives_its_workers(
 
     if memory:
         monkeypatch.setattr(OutlivingActors, "_actor_task_failed", as_by_the_monitor)
+    everybody = {"recalibrate": 1.0, "short": 1.0}
+    monkeypatch.setattr("flyweight.search.controller.REDUCTION", everybody)
     record = MemoryRecord()
     control: Controller = load("tests/test_controller.py").controller(record, trials=8)
     run_trials(control, mortal(tmp_path), concurrency=2, resources={"cpu": 1})
