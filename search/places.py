@@ -75,9 +75,9 @@ class Places:
         worst = np.max([*went, *some.values()], axis=0, initial=-math.inf) + 1
 
         def volume(points: list[Point]) -> float:
-            ahead = [points[i] for i in front(points)]
-            return float(hypervolume(np.array(ahead), ref=worst)) if ahead else 0.0
+            return float(hypervolume(np.array(points), ref=worst)) if points else 0.0
 
+        went = [went[i] for i in front(went)]  # the rest add nothing
         known = volume(went)
         gains = {number: volume([*went, at]) - known for number, at in some.items()}
         return sorted(gains, key=lambda number: -gains[number])
