@@ -171,34 +171,23 @@ def wait_until(holds: Callable[[], bool]) -> None:
 # What must hold when all is over.
 
 
-def _went_on(found: list[dict[str, Any]]) -> set[int]:
-    """The indices of ends of trials that stopped, and went on later."""
-    last, out = {}, set()
-    for i, entry in enumerate(found):
-        if entry["kind"] == "end" and entry["reason"] == "stopped":
-            last[entry["trial"]] = i
-        elif entry["kind"] == "again" and entry["trial"] in last:
-            out.add(last.pop(entry["trial"]))
-    return out
-
-
 def judge_record(folder: Path, trials: int) -> dict[str, Any]:
     """What the record of a finished search says about trials that were lost or had twice."""
     found = entries(folder)
     begun = Counter(e["trial"] for e in found if e["kind"] == "begin")
     digests = Counter(e["digest"] for e in found if e["kind"] == "begin")
-    went_on = _went_on(found)
-    ends = [
-        e for i, e in enumerate(found)
-        if e["kind"] == "end" and e["reason"] != "interrupted" and i not in went_on
-    ]  # fmt: skip
-    ended = Counter(e["trial"] for e in ends)
     rungs = Counter((e["trial"], e["rung"]) for e in found if e["kind"] == "result")
-    after, over = 0, set()
-    for i, entry in enumerate(found):
-        if entry["kind"] == "end" and entry["reason"] != "interrupted" and i not in went_on:
-            over.add(entry["trial"])
-        after += entry["kind"] == "result" and entry["trial"] in over
+    after, ends, ended = 0, [], Counter[int]()
+    reasons: dict[int, str] = {}
+    for entry in found:
+        if entry["kind"] == "end" and entry["reason"] != "interrupted":
+            ends.append(entry)
+            ended[entry["trial"]] += 1
+            reasons[entry["trial"]] = entry["reason"]
+        elif entry["kind"] == "again" and reasons.pop(entry["trial"], None) == "stopped":
+            ended[entry["trial"]] -= 1  # it goes on: that was no end
+        after += entry["kind"] == "result" and ended[entry["trial"]] > 0
+    ended = +ended
     return {
         "trials": len(begun), "lost": trials - len(ended),
         "never_ended": len(set(begun) - set(ended)),

@@ -137,9 +137,7 @@ def compress(
     if rung != "full":
         metric, parity = metric_of(task, made.answers, splits.search.targets), None
         doubt = None
-        no_more = (settled and previous is not None) or _near(prepared, policy, made.loss)
     else:
-        no_more = settled
         theirs = prepared.selection_answers  # first, as in _artifact
         answers = _answers(made.session, splits.selection)
         metric = metric_of(task, answers, splits.selection.targets)
@@ -149,11 +147,13 @@ def compress(
             made.frozen, made.model, answers, splits.selection, precision, prepared.runtime,
             prepared.kind,
         )  # fmt: skip
+    settled = settled and previous is not None
+    near = rung != "full" and _near(prepared, policy, made.loss)
     lay_out(student, torch.contiguous_format)
     seconds += time.perf_counter() - began
     return Candidate(
         policy, rung, plan, student, made.model, made.loss, metric, samples, seconds, parity,
-        no_more, diverged, doubt,
+        settled or near, diverged, doubt,
     )  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """Where the policies of a search come from: the strategies to compare, over the same proposals.
 
-joint (the default): the warm start, the uniform recipes, then by turns the solver, with what the
-results have taught, and the sampler over all parameters at once. solver: the warm start and the
-recipes alone. uniform: recipes of every share of channels, in each precision. random: the space,
-uniformly. sequential: prune, then distill, then quantize, each chosen while what was chosen before
-stays.
+joint (the default): the warm start and the uniform recipes, and after the first of these by turns
+with them the solver, with what the results have taught, and the sampler over all parameters at
+once. solver: the warm start and the recipes alone. uniform: recipes of every share of channels, in
+each precision. random: the space, uniformly. sequential: prune, then distill, then quantize, each
+chosen while what was chosen before stays.
 """
 
 import math
