@@ -360,7 +360,7 @@ class Controller:
             places.rank()  # it does not compete
         if goes and not self._doomed(entry):
             return "rank"
-        return "chance" if by_chance(self.proposals.seed, entry["digest"], rung) else None
+        return "chance" if by_chance(self.proposals.seed, number, entry["digest"], rung) else None
 
     def _climber(self) -> Trial | None:
         """One that stopped and goes on: there is a place for it by now, as more are known, or what

@@ -1,9 +1,9 @@
 """How well a rung says what the next one will find, estimated without the bias of selection.
 
-Only those that climbed are known at both rungs, and most climbed because they did well. Every one
-that would have been stopped had the same chance to go on all the same (``pareto.by_chance``): it
-stands for 1 / CHANCE of its kind, one that climbed by its rank for itself alone (weights by
-inverse probability: Horvitz and Thompson 1952).
+Only those that climbed are known at both rungs, and most climbed because they did well. After the
+first (``pareto.EARLY``) every one that would have been stopped had the same chance to go on all the
+same (``pareto.by_chance``): it stands for 1 / CHANCE of its kind, one that climbed by its rank for
+itself alone (weights by inverse probability: Horvitz and Thompson 1952).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .mlflow_entries import RUNGS
-from .pareto import CHANCE
+from .pareto import CHANCE, EARLY
 from .record import Entry
 
 ENOUGH = 10  # pairs by chance; fewer would each weigh too much
@@ -51,8 +51,10 @@ def _agreement(newest: dict[tuple[str, str], Entry], below: str, above: str) -> 
         # What stopped and went on later is of the kind that those by chance stand for.
         if rung == below and (above, digest) in newest and entry.get("through", "rank")
     ]
+    biased = sum(low.get("through") == "chance" for low, _ in pairs) < ENOUGH
+    if not biased:
+        pairs = [pair for pair in pairs if pair[0]["trial"] >= EARLY]
     chance = np.array([low.get("through") == "chance" for low, _ in pairs], bool)
-    biased = int(chance.sum()) < ENOUGH
     weights = np.ones(len(pairs)) if biased else np.where(chance, 1 / CHANCE, 1.0)
     columns = [(low["loss"], high["loss"], low["latency_ms"][1]) for low, high in pairs]
     found = rank_correlations(np.array(columns, float).reshape(-1, 3), weights)

@@ -10,8 +10,9 @@ import numpy as np
 Point = tuple[float, float]  # (loss, latency), both to be small
 # The share of those that would be stopped by what others found that go on all the same. Only they
 # can tell what a rung is worth (``correlation``): of the others, the bad are never seen again. It
-# costs about this share of the work of each rung above the lowest.
-CHANCE = 0.05
+# costs about this share of the work of each rung above the lowest. None of the EARLY trials does:
+# a search no longer than that has too few for an estimate, and one may train for a fifth of it.
+CHANCE, EARLY = 0.05, 100
 
 
 def dominates(a: Point, b: Point) -> bool:
@@ -81,10 +82,13 @@ def climbers(points: Sequence[Point], ranked: list[list[int]], reduction: float)
     return out
 
 
-def by_chance(seed: int, digest: str, rung: str) -> bool:
-    """Whether the policy of ``digest`` goes on from ``rung`` whatever its rank: one in 1 / CHANCE.
+def by_chance(seed: int, number: int, digest: str, rung: str) -> bool:
+    """Whether trial ``number``, of the policy of ``digest``, goes on from ``rung`` whatever its
+    rank: one in 1 / CHANCE, of all but the EARLY.
 
     It hangs on these alone: the same in whatever order results come, and after a resume.
     """
+    if number < EARLY:
+        return False
     drawn = hashlib.sha256(f"{seed}/{digest}/{rung}".encode()).digest()[:8]
     return int.from_bytes(drawn, "big") < CHANCE * 2**64

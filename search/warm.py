@@ -52,6 +52,7 @@ class WarmStart:
             for name in table.students
         }
         self._space = space
+        self._fast = limits.max_drop is not None  # then the fastest that keeps it is the best
         self._late_s: float | None = None  # that the sweep took, if it was cut
         self._finished: list[tuple[float, bool]] = []  # latency, and whether the limits are kept
 
@@ -95,7 +96,7 @@ class WarmStart:
         of another's the scale of one is a guess. Where there is none, as the harms have it.
         settings: what else the policy says; its sparsity decides how well it packs."""
         students = [*self._students.values()]
-        limit = rng.choice(students).limit(rng, self._finished)
+        limit = rng.choice(students).limit(rng, self._finished, self._fast)
         rungs = set.intersection(*(student.learned.rungs() for student in students))
         rung = max(rungs, key=RUNGS.index, default=None)
         sparsity = (self._space.defaults | dict(settings or {}))["sparsity"]
@@ -201,9 +202,12 @@ class _Student:
         self.learned.tell(rung, point, settings_of(self._space, policy), loss)
         return float(self._latency(point[None])[0])
 
-    def limit(self, rng: random.Random, finished: Sequence[tuple[float, bool]]) -> float:
+    def limit(
+        self, rng: random.Random, finished: Sequence[tuple[float, bool]], fast: bool
+    ) -> float:
         """A latency at random, as far as is worth a look: a little farther than what was seen to
-        keep the limits; not as far as what broke them, where nothing else is known."""
+        keep the limits; not as far as what broke them, where nothing else is known. fast: the
+        farther the likelier."""
         way = DEPTH
         octaves = math.log2(self._slowest / self._fastest)
         if octaves and finished:
@@ -211,7 +215,7 @@ class _Student:
                            for which in (True, False))  # fmt: skip
             far = max(kept) + BEYOND if kept else min(broke)
             way = min(max(far, NEAR) / octaves, 1.0)
-        return self._limit(way * rng.random())
+        return self._limit(way * max(rng.random() for _ in range(2 if fast else 1)))
 
     def _limit(self, way: float) -> float:
         """The latency so far of the way from the slowest that is wanted, in octaves."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from flyweight.compressors import RUNGS
 from flyweight.search.correlation import ENOUGH, Agreement, agreements, rank_correlations
-from flyweight.search.pareto import CHANCE
+from flyweight.search.pareto import CHANCE, EARLY
 from flyweight.search.record import Entry
 
 COLUMN = st.integers(0, 5).map(float)
@@ -50,7 +50,7 @@ def test_a_weight_is_as_many_rows(rows: list[tuple[float, float, float, int]]) -
 
 def entry(digest: int, rung: str, loss: float, latency: float, through: str | None) -> Entry:
     return {
-        "kind": "result", "digest": str(digest), "rung": rung, "loss": loss,
+        "kind": "result", "trial": digest, "digest": str(digest), "rung": rung, "loss": loss,
         "latency_ms": [latency] * 3, "through": through,
     }  # fmt: skip
 
@@ -70,7 +70,8 @@ def climbed(rng: random.Random, rows: list[tuple[float, float, float]]) -> list[
     middle = statistics.median(row[0] for row in rows)
     entries = []
     for digest, (below, above, latency) in enumerate(rows):
-        by_chance = "chance" if rng.random() < CHANCE else None
+        late = digest >= EARLY
+        by_chance = "chance" if late and rng.random() < CHANCE else None
         through = "rank" if below < middle else by_chance
         entries.append(entry(digest, RUNGS[0], below, latency, through))
         if through:

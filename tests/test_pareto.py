@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from flyweight.search.pareto import (
     CHANCE,
+    EARLY,
     by_chance,
     climbers,
     dominates,
@@ -115,14 +116,16 @@ def test_one_long_front_is_climbed_along_latency() -> None:
 
 
 def test_chance_is_a_share_that_neither_order_nor_rung_moves() -> None:
-    drawn = {(d, r): by_chance(1, f"{d:064x}", r) for d in range(4000) for r in ("short", "full")}
+    rungs = ("short", "full")
+    drawn = {(d, r): by_chance(1, EARLY + d, f"{d:064x}", r) for d in range(4000) for r in rungs}
     for rung in ("short", "full"):
         share = sum(drawn[d, rung] for d in range(4000)) / 4000
         assert abs(share - CHANCE) < 3 * (CHANCE / 4000) ** 0.5
     assert sum(drawn[d, "short"] and drawn[d, "full"] for d in range(4000)) < 4000 * CHANCE / 4
-    assert [by_chance(2, f"{d:064x}", "short") for d in range(4000)] != [
+    assert [by_chance(2, EARLY, f"{d:064x}", "short") for d in range(4000)] != [
         drawn[d, "short"] for d in range(4000)
     ]
+    assert not any(by_chance(1, EARLY - 1, f"{d:064x}", "short") for d in range(4000))
 
 
 @given(POINTS, POINT, st.sampled_from([1.0, 1.5, 2.0, 3.0, 4.0]))

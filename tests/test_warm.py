@@ -328,8 +328,20 @@ def test_one_at_the_limit_that_broke_another_leaves_draws_some_spread(
     warm, rng = WarmStart(space, table, device, Limits(95.0, slowest)), random.Random(0)
     warm.tell(policy, "full", 0.1, False)
     student = warm._students["pruned"]
-    limits = [student.limit(rng, warm._finished) for _ in range(25)]
+    limits = [student.limit(rng, warm._finished, False) for _ in range(25)]
     assert slowest * 2**-NEAR <= min(limits) < 0.95 * slowest
+
+
+def test_where_points_are_limited_draws_lean_to_the_fast_end(
+    space: Space, table: Sensitivity
+) -> None:
+    device, rng = Device(space), random.Random(0)
+    student = WarmStart(space, table, device, Limits(95.0))._students["pruned"]
+    even, leaning = (
+        sorted(student.limit(rng, [], fast) for _ in range(400)) for fast in (False, True)
+    )
+    assert leaning[200] < 0.95 * even[200]
+    assert leaning[0] == pytest.approx(even[0], rel=0.02)
 
 
 def test_coarse_first() -> None:
