@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..spaces import Distill, Impossible, nearest
 from .data import Items
+from .mixed import mixed
 from .outputs import CLASSES, OutputKind
 from .parity import run_module
 from .prune import call
@@ -127,7 +128,7 @@ def distill(
     cycle: tuple[float, float] | None = None,
     hold_zeros: bool = False,
     device: torch.device = CPU,
-    mixed: bool = False,
+    halves: bool = False,
     kind: OutputKind = CLASSES,
 ) -> int:
     """Trains ``student`` in place for ``count`` epochs, going on where ``first`` epochs end.
@@ -135,8 +136,8 @@ def distill(
     SGD with momentum on alpha * (what the policy's loss asks) + (1 - alpha) * loss; the learning
     rate rises to ``peak`` and falls as a cosine. cycle: the epoch where that begins and how many it
     takes, if this training is only a part of it. hold_zeros: weights that are 0 stay 0. device:
-    where the student trains; mixed: in bfloat16 where that is safe. kind: what the student's output
-    is. Returns the number of samples seen. Raises Diverged.
+    where the student trains; halves: whether it multiplies in bfloat16. kind: what the student's
+    output is. Returns the number of samples seen. Raises Diverged.
     """
     if settings.loss not in LOSSES:
         raise Impossible(f"no loss {settings.loss!r}; {nearest(settings.loss, LOSSES)}")
@@ -163,7 +164,7 @@ def distill(
         items, answers = items.to(device), answers.to(device)
         for group in optimizer.param_groups:
             group["lr"] = peak * rate
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+        with mixed(device, halves):
             output = call(student, items.inputs)
         output = output.float()
         value = objective(output, items, answers)

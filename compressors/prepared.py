@@ -25,7 +25,8 @@ from ..spaces import (
 from ..spaces.tracing import arguments, trace
 from .checks import check, check_request, check_values
 from .data import Items, Splits, split, tensors
-from .distill import CPU, Asked, Epoch
+from .distill import CPU, Asked, Epoch, kl_divergence
+from .mixed import holds, is_fast
 from .modules import with_modules
 from .outputs import OutputKind, kind_of
 from .parity import run_module
@@ -36,6 +37,7 @@ from .task import Task, describe
 from .unwrapped import unwrapped
 
 KNOWN_BY = 512  # items of search validation by which the kind of the output is known
+TRIED = 32  # of those, that say whether the teacher is the same in bfloat16
 KEPT = 2 << 30  # bytes of the teacher's answers, in every process: of segmentations they are more
 MAX_VARIANTS = 3  # augmented copies of the training data: the teacher answers each beforehand
 HALVES = (torch.float16, torch.bfloat16)
@@ -162,6 +164,19 @@ class Prepared:
         """What the task's output is, from the teacher's answers and the task's loss."""
         some = self.splits.search.first(KNOWN_BY)
         return kind_of(self.task.loss, self.search_answers[: len(some)], some.targets)
+
+    @functools.cached_property
+    def halves(self) -> bool:
+        """Whether students train in bfloat16: it is faster on the device, and the teacher is the
+        same in it."""
+        if not is_fast(self.device):
+            return False
+        some = self.splits.search.first(TRIED)
+        answers = self.search_answers[: len(some)]
+        return holds(
+            self.teacher, some, answers, functools.partial(kl_divergence, kind=self.kind),
+            self.device,
+        )  # fmt: skip
 
     def importance(self, student: str, criterion: str) -> dict[str, Tensor]:
         """Importance of the channels of what ``student`` starts from: the same for every policy."""

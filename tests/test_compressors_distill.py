@@ -183,7 +183,7 @@ def test_mixed_precision_learns_as_well_and_leaves_float_weights() -> None:
     items = epochs(0).items
     dtypes = []
     student.b.register_forward_hook(lambda *found: dtypes.append(found[2].dtype))
-    train(student, epochs, Distill(temperature=2.0, learning_rate=0.1), mixed=True)
+    train(student, epochs, Distill(temperature=2.0, learning_rate=0.1), halves=True)
     assert dtypes[0] == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in student.parameters())
     with torch.no_grad():
