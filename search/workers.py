@@ -105,7 +105,8 @@ class CompressionTrial(tune.Trainable):
         self.candidate = candidate
         self.rung += 1
         outcome |= {
-            "rung_seconds": time.perf_counter() - began, "device": self.prepared.device.type
+            "rung_seconds": time.perf_counter() - began, "device": self.prepared.device.type,
+            "bfloat16": rung != RUNGS[0] and self.prepared.halves,  # whether training multiplied so
         }  # fmt: skip
         return outcome | ({"note": note} if note else {})
 
