@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from flyweight.compressors import RUNGS
+from flyweight.search.controller import Budget, Controller, Price
 from flyweight.search.limits import Limits
+from flyweight.search.record import MemoryRecord
 from flyweight.search.sensitivity import Sensitivity, measure
+from flyweight.search.simulate import Clock, simulate
+from flyweight.search.strategies import source
 from flyweight.search.warm import BEYOND, NEAR, WarmStart, coarse_first
 from flyweight.spaces import Capabilities, Network, Policy, Settings, Space
 
@@ -342,6 +347,34 @@ def test_where_points_are_limited_draws_lean_to_the_fast_end(
     )
     assert leaning[200] < 0.95 * even[200]
     assert leaning[0] == pytest.approx(even[0], rel=0.02)
+
+
+def test_a_seed_decides_a_whole_joint_search(space: Space, table: Sensitivity) -> None:
+    """With the same table and one worker; the solver's draws, TPE and what climbs included."""
+    device, limits, records = Device(space), Limits(95.0, 0.6, max_drop=1.0), []
+
+    def price(policy: Policy) -> Price:
+        ms = device.ms(policy)
+        return Price((0.9 * ms, ms, 1.1 * ms), 1000, 1000)
+
+    def evaluate(policy: Policy, rung: str) -> tuple[dict[str, Any], float]:
+        noise = random.Random(f"{policy.digest}/{rung}").gauss(0.0, 0.02)
+        loss = harm(space, policy) / (1 + RUNGS.index(rung)) + abs(noise)
+        sizes = {"size_bytes": 1000, "compressed_bytes": 1000}
+        return {"loss": loss, "metric": 95.0 - loss, "error": None, **sizes}, 1.0 + loss
+
+    for seed in (1, 1, 2):
+        clock, record = Clock(), MemoryRecord()
+        warm = WarmStart(space, table, device, limits)
+        recipes = [space.uniform(keep, precision) for keep in (1.0, 0.5) for precision in BOTH]
+        asked = source("joint", space, "tpe", seed, 60, warm, recipes)
+        control = Controller(asked, price, limits, record, Budget(60), clock=clock)
+        simulate(control, evaluate, 1, clock)
+        assert warm.note() is None
+        records.append(record.entries())
+    assert records[0] == records[1] != records[2]
+    policies = {e["digest"] for e in records[0] if e["kind"] == "begin"}
+    assert len(policies) == 60
 
 
 def test_coarse_first() -> None:
