@@ -54,7 +54,7 @@ def pruned(bench: Bench, share: float) -> nn.Module:
                 "checkpoint": str(FOLDER / "search.pth"),
             },
         )  # fmt: skip
-    except KeyError as error:  # no configuration keeps the share
+    except (KeyError, ValueError) as error:  # no configuration keeps the share
         raise Impossible(f"FastNAS finds nothing with {100 * share:g}% of the FLOPs") from error
     return model
 
