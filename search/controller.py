@@ -42,7 +42,7 @@ UNSTORED = 8  # results, one after another, that workers could not store: the se
 REFUSALS = 8  # of workers, one after another, to make the task: the search ends
 RECENT = 100  # newest results of a rung that say how long it takes
 UNUSED = 0.25  # share of the time budget that is worth a word where trials ran out before it
-SLACK = 0.1  # share of the time budget by which a rung in progress may overrun it
+SLACK = 0.05  # share of the time budget by which a rung in progress may overrun it
 
 
 @dataclass(frozen=True)

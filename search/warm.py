@@ -206,8 +206,8 @@ class _Student:
         self, rng: random.Random, finished: Sequence[tuple[float, bool]], fast: bool
     ) -> float:
         """A latency at random, as far as is worth a look: a little farther than what was seen to
-        keep the limits; not as far as what broke them, where nothing else is known. fast: the
-        farther the likelier."""
+        keep the limits; not as far as what broke them, where nothing else is known. fast: every
+        second is near that end, unless that is what broke them."""
         way = DEPTH
         octaves = math.log2(self._slowest / self._fastest)
         if octaves and finished:
@@ -215,7 +215,9 @@ class _Student:
                            for which in (True, False))  # fmt: skip
             far = max(kept) + BEYOND if kept else min(broke)
             way = min(max(far, NEAR) / octaves, 1.0)
-        return self._limit(way * max(rng.random() for _ in range(2 if fast else 1)))
+        fast = fast and (not finished or any(k for _, k in finished)) and rng.random() < 0.5
+        near = max(way - BEYOND / octaves, 0.0) if octaves and fast else 0.0
+        return self._limit(near + (way - near) * rng.random())
 
     def _limit(self, way: float) -> float:
         """The latency so far of the way from the slowest that is wanted, in octaves."""

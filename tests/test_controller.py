@@ -447,7 +447,8 @@ def test_of_those_that_the_deadline_meets_before_any_finished_one_goes_on() -> N
         for trial in trials:
             assert trial is not None
             clock.now += 6.0 if rung == RUNGS[1] else 0.0
-            control.result(trial.number, outcome(trial.policy, rung) | {"loss": 1.0 - clock.now})
+            loss = 1.0 - clock.now - trial.number  # each is better than those before
+            control.result(trial.number, outcome(trial.policy, rung) | {"loss": loss})
     ends = [trial.ended for trial in trials if trial]
     assert len(control.results("short")) == 4
     assert sorted(map(str, ends)) == ["None", "stopped", "stopped", "stopped"]
