@@ -23,7 +23,7 @@ from networks import NETWORKS
 from flyweight.compressors import Prepared, Schedule, compress, prepare
 from flyweight.compressors.compress import prune
 from flyweight.compressors.distill import distill
-from flyweight.compressors.mixed import is_fast
+from flyweight.compressors.mixed import is_native
 from flyweight.kernels import make_runtime
 from flyweight.spaces import Distill, Policy, Settings, Space
 
@@ -64,7 +64,7 @@ def led(prepared: Prepared, seeds: int) -> list[dict[str, Any]]:
     for seed in range(seeds):
         found: dict[str, Any] = {"seed": seed}
         for name, halves in (("float32", False), ("bfloat16", True)):
-            vars(prepared)["halves"] = halves  # as if the device had it, or had it not
+            prepared._halves["pruned"] = halves  # as if it paid, or did not
             candidate = compress(prepared, half(prepared), "full", None, seed)
             found[name] = {"kl": candidate.loss, "metric": candidate.metric}
         print(f"  {found}", flush=True)
@@ -88,9 +88,9 @@ def main() -> None:
         schedule = Schedule(full_epochs=args.epochs or 1.0)
         prepared = prepare(NETWORKS[name](), make_runtime("onnxruntime", 1), schedule)
         timed = {f"{keep:g}": steps(prepared, keep, args.rounds) for keep in (1.0, 0.5)}
-        holds = prepared.halves
+        pays = prepared.halves("pruned")
         rows[name] = {
-            "native": is_fast(prepared.device), "used": holds, "epochs": args.epochs,
+            "native": is_native(prepared.device), "used": pays, "epochs": args.epochs,
             "steps": timed, "led": led(prepared, args.seeds) if args.epochs else [],
         }  # fmt: skip
         write("bfloat16", {"networks": rows})

@@ -341,6 +341,6 @@ def _train(
         hold_zeros=policy.prune.sparsity > 0,
         device=prepared.device,
         # With quantizers in place bfloat16 would round as coarsely as they do.
-        halves=prepared.halves and stage != "qat",
+        halves=prepared.halves(policy.student) and stage != "qat",
         kind=prepared.kind,
     )

@@ -51,9 +51,9 @@ def _agreement(newest: dict[tuple[str, str], Entry], below: str, above: str) -> 
         # What stopped and went on later is of the kind that those by chance stand for.
         if rung == below and (above, digest) in newest and entry.get("through", "rank")
     ]
-    biased = sum(low.get("through") == "chance" for low, _ in pairs) < ENOUGH
-    if not biased:
-        pairs = [pair for pair in pairs if pair[0]["trial"] >= EARLY]
+    late = [(low, high) for low, high in pairs if low["trial"] >= EARLY]
+    biased = sum(low.get("through") == "chance" for low, _ in late) < ENOUGH
+    pairs = pairs if biased else late
     chance = np.array([low.get("through") == "chance" for low, _ in pairs], bool)
     weights = np.ones(len(pairs)) if biased else np.where(chance, 1 / CHANCE, 1.0)
     columns = [(low["loss"], high["loss"], low["latency_ms"][1]) for low, high in pairs]

@@ -105,8 +105,7 @@ class CompressionTrial(tune.Trainable):
         self.candidate = candidate
         self.rung += 1
         outcome |= {
-            "rung_seconds": time.perf_counter() - began, "device": self.prepared.device.type,
-            "bfloat16": rung != RUNGS[0] and self.prepared.halves,  # whether training multiplied so
+            "rung_seconds": time.perf_counter() - began, "device": self.prepared.device.type
         }  # fmt: skip
         return outcome | ({"note": note} if note else {})
 
@@ -132,6 +131,8 @@ class CompressionTrial(tune.Trainable):
             "compressed_bytes": compressed_bytes(candidate.model),
             "seconds": candidate.seconds,
             "samples": candidate.samples,
+            # Whether this worker trains it so, if it was trained.
+            "bfloat16": candidate.samples > 0 and self.prepared.halves(candidate.policy.student),
             "settled": candidate.settled,
             "diverged": candidate.diverged,
             "drop_error": candidate.drop_error,

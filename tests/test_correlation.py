@@ -109,6 +109,18 @@ def test_too_few_by_chance_are_counted_as_they_are_and_said_to_be_biased() -> No
     assert other == Agreement("short", "full", 0, 0, None, None, True)
 
 
+def test_of_an_earlier_version_all_count_as_they_are() -> None:
+    """There the first trials went on by chance, too."""
+    rows = population(random.Random(0), EARLY)
+    entries = []
+    for digest, (below, above, latency) in enumerate(rows):
+        entries.append(entry(digest, RUNGS[0], below, latency, "chance"))
+        entries.append(entry(digest, RUNGS[1], above, latency, None))
+    found = agreements(entries)[0]
+    assert (found.pairs, found.by_chance, found.biased) == (EARLY, EARLY, True)
+    assert found.spearman is not None
+
+
 def test_of_a_trial_that_began_anew_the_newest_counts_and_old_records_are_read() -> None:
     entries = [entry(d, r, float(d), 1.0, "rank") for d in range(4) for r in RUNGS[:2]]
     again = [entry(0, r, 9.0, 1.0, "rank") for r in RUNGS[:2]]
