@@ -99,6 +99,12 @@ def _summary(policy: dict[str, Any]) -> dict[str, str]:
     return {name: str(value).lower() for name, value in found.items()}
 
 
+def _again(entry: dict[str, Any]) -> Update:
+    # What its end said counts no more. MLflow takes one request for each tag that is removed.
+    tags = {"flyweight.digest": str(entry["digest"]), "flyweight.reason": "", "flyweight.error": ""}
+    return Update(int(entry["trial"]), float(entry["time"]), tags=tags, status="RUNNING")
+
+
 def _end(entry: dict[str, Any]) -> Update:
     tags = {"flyweight.digest": str(entry["digest"]), "flyweight.reason": str(entry["reason"])}
     if entry.get("error"):
@@ -126,6 +132,7 @@ def _measured(entry: dict[str, Any]) -> Update:
 
 _READ: dict[str, Callable[[dict[str, Any]], Update]] = {
     "search": _search,
+    "again": _again,
     "result": _result,
     "end": _end,
     "measured": _measured,
