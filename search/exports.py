@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
 
-from .mlflow_entries import RUNGS
+from ..spaces.parameter import RUNGS
 from .reading import Run, Traits, traits
 
 Rows = Sequence[Mapping[str, Any]]

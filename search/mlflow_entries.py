@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-RUNGS = ("recalibrate", "short", "full")  # a metric's step is its rung's index
+from ..spaces.parameter import RUNGS
+
 _STATUS = {"failed": "FAILED", "interrupted": "KILLED"}
 
 
@@ -16,7 +17,8 @@ def status_of(reason: str) -> str:
 
 @dataclass
 class Update:
-    """What one entry adds to a run. ``trial``: None for the search itself. ``time``: in seconds."""
+    """What one entry adds to a run. ``trial``: None for the search itself. ``time``: in seconds.
+    ``step``: of the metrics, the index of their rung."""
 
     trial: int | None
     time: float

@@ -18,7 +18,8 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import InvalidUrlException, MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from .mlflow_entries import RUNGS, Update, read, status_of
+from ..spaces.parameter import RUNGS
+from .mlflow_entries import Update, read, status_of
 
 T = TypeVar("T")
 _LONGEST = 1000  # characters of a tag or parameter; some stores refuse more than 5000

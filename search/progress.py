@@ -15,9 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ..spaces.parameter import RUNGS
 from .choose import is_measured
 from .counting import LINE_S, Ticker, has_bars
-from .mlflow_entries import RUNGS
 from .record import Entry
 from .summary import Summary, front_figures, is_sound
 from .words import clock_time, lost, milliseconds, one_line, points, size, speed
