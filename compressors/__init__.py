@@ -1,7 +1,8 @@
 """Compression: a task and a policy to a candidate, a candidate to an artifact. Knows no search."""
 
+from ..spaces.parameter import RUNGS
 from .checkpoint import load_candidate, save_candidate
-from .compress import RUNGS, Candidate, compress
+from .compress import Candidate, compress
 from .parity import Parity
 from .prepared import Prepared, Schedule, prepare
 from .sensitivity import harm

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from ..kernels import Session
 from ..spaces import Blueprint, Impossible, Policy
+from ..spaces.parameter import RUNGS
 from .correct import correct_
 from .data import Items, at_once
 from .distill import Diverged, distill, kl_divergence
@@ -28,7 +29,6 @@ from .renorm import fold_again, restore_norms
 from .sparsify import sparsify_
 from .task import metric_of
 
-RUNGS = ("recalibrate", "short", "full")
 # Training that takes a student this many times as far from the teacher as it was gives it up: of 33
 # recorded trials that the short rung harmed, the 30 harmed 25 times and more ended worse than
 # untrained, the 3 harmed 1.3 times at most ended better (docs/benchmarks.md).

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from .mlflow_entries import RUNGS
+from ..spaces.parameter import RUNGS
 from .pareto import CHANCE, EARLY
 from .record import Entry
 

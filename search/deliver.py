@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..spaces import BadInput, FlyweightError
-from .record import Entry, FileRecord
+from .record import Entry, FileRecord, ends
 from .report import FILES as REPORT
 from .run_files import RECORD, RESULT, SPEC
 from .spec import load_spec
@@ -70,6 +70,6 @@ def _deliver(run_dir: Path, entries: list[Entry], place: tuple[Any, ...]) -> str
 
 def _status(entries: list[Entry], finished: bool) -> Status:
     """How the search ended, as far as its record tells."""
-    last = {e["trial"]: e for e in entries if e["kind"] in ("result", "end")}
-    cut_off = any(e["kind"] == "result" or e["reason"] == "interrupted" for e in last.values())
+    told, ended = {e["trial"] for e in entries if "trial" in e}, ends(entries)
+    cut_off = told != ended.keys() or any(e["reason"] == "interrupted" for e in ended.values())
     return "FINISHED" if finished and not cut_off else "KILLED"

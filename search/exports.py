@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
 
-from .mlflow_entries import RUNGS
+from ..spaces.parameter import RUNGS
 from .reading import Run, Traits, traits
 
 Rows = Sequence[Mapping[str, Any]]
@@ -41,7 +41,7 @@ def trial_rows(run: Run) -> Rows:
         if entry["kind"] == "end":
             row |= {"ended": entry["reason"], "error": entry.get("error")}
         else:
-            row["ended"] = row["error"] = None  # an interrupted one that goes on
+            row["ended"] = row["error"] = None  # one that goes on
         if policy := entry.get("policy"):
             row |= _summary(traits(policy, run.search))
             row |= {key: policy.get("distill", {}).get(key) for key in _DISTILL}

@@ -9,10 +9,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from ..spaces.parameter import RUNGS
 from . import pareto
 from .drawing import Colours, Draw, Size
 from .limits import limits
-from .mlflow_entries import RUNGS
 from .reading import Row, Run
 from .record import Entry, at_work
 from .results import choose, finalists

@@ -10,7 +10,7 @@ from ..kernels import MeasuringProcess
 from ..spaces import BadInput
 from .choose import how_to_end, read_result
 from .meter import Device, Meter, noise
-from .record import Entry, FileRecord
+from .record import Entry, FileRecord, ends
 from .report import write_report
 from .results import final_front, finalists, full_results, measured_entry, remeasured
 from .run_files import EXPLANATION, RECORD, RESULT, TEACHER
@@ -91,12 +91,7 @@ def check_ended(run_dir: Path, entries: list[Entry]) -> None:
     """Raises BadInput for the record of a search that was cut off."""
     if not any(e["kind"] == "search" for e in entries):
         raise BadInput(f"{run_dir / RECORD} does not say what was searched")
-    open_trials = set()
-    for entry in entries:
-        if entry["kind"] in ("begin", "again"):
-            open_trials.add(entry["trial"])
-        elif entry["kind"] == "end":
-            open_trials.discard(entry["trial"])
+    open_trials = {e["trial"] for e in entries if e["kind"] == "begin"} - ends(entries).keys()
     if open_trials:
         raise BadInput(
             f"the search in {run_dir} was cut off: {len(open_trials)} trials have not ended; "

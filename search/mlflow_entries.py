@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-RUNGS = ("recalibrate", "short", "full")  # a metric's step is its rung's index
+from ..spaces.parameter import RUNGS
+
 _STATUS = {"failed": "FAILED", "interrupted": "KILLED"}
 
 
@@ -16,7 +17,8 @@ def status_of(reason: str) -> str:
 
 @dataclass
 class Update:
-    """What one entry adds to a run. ``trial``: None for the search itself. ``time``: in seconds."""
+    """What one entry adds to a run. ``trial``: None for the search itself. ``time``: in seconds.
+    ``step``: of the metrics, the index of their rung."""
 
     trial: int | None
     time: float
@@ -99,6 +101,12 @@ def _summary(policy: dict[str, Any]) -> dict[str, str]:
     return {name: str(value).lower() for name, value in found.items()}
 
 
+def _again(entry: dict[str, Any]) -> Update:
+    # What its end said counts no more. MLflow takes one request for each tag that is removed.
+    tags = {"flyweight.digest": str(entry["digest"]), "flyweight.reason": "", "flyweight.error": ""}
+    return Update(int(entry["trial"]), float(entry["time"]), tags=tags, status="RUNNING")
+
+
 def _end(entry: dict[str, Any]) -> Update:
     tags = {"flyweight.digest": str(entry["digest"]), "flyweight.reason": str(entry["reason"])}
     if entry.get("error"):
@@ -126,6 +134,7 @@ def _measured(entry: dict[str, Any]) -> Update:
 
 _READ: dict[str, Callable[[dict[str, Any]], Update]] = {
     "search": _search,
+    "again": _again,
     "result": _result,
     "end": _end,
     "measured": _measured,

@@ -18,14 +18,16 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import InvalidUrlException, MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from .mlflow_entries import RUNGS, Update, read, status_of
+from ..spaces.parameter import RUNGS
+from .mlflow_entries import Update, read, status_of
 
 T = TypeVar("T")
 _LONGEST = 1000  # characters of a tag or parameter; some stores refuse more than 5000
 _PAGE = 1000  # runs per page of a look-up
 
 # The time of the newest entry that a run holds, written only as long as nothing was left out:
-# what is not newer need not be sent again. It is sent after the policy and with the metrics.
+# what is not newer need not be sent again. It is sent after the policy and the status, with the
+# metrics.
 _UP_TO = "flyweight.up_to"
 
 # Answers that will be the same next time. Anything else may pass: the server restarts, its
@@ -76,14 +78,14 @@ class _Open:
         )
 
     def holds(self, update: Update) -> bool:
-        ended = update.status is None or self.status != "RUNNING"
-        return update.time <= self.found and ended
+        return update.time <= self.found
 
     def tags_after(self, updates: list[Update], complete: bool) -> dict[str, str]:
-        """The tags that ``updates`` set."""
+        """The tags that ``updates`` set; what is not there need not be emptied."""
         tags: dict[str, str] = {}
         for update in updates:
             tags |= update.tags
+            tags = {k: v for k, v in tags.items() if v or k in self.tags}
             if update.rung >= 0:
                 names = tags.get("flyweight.rung") or self.tags.get("flyweight.rung")
                 highest = max(update.rung, RUNGS.index(names) if names in RUNGS else -1)
@@ -146,8 +148,8 @@ class Runs:
         return update
 
     def deliver(self, trial: int | None, updates: list[Update], complete: bool) -> None:
-        """Sends ``updates``, in order, to the run of ``trial``: its policy if new, one batch, its
-        end. ``complete``: nothing was left out so far. May be repeated after any failure."""
+        """Sends ``updates``, in order, to the run of ``trial``: its policy if new, whether it runs,
+        one batch. ``complete``: nothing was left out so far. May be repeated after any failure."""
         run = self._parent if trial is None else self._child(trial, updates)
         new = [update for update in updates if not run.holds(update)]
         if not new:
@@ -155,6 +157,8 @@ class Runs:
         policy = next((u.policy for u in new if u.policy is not None), None)
         if policy is not None and not run.has_policy:
             self._store_policy(run, policy)
+        if turns := [(update.status, update.time) for update in new if update.status is not None]:
+            self._turn(run, *turns[-1])
         tags = run.tags_after(new, complete)
         # Each once, as it was first: one that is given another value has the whole batch refused.
         given = ((k, v) for u in reversed(new) for k, v in u.params.items())
@@ -172,10 +176,6 @@ class Runs:
         )
         run.tags |= tags
         run.params |= params.keys()
-        for update in reversed(new):
-            if update.status is not None:
-                self._end(run, update.status, update.time)
-                return
 
     def close(self, status: str, files: Iterable[Path]) -> None:
         """Stores ``files``, ends what still runs, and the search with ``status``."""
@@ -185,9 +185,9 @@ class Runs:
                 self._stored.add(file)
         for child in self._children.values():
             if child.status == "RUNNING":  # nothing runs any more: no zombies
-                reason = child.tags.get("flyweight.reason", "interrupted")
-                self._end(child, status_of(reason), time.time())
-        self._end(self._parent, status, time.time())
+                reason = child.tags.get("flyweight.reason") or "interrupted"
+                self._turn(child, status_of(reason), time.time())
+        self._turn(self._parent, status, time.time())
 
     def _ask(self, call: Callable[..., T], *args: Any, **named: Any) -> T:
         self.requests += 1
@@ -196,8 +196,13 @@ class Runs:
     def _short(self, text: str) -> str:
         return self._clean(text)[:_LONGEST]
 
-    def _end(self, run: _Open, status: str, at: float) -> None:
-        self._ask(self._client.set_terminated, run.run_id, status, round(at * 1000))
+    def _turn(self, run: _Open, status: str, at: float) -> None:
+        """``run`` has ended, ``at`` in seconds, or runs again."""
+        if status != "RUNNING":
+            self._ask(self._client.set_terminated, run.run_id, status, round(at * 1000))
+        elif run.status != "RUNNING":
+            self.requests += 1  # update_run makes two
+            self._ask(self._client.update_run, run.run_id, status="RUNNING")
         run.status = status
 
     def _find_experiment(self, name: str, artifact_location: str | None) -> str:
@@ -216,8 +221,7 @@ class Runs:
     def _find_parent(self) -> _Open:
         if found := self._search(f"tags.`flyweight.search` = '{self._search_id}'"):
             parent = _Open.of(found[0])
-            self.requests += 1  # update_run makes two
-            self._ask(self._client.update_run, parent.run_id, status="RUNNING")
+            self._turn(parent, "RUNNING", time.time())
             for run in self._search(f"tags.`mlflow.parentRunId` = '{parent.run_id}'"):
                 self._remember(run)
             return parent

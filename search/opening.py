@@ -14,7 +14,7 @@ from ..spaces import BadInput
 from .hold import Hold
 from .meter import Device
 from .ready import Ready, facts_of, versions
-from .record import NOT_FOR_GOOD, Entry, FileRecord, Record, at_work
+from .record import NOT_FOR_GOOD, Entry, FileRecord, Record, at_work, ends
 from .run_files import PROFILE, RECORD, REQUEST, SENSITIVITY, SPEC, TEACHER
 from .spec import Spec
 from .storage import (
@@ -261,11 +261,11 @@ def is_done(record: Record, trials: int, budget_s: float | None) -> bool:
     done = next((e for e in reversed(record.entries()) if e["kind"] == "done"), {})
     if begun and budget_s is not None and max(spent_s, done.get("spent_s") or 0.0) >= budget_s:
         return True
-    last = {e["trial"]: e for e in record.entries() if e["kind"] in ("begin", "again", "end")}
-    for_good = (e["kind"] == "end" and e["reason"] not in NOT_FOR_GOOD for e in last.values())
+    ended = ends(record.entries())
+    for_good = (e["reason"] not in NOT_FOR_GOOD for e in ended.values())
     had_s = done.get("spent_s")  # what time ended, more time lets go on
-    waits = had_s and budget_s and budget_s > had_s and any(e.get("ahead") for e in last.values())
-    return len(begun) >= trials and all(for_good) and not waits
+    waits = had_s and budget_s and budget_s > had_s and any(e.get("ahead") for e in ended.values())
+    return len(begun) >= trials and begun == ended.keys() and all(for_good) and not waits
 
 
 def asks_anew(spec: Spec, record: Record) -> bool:

@@ -15,9 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ..spaces.parameter import RUNGS
 from .choose import is_measured
 from .counting import LINE_S, Ticker, has_bars
-from .mlflow_entries import RUNGS
 from .record import Entry
 from .summary import Summary, front_figures, is_sound
 from .words import clock_time, lost, milliseconds, one_line, points, size, speed
@@ -116,22 +116,30 @@ class Progress:
 
     def left(self) -> tuple[float, str] | None:
         """The share that is done and the rest in words; None when nothing is to end the search.
-        Budget and trials are two ends: the nearer one counts."""
+        Budget and trials are two ends: the nearer one counts. Once the last trial has begun, those
+        that stopped may go on, as many and as far as nobody knows beforehand."""
         elapsed, ended = self._clock() - self._began, len(self.summary.ended)
         ends: list[tuple[float, float]] = []  # share done, seconds left
+        last = False
         if self._budget_s is not None:
             spent = self.spent_s + elapsed
             ends.append((spent / self._budget_s, self._budget_s - spent))
         if self._trials is not None:
+            last = len(self.summary.running | self.summary.ended.keys()) >= self._trials
             here = ended - self._ended_before
-            rest = (self._trials - ended) * elapsed / here if here >= PACE else math.inf
+            paced = here >= PACE and not last
+            rest = (self._trials - ended) * elapsed / here if paced else math.inf
             ends.append((ended / self._trials, rest))
         if not ends:
             return None
         seconds = min(rest for _, rest in ends)
-        words = f"{(self._trials or 0) - ended} trials to come"  # their pace is not known yet
-        if seconds < math.inf:
-            words = "finishing" if seconds <= 0 else f"{clock_time(seconds)} left"
+        to_come = (self._trials or 0) - ended  # their pace is not known yet
+        words = "the last trials run" if last else f"{to_come} trials to come"
+        if seconds <= 0:
+            words = "finishing"
+        elif seconds < math.inf:
+            most = f"{words}, at most " if last else ""
+            words = f"{most}{clock_time(seconds)} left"
         if self.ending:
             words = "interrupted, ending with the best so far"
         return min(1.0, max(share for share, _ in ends)), words

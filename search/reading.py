@@ -10,13 +10,13 @@ from typing import Any
 import yaml
 
 from ..spaces import BadInput
+from ..spaces.parameter import RUNGS
 from . import record
 from .choose import how_to_end
 from .correlation import Agreement, agreements
 from .explained import Explained, explained
 from .fragile import Harms, read_harms
 from .limits import limits
-from .mlflow_entries import RUNGS
 from .results import at_full, choose, finalists
 from .run_files import EXPLANATION, RECORD, RESULT, SPEC
 from .summary import Figures, Summary, front_figures

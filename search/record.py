@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -151,6 +151,17 @@ def read(path: Path) -> Iterator[Entry]:
         if not isinstance(entry, dict) or "kind" not in entry:
             raise BadInput(f"{path}, line {number} is damaged: it is no entry of a record")
         yield entry
+
+
+def ends(entries: Iterable[Entry]) -> dict[int, Entry]:
+    """By trial the end that counts: one does until its trial goes on."""
+    out: dict[int, Entry] = {}
+    for entry in entries:
+        if entry["kind"] == "end":
+            out[entry["trial"]] = entry
+        elif entry["kind"] in ("begin", "again", "result"):
+            out.pop(entry["trial"], None)
+    return out
 
 
 def at_work(entries: Sequence[Entry]) -> list[float]:

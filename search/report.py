@@ -8,12 +8,12 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from ..spaces.parameter import RUNGS
 from . import beside, figures, words
 from .drawing import png, svg
 from .explained import AT_MOST, Sheet, bars_svg
 from .exports import as_csv, front_rows, trial_rows
 from .fragile import groups_sheet, how_judged, layers_sheet
-from .mlflow_entries import RUNGS
 from .reading import Run, read_run, traits
 from .run_files import EXPLANATION, PAGE
 from .storage import write_whole

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..kernels import Timing
+from ..spaces.parameter import RUNGS
 from .limits import COSTS, Limits, limits, limits_of
 from .meter import Device
-from .mlflow_entries import RUNGS
 from .pareto import front, spread_order
 from .record import Entry
 

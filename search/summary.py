@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..spaces.parameter import RUNGS
 from .choose import is_measured
 from .limits import COSTS, limits
-from .mlflow_entries import RUNGS
 from .record import Entry
 from .words import lost, milliseconds, size, speed
 

@@ -35,7 +35,7 @@ ENVIRONMENT = {
     # A compression tool has no business telling third parties that it ran.
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-TRACKED = ("search", "result", "end", "measured")  # kinds of entries that a tracker shows
+TRACKED = ("search", "again", "result", "end", "measured")  # kinds of entries that a tracker shows
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.5, 10.0
 _REASONS = 5  # kept and told
 

@@ -5,6 +5,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+RUNGS = ("recalibrate", "short", "full")  # as a trial climbs them
+
 
 @dataclass(frozen=True)
 class Parameter:

@@ -83,6 +83,20 @@ def test_a_search_that_was_cut_off_is_killed(run: Path, pieces: ModuleType) -> N
     assert {r.info.status for r in runs(run)} == {"KILLED"}
 
 
+def test_a_trial_that_goes_on_has_not_ended(run: Path, pieces: ModuleType) -> None:
+    header = pieces.search_entry(search_id="late-1")
+    stopped = [header, pieces.result(1), pieces.end(1, "stopped")]
+    on = [*stopped, pieces.again(1, 1016.0)]
+    for entries, status in (
+        (stopped, "FINISHED"),
+        (on, "KILLED"),
+        ([*on, pieces.end(1, time=1017.0)], "FINISHED"),
+    ):
+        write(run, entries)
+        assert deliver(run).exit_code == 0
+        assert {r.info.status for r in runs(run)} == {status}
+
+
 def test_what_cannot_be_delivered_is_told(run: Path) -> None:
     with (run / "record.jsonl").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)

@@ -277,6 +277,28 @@ def test_entries_before_the_beginning_are_counted_and_not_shown() -> None:
     assert len(out.getvalue().splitlines()) == 1
 
 
+def test_how_long_the_last_trials_take_is_not_known() -> None:
+    """Those that stopped go on once no more begin, for whole rungs; no pace tells how long."""
+    for budget_s, most in ((None, ""), (100.0, ", at most {} left")):
+        display, _, clock = plain(trials=5, budget_s=budget_s)
+        with display:
+            display.entry(SEARCH)
+            for trial in range(5):
+                clock.now += 4
+                display.entry(begin(trial))
+                if trial < 4:
+                    display.entry(end(trial, "stopped"))
+            assert display.left() == (0.8, "the last trials run" + most.format("1:20"))
+            display.entry(end(4, "stopped"))
+            assert display.left() == (1.0, "the last trials run" + most.format("1:20"))
+            display.entry({"kind": "again", "trial": 2, "digest": "2"})
+            clock.now += 40
+            assert display.left() == (0.8, "the last trials run" + most.format("0:40"))
+            if budget_s:
+                clock.now += 40
+                assert display.left() == (1.0, "finishing")
+
+
 def test_the_nearer_end_counts() -> None:
     display, _, clock = plain(trials=100, budget_s=20.0)
     with display:

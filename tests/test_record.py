@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flyweight.search.record import FileRecord, MemoryRecord, read
+from flyweight.search.record import FileRecord, MemoryRecord, ends, read
 from flyweight.spaces import BadInput
 
 
@@ -130,3 +130,20 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.stdout.strip() == "1"
     assert (tmp_path / "r").read_bytes() == b'{"kind":"end","n":0}\n'
+
+
+def test_an_end_counts_until_its_trial_goes_on() -> None:
+    def of(kind: str, trial: int) -> dict[str, object]:
+        return {"kind": kind, "trial": trial, "reason": f"{kind} {trial}"}
+
+    first, second = of("end", 1), of("end", 2)
+    entries = [{"kind": "search"}, of("begin", 1), of("begin", 2), first, second]
+    assert ends(entries) == {1: first, 2: second}
+    entries += [of("priced", 1), of("died", 2), {"kind": "measured"}]
+    assert ends(entries) == {1: first, 2: second}
+    for kind in ("again", "result"):
+        assert ends([*entries, of(kind, 2)]) == {1: first}
+    assert ends([*entries, of("again", 2), first | {"trial": 2}]) == {
+        1: first,
+        2: {**first, "trial": 2},
+    }

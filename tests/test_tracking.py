@@ -63,6 +63,10 @@ def end(trial: int, reason: str = "finished", **changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
+def again(trial: int, time: float) -> dict[str, Any]:
+    return {"kind": "again", "trial": trial, "digest": policy(trial).digest, "time": time}
+
+
 def measured(trial: int) -> dict[str, Any]:
     return {
         "kind": "measured", "digest": policy(trial).digest, "latency_ms": 0.8,
@@ -268,6 +272,61 @@ class TestMlflow(TrackerContract):
         assert run.info.status == "FINISHED"
         assert run.data.tags["flyweight.reason"] == "finished"
         assert run.data.tags["flyweight.rung"] == "short"
+
+    def test_a_trial_that_goes_on_runs_until_it_ends_anew(self, make: MakeMlflow) -> None:
+        """As often as it does, in one session or several; each time as its last end says."""
+        record = [
+            result(0),
+            end(0, "stopped", time=1001.5),
+            again(0, 1001.6),
+            again(0, 1001.7),  # its worker died
+            end(0, "interrupted", time=1001.8, error="no such file"),
+            again(0, 1001.9),
+            result(0, "short"),
+            end(0, "failed", time=1002.1, error="Impossible"),
+            again(0, 1002.2),
+            end(0),
+        ]
+        statuses = {
+            "stopped": "FINISHED", "interrupted": "KILLED", "failed": "FAILED", "": "RUNNING",
+            "finished": "FINISHED",
+        }  # fmt: skip
+        tracker = make()
+        for n, entry in enumerate(record):
+            if n == 6:
+                tracker = make()  # the first was killed
+                for earlier in record[:n]:
+                    tracker.record(earlier)
+                    assert tracker.wait_delivered(LONG_S)
+                assert runs_of(tracker)[1]["0"].info.status == "RUNNING"
+            tracker.record(entry)
+            assert tracker.wait_delivered(LONG_S)
+            run = runs_of(tracker)[1]["0"]
+            last = record[n] if n and record[n]["kind"] != "result" else {}
+            assert run.info.status == statuses[last.get("reason", "")]
+            assert run.data.tags.get("flyweight.reason", "") == last.get("reason", "")
+            assert run.data.tags.get("flyweight.error", "") == (last.get("error") or "")
+        assert run.info.end_time == 1_005_000
+        assert tracker.finish("FINISHED", timeout_s=LONG_S) == ALL
+        for entries in (record, record[:-1]):  # told once more, at once
+            tracker = make()
+            assert tracker.wait_run_id(LONG_S)
+            before = tracker.requests
+            assert write(tracker, entries) == ALL
+            assert tracker.requests - before == 1  # the search's end
+            assert runs_of(tracker)[1]["0"].info.status == "FINISHED"
+
+    def test_a_whole_record_with_trials_that_went_on(self, make: MakeMlflow) -> None:
+        record = [
+            result(0), end(0, "interrupted", time=1001.5, error="no such file"), again(0, 1001.6),
+            end(0), result(1), end(1, "stopped", time=1012.0), again(1, 1013.0),
+        ]  # fmt: skip
+        tracker = make(linger_s=LONG_S)
+        assert write(tracker, record) == ALL
+        _, children = runs_of(tracker)
+        assert {t: r.info.status for t, r in children.items()} == {"0": "FINISHED", "1": "KILLED"}
+        assert children["0"].data.tags["flyweight.reason"] == "finished"
+        assert "flyweight.error" not in children["0"].data.tags
 
     def test_a_parent_that_is_resumed_runs_again(self, make: MakeMlflow) -> None:
         assert write(make(), RECORD) == ALL
