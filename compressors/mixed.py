@@ -77,12 +77,13 @@ def is_faster(
 ) -> bool:
     """Whether a step of ``model``, which can be trained so, is quicker in bfloat16 than in float32:
     small layers are slower, as are convolutions of single channels."""
-    step, took = _Step(model, items, answers, divergence, device), {}
+    step = _Step(model, items, answers, divergence, device)
+    took: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(1 + ROUNDS):  # the first sets up kernels
         for halves in (False, True):
             began = time.perf_counter()
             step(halves)
-            took.setdefault(halves, []).append(time.perf_counter() - began)
+            took[halves].append(time.perf_counter() - began)
     quickest = {halves: min(each[1:]) for halves, each in took.items()}
     return quickest[False] > FASTER * quickest[True]
 
@@ -91,7 +92,7 @@ def is_native(device: torch.device) -> bool:
     """Whether ``device`` multiplies bfloat16 itself."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 and later
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 and later
     return any(able.get(name) for name in NATIVE)
 
 

@@ -123,6 +123,7 @@ class CompressionTrial(tune.Trainable):
         return compress(prepared, self.policy, rung, None, self.job.spec.search.seed), note
 
     def _outcome(self, candidate: Candidate) -> dict[str, Any]:
+        assert self.prepared is not None
         outcome = {
             "rung": candidate.rung,
             "loss": candidate.loss,
