@@ -13,13 +13,14 @@ import pytest
 
 from flyweight.kernels import Timing
 from flyweight.kernels.probe import CHANNELS, probe_model
-from flyweight.search import driver, meter, pricing
+from flyweight.search import conclusion, meter, pricing
+from flyweight.search.conclusion import Conclusion
 from flyweight.search.limits import Limits
 from flyweight.search.meter import Meter
 from flyweight.search.placement import Died, of_finalists
 from flyweight.search.record import MemoryRecord
 from flyweight.search.run_files import RESULT
-from flyweight.search.storage import write_whole
+from flyweight.search.storage import Storage, write_whole
 from flyweight.search.store import artifact_path, write_json
 from flyweight.spaces import Impossible, Policy
 
@@ -146,14 +147,12 @@ HEADER = {
 @pytest.fixture
 def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A search whose trials have ended."""
-    search: Any = object.__new__(driver._Search)
-    search.ready = SimpleNamespace(prepared=SimpleNamespace(splits=SimpleNamespace(test=True)))
-    search.run_dir, search.place, search.record = tmp_path, Target(), MemoryRecord()
-    search.mirror = search.profile = search.predictor = None
-    search.notes, search.console = [], None
-    search.began, search.earlier_s, search.alone_ms = 10.0, 5.0, 1.0
-    monkeypatch.setattr(driver, "time", SimpleNamespace(time=lambda: 30.0))
-    return search
+    ready: Any = SimpleNamespace(prepared=SimpleNamespace(splits=SimpleNamespace(test=True)))
+    place: Any = Target()
+    monkeypatch.setattr(conclusion, "time", SimpleNamespace(time=lambda: 30.0))
+    return Conclusion(
+        ready, place, tmp_path, MemoryRecord(), Storage(tmp_path), None, [], alone_ms=1.0, since=5.0
+    )
 
 
 def ended(known: list[dict[str, Any]]) -> Any:
@@ -173,8 +172,8 @@ def test_a_search_ends_with_what_can_be_measured(
             raise Impossible("no kernel")
         return 89.0, None
 
-    monkeypatch.setattr(driver, "tested", tested)
-    found = search._measure(ended(kept(search.run_dir, content)), HEADER)
+    monkeypatch.setattr(conclusion, "tested", tested)
+    found = search.measure(ended(kept(search.run_dir, content)), HEADER)
     assert [row["digest"] for row in found["front"]] == [GOOD]
     assert found["front"][0]["metric_test"] == 89.0
     assert [e["digest"] for e in search.record.entries()] == [GOOD]
@@ -196,12 +195,12 @@ def test_ctrl_c_before_finalists_are_timed_leaves_what_is_known(
     def tested(_: Any, model: bytes) -> tuple[float, None]:
         return (89.0, None) if model == b"good" else interrupted()  # type: ignore[return-value]
 
-    monkeypatch.setattr(driver, "tested", tested)
+    monkeypatch.setattr(conclusion, "tested", tested)
     if when == "fetch":
-        search.mirror = True
+        search.fetches = True
         monkeypatch.setattr(search, "_fetch", interrupted)
     controller = ended(kept(search.run_dir, {GOOD: b"good", REFUSED: b"better"}))
-    found = search._measure(controller, HEADER)
+    found = search.measure(controller, HEADER)
     assert controller.interrupted
     assert [row["digest"] for row in found["front"]] == [GOOD, REFUSED]
     known = 89.0 if when == "test" else None
@@ -216,9 +215,9 @@ def test_a_report_that_cannot_be_made_costs_no_result(
     def write_report(_: Path) -> None:
         raise KeyError("policy")
 
-    monkeypatch.setattr(driver, "write_report", write_report)
+    monkeypatch.setattr(conclusion, "write_report", write_report)
     found = {"wall_s": 1.0, "best": None, "nearest_miss": None}
-    assert search._written(SimpleNamespace(spent_s=lambda: None), found)
+    assert search.write(SimpleNamespace(spent_s=lambda: None), found)
     assert json.loads((search.run_dir / RESULT).read_text()) == found
     assert search.notes == [
         "The report could not be made, result.json is whole: KeyError: 'policy'"

@@ -23,8 +23,10 @@ from flyweight.search.meter import Device, Meter
 from flyweight.search.preparation import Preparation
 from flyweight.search.profiling import check_device, empty_profile, make_profile, mixed_policies
 from flyweight.search.ready import Ready, ready
+from flyweight.search.record import MemoryRecord
 from flyweight.search.run_files import PROFILE
 from flyweight.search.spec import load_spec
+from flyweight.search.storage import Storage
 from flyweight.spaces import BadInput, Policy
 
 TASK = """
@@ -287,10 +289,13 @@ def test_finalists_that_are_fed_back_are_there_for_the_next_search(folder: Path)
     searched.ready, searched.run_dir, searched.profile = found, run, made
     searched.spec, searched.preparation, searched.notes = found.spec, first, []
     searched.place = first.place
+    searched.record, searched.storage, searched.mirror = MemoryRecord(), Storage(run), None
+    searched.console = searched.predictor = None
+    searched.began = searched.earlier_s = searched.alone_ms = 0.0
     searched._name_profile()
     controller = SimpleNamespace(trials={0: SimpleNamespace(policy=policy)})
     timings = {"teacher": Timing((1.0, 1.0)), policy.digest: Timing((0.7, 0.7))}
-    searched._feed_back(controller, timings)
+    searched._conclusion()._feed_back(controller, timings)
     assert not searched.notes
     again, _ = preparation(found, folder / "next")
     profile = again.profile(0.1)
@@ -303,7 +308,7 @@ def test_finalists_that_are_fed_back_are_there_for_the_next_search(folder: Path)
     searched.spec = found.spec.model_copy(update={"target": target})
     (kept,) = cache_folder(found.spec).iterdir()
     before = kept.read_bytes()
-    searched._feed_back(controller, timings)
+    searched._conclusion()._feed_back(controller, timings)
     assert len(DeviceProfile.load(path).timed) == 2
     assert kept.read_bytes() == before
 
