@@ -55,4 +55,4 @@ benchmarks: $(READY)
 	$(BIN)/python benchmarks/scale.py
 
 clean:
-	rm -rf $(VENV) build runs
+	rm -rf $(VENV) build

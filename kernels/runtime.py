@@ -65,8 +65,8 @@ def _openvino(threads: int) -> Runtime:
         from .openvino import OpenVinoRuntime
     except ImportError as error:
         raise BadInput(
-            "target.runtime: 'openvino' needs a package that is not here; pip install "
-            f"'flyweight[openvino]' ({error})"
+            "target.runtime: 'openvino' needs a package that is not here; in the clone, "
+            f"pip install -c constraints.txt -e '.[openvino]' ({error})"
         ) from error
     return OpenVinoRuntime(threads)
 

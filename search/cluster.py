@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # what is likely to be a secret.
 EXCLUDES = [
     "runs/", "mlruns/", "mlartifacts/", "mlflow.db*", "*.egg-info/", ".*_cache/",
-    ".env*", "*.pem", "*.key", "auth.ini", "ray-token",
+    ".env*", "*.env", "*.pem", "*.key", "auth.ini", "ray-token",
 ]  # fmt: skip
 ENVIRONMENT = {
     # Ray blocks SIGINT in a job unless it is the signal to stop with, and kills after 3 s. A search

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flyweight.search.spec import Objective, Spec
+
 NAMES = ("quickstart", "own-model")
 
 
@@ -31,6 +33,13 @@ def test_the_commands_of_a_page_run(root: Path, tmp_path: Path, name: str) -> No
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
             assert done.returncode == 0, f"{content}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_reference_has_every_default(root: Path) -> None:
+    text = (root / "docs" / "reference.md").read_text()
+    (told,) = (yaml.safe_load(content) for _, title, content in blocks(text) if title == "defaults")
+    spec = Spec(task=told["task"], objective=Objective(speedup=2.0))
+    assert spec.model_dump(mode="json") == told
 
 
 def test_every_page_is_in_the_index_and_every_link_leads_somewhere(root: Path) -> None:
