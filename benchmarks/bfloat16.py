@@ -11,6 +11,7 @@ network; one that is there already is kept. ``--epochs 0``: steps alone.
 
 import argparse
 import copy
+import dataclasses
 import json
 import statistics
 import time
@@ -21,6 +22,7 @@ from common import OUT, write
 from networks import NETWORKS
 
 from flyweight.compressors import Prepared, Schedule, compress, prepare
+from flyweight.compressors.bfloat16 import in_bfloat16
 from flyweight.compressors.compress import prune
 from flyweight.compressors.distill import distill
 from flyweight.compressors.mixed import is_native
@@ -64,8 +66,8 @@ def led(prepared: Prepared, seeds: int) -> list[dict[str, Any]]:
     for seed in range(seeds):
         found: dict[str, Any] = {"seed": seed}
         for name, halves in (("float32", False), ("bfloat16", True)):
-            prepared._halves["pruned"] = halves  # as if it paid, or did not
-            candidate = compress(prepared, half(prepared), "full", None, seed)
+            so = dataclasses.replace(prepared, bfloat16=frozenset(["pruned"] if halves else []))
+            candidate = compress(so, half(prepared), "full", None, seed)
             found[name] = {"kl": candidate.loss, "metric": candidate.metric}
         print(f"  {found}", flush=True)
         out.append(found)
@@ -88,7 +90,7 @@ def main() -> None:
         schedule = Schedule(full_epochs=args.epochs or 1.0)
         prepared = prepare(NETWORKS[name](), make_runtime("onnxruntime", 1), schedule)
         timed = {f"{keep:g}": steps(prepared, keep, args.rounds) for keep in (1.0, 0.5)}
-        pays = prepared.halves("pruned")
+        pays = bool(in_bfloat16(prepared, ["pruned"], gpus=False))
         rows[name] = {
             "native": is_native(prepared.device), "used": pays, "epochs": args.epochs,
             "steps": timed, "led": led(prepared, args.seeds) if args.epochs else [],

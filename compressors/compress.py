@@ -20,6 +20,7 @@ from .distill import Diverged, distill, kl_divergence
 from .equalize import equalize
 from .export import to_onnx
 from .freeze import freeze
+from .mixed import is_native
 from .parity import Parity, check_parity, run_session
 from .prepared import Prepared
 from .prune import kept_channels, lay_out, recompute_statistics, remove
@@ -320,7 +321,7 @@ def _train(
     """The share of the distillation that belongs to ``stage``, in place; samples seen."""
     if policy.distill is None:
         return 0
-    schedule = prepared.schedule
+    schedule, device = prepared.schedule, prepared.device
     short, last = schedule.short, 1.0
     if policy.quantize.acts and policy.quantize.qat:
         last -= QAT_SHARE
@@ -339,8 +340,8 @@ def _train(
         first=begin * schedule.full_epochs,
         cycle=(cycle[0] * schedule.full_epochs, cycle[1] * schedule.full_epochs),
         hold_zeros=policy.prune.sparsity > 0,
-        device=prepared.device,
+        device=device,
         # With quantizers in place bfloat16 would round as coarsely as they do.
-        halves=prepared.halves(policy.student) and stage != "qat",
+        halves=stage != "qat" and policy.student in prepared.bfloat16 and is_native(device),
         kind=prepared.kind,
     )

@@ -4,7 +4,7 @@ import copy
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,7 @@ from ..spaces import (
 from ..spaces.tracing import arguments, trace
 from .checks import check, check_request, check_values
 from .data import Items, Splits, split, tensors
-from .distill import CPU, Asked, Epoch, kl_divergence
-from .mixed import holds, is_faster, is_native
+from .distill import CPU, Asked, Epoch
 from .modules import with_modules
 from .outputs import OutputKind, kind_of
 from .parity import run_module
@@ -37,10 +36,6 @@ from .task import Task, describe
 from .unwrapped import unwrapped
 
 KNOWN_BY = 512  # items of search validation by which the kind of the output is known
-TRIED = 16  # of those, that say whether bfloat16 pays
-# KL, or what stands for it, by which bfloat16 may change the answers of a network. Of quantities,
-# whose students are trained however near they are, much less: at 0.001 training in it harmed.
-CHANGED = {"classes": 0.002, "quantities": 1e-4}
 KEPT = 2 << 30  # bytes of the teacher's answers, in every process: of segmentations they are more
 MAX_VARIANTS = 3  # augmented copies of the training data: the teacher answers each beforehand
 HALVES = (torch.float16, torch.bfloat16)
@@ -69,7 +64,8 @@ class Prepared:
 
     starts: by the name of the student, "pruned" for the teacher. device: where students train.
     answers: the teacher's answers to each variant of the training data, [N, ...] each; those that
-    are missing are computed when they are needed, and not kept where they are too large.
+    are missing are computed when they are needed, and not kept where they are too large. bfloat16:
+    students that train so, where the device can.
     """
 
     task: Any
@@ -80,6 +76,7 @@ class Prepared:
     schedule: Schedule
     answers: dict[int, Tensor] = field(default_factory=dict)
     device: torch.device = CPU
+    bfloat16: frozenset[str] = frozenset()
 
     @property
     def teacher(self) -> nn.Module:
@@ -168,26 +165,6 @@ class Prepared:
         some = self.splits.search.first(KNOWN_BY)
         return kind_of(self.task.loss, self.search_answers[: len(some)], some.targets)
 
-    def halves(self, student: str) -> bool:
-        """Whether ``student`` trains in bfloat16: on the device that is faster, and what it starts
-        from is the same in it. The same for every policy."""
-        if student not in self._halves:
-            self._halves[student] = is_native(self.device) and self._halves_pay(student)
-        return self._halves[student]
-
-    def _halves_pay(self, student: str) -> bool:
-        known, quantities = self.search_answers, self.kind.axis is None and not self.kind.labels
-        shares = quantities and bool((known >= 0).all() and (known <= 1).all())
-        if self.kind.probabilities or shares:
-            return False  # near 1 they round to 1, and the loss takes the logarithm of the rest
-        model, some = self.starts[student].model, self.splits.search.first(TRIED)
-        divergence = functools.partial(kl_divergence, kind=self.kind)
-        most = CHANGED["quantities" if quantities else "classes"]
-        tried = model, some, run_module(model, some), divergence
-        return holds(*tried, most, self.device) and (
-            self.device.type != "cpu" or is_faster(*tried, self.device)
-        )
-
     def importance(self, student: str, criterion: str) -> dict[str, Tensor]:
         """Importance of the channels of what ``student`` starts from: the same for every policy."""
         if (student, criterion) not in self._importance:
@@ -203,10 +180,6 @@ class Prepared:
         return {}
 
     @functools.cached_property
-    def _halves(self) -> dict[str, bool]:
-        return {}
-
-    @functools.cached_property
     def _importance(self) -> dict[tuple[str, str], dict[str, Tensor]]:
         return {}
 
@@ -217,6 +190,7 @@ def prepare(
     schedule: Schedule,
     answers: dict[int, Tensor] | None = None,
     device: torch.device = CPU,
+    bfloat16: Iterable[str] = (),
 ) -> Prepared:
     """Traces and checks ``task``. Raises BadInput (Untraceable) before anything is spent."""
     for name in ("model", "example_input", "train", "val", "loss", "metric"):
@@ -231,8 +205,9 @@ def prepare(
     check_request(example, splits.train)
     starts = {name: _start(model, example) for name, model in models.items()}
     prepared = Prepared(
-        task, example, starts, splits, runtime, schedule, dict(answers or {}), device
-    )
+        task, example, starts, splits, runtime, schedule, dict(answers or {}), device,
+        frozenset(bfloat16),
+    )  # fmt: skip
     check(prepared)
     return prepared
 

@@ -38,12 +38,13 @@ def deliver(run_dir: Path, uri: str | None = None) -> str:
         if not entries:
             raise BadInput(f"nothing to deliver in {run_dir}: its record is empty")
         with locked(run_dir):
-            return _deliver(run_dir, entries, tracked_at(tracking, entries[0]))
+            place = tracked_at(tracking, entries[0])
+            return _deliver(run_dir, entries, place, _ended(record.entries()))
     finally:
         record.close()
 
 
-def _deliver(run_dir: Path, entries: list[Entry], place: tuple[Any, ...]) -> str:
+def _deliver(run_dir: Path, entries: list[Entry], place: tuple[Any, ...], ended: bool) -> str:
     tracker = MlflowTracker(*place, capacity=len(entries))
     for entry in entries:
         tracker.record(entry)
@@ -55,11 +56,9 @@ def _deliver(run_dir: Path, entries: list[Entry], place: tuple[Any, ...]) -> str
         found = json.loads(done.read_text())
         if found["mlflow_run_id"] != run_id:
             write_json(done, found | {"mlflow_run_id": run_id})
-    missing = tracker.finish(
-        _status(entries, done.is_file()),
-        [file for file in files if file.is_file()],
-        DELIVERED_S if run_id else 0.0,
-    )
+    status: Status = "FINISHED" if ended and done.is_file() else "KILLED"
+    present = [file for file in files if file.is_file()]
+    missing = tracker.finish(status, present, DELIVERED_S if run_id else 0.0)
     if missing.reason or run_id is None:
         raise FlyweightError(
             f"MLflow lacks {missing.entries} entries: {missing.reason}; the record keeps them, try "
@@ -68,8 +67,7 @@ def _deliver(run_dir: Path, entries: list[Entry], place: tuple[Any, ...]) -> str
     return run_id
 
 
-def _status(entries: list[Entry], finished: bool) -> Status:
-    """How the search ended, as far as its record tells."""
+def _ended(entries: list[Entry]) -> bool:
+    """Whether all trials have ended, and none was cut off."""
     told, ended = {e["trial"] for e in entries if "trial" in e}, ends(entries)
-    cut_off = told != ended.keys() or any(e["reason"] == "interrupted" for e in ended.values())
-    return "FINISHED" if finished and not cut_off else "KILLED"
+    return told == ended.keys() and all(e["reason"] != "interrupted" for e in ended.values())

@@ -44,7 +44,7 @@ from .pricing import Pricing, predicted, timed
 from .profiling import check_device, check_profile, empty_profile
 from .progress import Progress
 from .reach import check_fastest, check_limits, check_without_ray
-from .ready import Ready, facts_of, ready, teacher_answers
+from .ready import Ready, facts_of, ready, teacher_answers, trained_in_bfloat16
 from .record import NOT_FOR_GOOD, Entry, Record, at_work
 from .report import FILES as REPORT
 from .run_files import PROFILE, RESULT, SPEC
@@ -158,7 +158,8 @@ class _Search:
     def run(self) -> Outcome:
         with telling("Timing the teacher on the target", self.console):
             self.alone_ms = self.place.alone()
-        header = opening_entry(self.ready, self.record, self.place.device, self.alone_ms)
+        halves = self._bfloat16()
+        header = opening_entry(self.ready, self.record, self.place.device, self.alone_ms, halves)
         teacher_ms = header["teacher"]["latency_ms"]
         limits = limits_of(header)
         price = timed(self.ready.prepared, self.place, teacher_ms / self.alone_ms)
@@ -216,6 +217,12 @@ class _Search:
         empty = not (found["front"] or controller.interrupted)
         failed = bool(controller.fatal or fruitless(controller)) or empty or not written
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
+
+    def _bfloat16(self) -> list[str]:
+        """The students that train so: as the search began."""
+        sessions = (e for e in self.record.entries() if e["kind"] == "search")
+        known: list[str] | None = next(sessions, {}).get("bfloat16")
+        return trained_in_bfloat16(self.spec, self.ready.prepared) if known is None else known
 
     def _answers(self) -> dict[int, Any]:
         torch.set_num_threads(cores())
@@ -311,7 +318,7 @@ class _Search:
     def _trials(
         self, controller: Controller, header: dict[str, Any], answers: dict[int, Any]
     ) -> None:
-        facts = facts_of(self.spec, header["target"]["fingerprint"])
+        facts = facts_of(self.spec, header["target"]["fingerprint"], header["bfloat16"])
         inputs = self._inputs(header)
         job = Job(self.spec, self.storage, facts, inputs, answers, self.ready.made)
         self.progress.spent_s = controller.elapsed()

@@ -4,7 +4,7 @@ import contextlib
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -198,10 +198,10 @@ def lasting(ready: Ready) -> dict[str, Any]:
 
 
 def opening_entry(
-    ready: Ready, record: Record, device: Device, latency_ms: float
+    ready: Ready, record: Record, device: Device, latency_ms: float, bfloat16: Sequence[str]
 ) -> dict[str, Any]:
     """The entry that begins each session of a search whose target is ``device``; latency_ms: the
-    teacher's there.
+    teacher's there; bfloat16: the students that train so.
 
     A resumed one keeps the teacher's figures, so that its limits stay what they were.
     """
@@ -210,7 +210,7 @@ def opening_entry(
     entry = {
         "kind": "search",
         "flyweight": version("flyweight"),
-        **facts_of(spec, device.fingerprint),
+        **facts_of(spec, device.fingerprint, bfloat16),
         **lasting(ready),
         "objective": spec.objective.model_dump(),
         "teacher": {

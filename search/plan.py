@@ -1,5 +1,7 @@
 """What a search would do, before it costs anything; and single policies by hand."""
 
+import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +19,15 @@ from .limits import COSTS, Limits
 from .meter import Meter
 from .predict import given_profile, predictor_of
 from .reach import CarefulMeter
-from .ready import Ready, facts_of, make_space, prepare_task, ready, score
+from .ready import (
+    Ready,
+    facts_of,
+    make_space,
+    prepare_task,
+    ready,
+    score,
+    trained_in_bfloat16,
+)
 from .spec import Objective, load_spec
 from .storage import Storage
 from .store import compressed_bytes, read_policy, write_artifact
@@ -265,14 +275,28 @@ def replay(policy_path: Path, spec_path: Path, rung: str, out: Path) -> dict[str
     a policy that is none of this task."""
     policy, spec = read_policy(policy_path), load_spec(spec_path)
     prepared = prepare_task(spec)
+    halves = trained_so(policy_path)
+    if halves is None:
+        halves = trained_in_bfloat16(spec, prepared)
+    prepared = dataclasses.replace(prepared, bfloat16=frozenset(halves))
     try:
         prepared.plan(policy)
     except Impossible as error:  # the policy of another network, say
         raise BadInput(f"{policy_path}: {error}") from error
     candidate = compress(prepared, policy, rung, seed=spec.search.seed)
-    facts = facts_of(spec, prepared.runtime.fingerprint)
+    facts = facts_of(spec, prepared.runtime.fingerprint, halves)
     path = write_artifact(Storage(out), candidate, facts)
     return {
         "digest": policy.digest, "artifact": str(out / path), "rung": rung,
         "metric": candidate.metric, "loss": candidate.loss, "size_bytes": len(candidate.model),
     }  # fmt: skip
+
+
+def trained_so(policy_path: Path) -> list[str] | None:
+    """The students that trained in bfloat16 where the artifact beside ``policy_path`` was made;
+    None where there is none that says it."""
+    try:
+        found = json.loads(policy_path.with_name("metrics.json").read_text()).get("bfloat16")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, list) else None

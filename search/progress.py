@@ -138,7 +138,7 @@ class Progress:
         if seconds <= 0:
             words = "finishing"
         elif seconds < math.inf:
-            most = f"{words}, at most " if last else ""
+            most = f"{words}, about " if last else ""
             words = f"{most}{clock_time(seconds)} left"
         if self.ending:
             words = "interrupted, ending with the best so far"

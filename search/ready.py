@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from ..compressors import Prepared, Schedule, compress, prepare
+from ..compressors.bfloat16 import in_bfloat16
 from ..compressors.checks import checked_metric
 from ..compressors.data import Items, tensors
 from ..compressors.made import Made, check_made, made_of
@@ -33,15 +35,19 @@ RECIPES = (0.5, 0.75, 1.0)  # shares of channels kept by the uniform recipes
 
 
 def prepare_task(
-    spec: Spec, answers: dict[int, torch.Tensor] | None = None, made: Made | None = None
+    spec: Spec,
+    answers: dict[int, torch.Tensor] | None = None,
+    made: Made | None = None,
+    bfloat16: Sequence[str] = (),
 ) -> Prepared:
     """The prepared task of ``spec`` on its target. answers: the teacher's, where they are known.
-    made: what it was where the search began. Raises BadInput, also where it is another here."""
+    made: what it was where the search began. bfloat16: students that train so. Raises BadInput,
+    also where it is another here."""
     runtime = make_runtime(spec.target.runtime, spec.target.threads)
     schedule = Schedule(full_epochs=spec.rungs.full_epochs, short=spec.rungs.short)
     device = torch.device("cuda" if spec.resources.gpus and torch.cuda.is_available() else "cpu")
     with spec.loaded_task() as task:
-        prepared = prepare(task, runtime, schedule, answers, device)
+        prepared = prepare(task, runtime, schedule, answers, device, bfloat16)
     if made is not None:
         check_made(prepared, made)
     return prepared
@@ -246,7 +252,20 @@ def versions(runtime: str) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def facts_of(spec: Spec, fingerprint: str) -> dict[str, Any]:
-    """What every artifact of a search says about itself."""
+def facts_of(spec: Spec, fingerprint: str, bfloat16: Sequence[str]) -> dict[str, Any]:
+    """What every artifact of a search says about itself. bfloat16: the students that train so."""
     target = spec.target.model_dump(exclude={"profile"}) | {"fingerprint": fingerprint}
-    return {"task": spec.given_task, "seed": spec.search.seed, "target": target}
+    return {
+        "task": spec.given_task, "seed": spec.search.seed, "target": target,
+        "bfloat16": list(bfloat16),
+    }  # fmt: skip
+
+
+def trained_in_bfloat16(spec: Spec, prepared: Prepared) -> list[str]:
+    """The students of ``spec`` that are to train so, tried with the threads of its workers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(spec.resources.cpus)))
+    try:
+        return in_bfloat16(prepared, spec.space.distill.students, spec.resources.gpus > 0)
+    finally:
+        torch.set_num_threads(before)

@@ -63,7 +63,7 @@ class CompressionTrial(tune.Trainable):
         torch.set_num_threads(max(1, int(spec.resources.cpus)))
         answers = {variant: _shared(array) for variant, array in job.answers.items()}
         try:
-            self.prepared = prepare_task(spec, answers, job.made)
+            self.prepared = prepare_task(spec, answers, job.made, job.facts["bfloat16"])
         except BadInput as error:  # an error of Ray's would tell it in forty lines, for each worker
             self.refused = str(error)
         self.reset_config(config)
@@ -123,7 +123,6 @@ class CompressionTrial(tune.Trainable):
         return compress(prepared, self.policy, rung, None, self.job.spec.search.seed), note
 
     def _outcome(self, candidate: Candidate) -> dict[str, Any]:
-        assert self.prepared is not None
         outcome = {
             "rung": candidate.rung,
             "loss": candidate.loss,
@@ -132,8 +131,6 @@ class CompressionTrial(tune.Trainable):
             "compressed_bytes": compressed_bytes(candidate.model),
             "seconds": candidate.seconds,
             "samples": candidate.samples,
-            # Whether this worker trains it so, if it was trained.
-            "bfloat16": candidate.samples > 0 and self.prepared.halves(candidate.policy.student),
             "settled": candidate.settled,
             "diverged": candidate.diverged,
             "drop_error": candidate.drop_error,

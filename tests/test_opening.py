@@ -48,7 +48,7 @@ def opened(folder: Path, record: MemoryRecord, text: str = "") -> dict[str, Any]
     path.write_text(f"task: task.py:Net\nobjective: {{max_drop: 1}}\n{text}\n")
     found = ready(load_spec(path))
     check_same(record, **lasting(found))
-    entry = opening_entry(found, record, Device.of(found.prepared.runtime), 1.0)
+    entry = opening_entry(found, record, Device.of(found.prepared.runtime), 1.0, [])
     record.append(entry)
     return entry
 
@@ -179,6 +179,6 @@ def test_a_trial_that_more_time_lets_go_on_keeps_its_checkpoint(
     search.spec = SimpleNamespace(search=Search(), resources=Resources())
     search.ready = SimpleNamespace(made=None)
     search.progress, search._inputs = Progress(Console(quiet=True)), str
-    header = {"target": {"fingerprint": "f"}}
+    header = {"target": {"fingerprint": "f"}, "bfloat16": []}
     search._trials(controller, header, {})
     assert [place.name for place in (tmp_path / checkpoint_folder()).iterdir()] == ["deadline"]

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from flyweight.search import counting
 from flyweight.search.limits import limits
-from flyweight.search.plan import idle, make_plan, print_plan
+from flyweight.search.plan import idle, make_plan, print_plan, trained_so
 from flyweight.search.ready import per_item
 from flyweight.search.spec import Objective
 from flyweight.spaces import Impossible
@@ -119,3 +119,16 @@ def test_a_plan_leaves_out_what_is_impossible(
     assert found["cases"] == []
     assert found["reachable"]
     assert json.loads(json.dumps(found, allow_nan=False))["fastest_ms"] is None
+
+
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [('{"bfloat16": ["pruned"]}', ["pruned"]), ('{"bfloat16": []}', []), ("{}", None),
+     ("[]", None), ("{", None), (None, None)],
+)  # fmt: skip
+def test_an_artifact_is_rebuilt_by_the_arithmetic_that_it_was_trained_in(
+    tmp_path: Path, said: str | None, known: list[str] | None
+) -> None:
+    if said is not None:
+        (tmp_path / "metrics.json").write_text(said)
+    assert trained_so(tmp_path / "policy.json") == known

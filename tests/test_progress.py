@@ -279,7 +279,7 @@ def test_entries_before_the_beginning_are_counted_and_not_shown() -> None:
 
 def test_how_long_the_last_trials_take_is_not_known() -> None:
     """Those that stopped go on once no more begin, for whole rungs; no pace tells how long."""
-    for budget_s, most in ((None, ""), (100.0, ", at most {} left")):
+    for budget_s, most in ((None, ""), (100.0, ", about {} left")):
         display, _, clock = plain(trials=5, budget_s=budget_s)
         with display:
             display.entry(SEARCH)

@@ -47,7 +47,7 @@ class Worker:
     def __init__(self, prepared: Prepared, run_dir: Path, inputs: str = "inputs") -> None:
         self.trial = object.__new__(CompressionTrial)  # its __init__ is Tune's
         spec: Any = SimpleNamespace(search=SimpleNamespace(seed=SEED))
-        self.trial.job = Job(spec, Storage(run_dir), {}, inputs, {})
+        self.trial.job = Job(spec, Storage(run_dir), {"bfloat16": []}, inputs, {})
         self.trial.prepared = prepared
 
     def begin(self, rung: str) -> None:
@@ -120,7 +120,7 @@ def test_the_answers_of_the_teacher_stay_in_the_object_store(
     array.flags.writeable = False  # as Ray gives it
     monkeypatch.setattr(
         "flyweight.search.workers.prepare_task",
-        lambda _, answers, __: replace(prepared, answers=answers),
+        lambda _, answers, *__: replace(prepared, answers=answers),
     )
     worker = Worker(prepared, tmp_path)
     spec: Any = SimpleNamespace(search=SimpleNamespace(seed=SEED), resources=Resources())

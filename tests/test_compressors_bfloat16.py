@@ -1,7 +1,6 @@
-"""Training that multiplies in bfloat16. Where the processor has none it is emulated: slow, but the
-same."""
+"""Training that multiplies in bfloat16, and who trains so. Where the processor has none it is
+emulated: slow, but the same."""
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -10,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from flyweight.compressors import ClassificationTask, Prepared, Schedule, prepare, prepared
+from flyweight.compressors import ClassificationTask, Prepared, Schedule, bfloat16, prepare
+from flyweight.compressors.bfloat16 import CHANGED, Step, in_bfloat16
 from flyweight.compressors.data import Items
-from flyweight.compressors.distill import CPU, kl_divergence
-from flyweight.compressors.mixed import holds, mixed
-from flyweight.compressors.outputs import OutputKind
-from flyweight.compressors.prepared import CHANGED
+from flyweight.compressors.distill import CPU
+from flyweight.compressors.mixed import mixed
+from flyweight.compressors.outputs import CLASSES, OutputKind
 from flyweight.kernels import make_runtime
 
 
@@ -25,34 +24,34 @@ def network() -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-def held(model: nn.Module, inputs: Tensor, kind: OutputKind | None = None) -> bool:
-    with torch.no_grad():
-        answers = model(inputs)
+def holds(model: nn.Module, inputs: Tensor, kind: OutputKind = CLASSES) -> bool:
     items = Items(inputs, torch.zeros(len(inputs), dtype=torch.long))
-    divergence = partial(kl_divergence, kind=kind) if kind else kl_divergence
-    most = CHANGED["quantities" if kind else "classes"]
-    return holds(model, items, answers, divergence, most, CPU)
+    most = CHANGED["quantities" if kind.axis is None else "classes"]
+    return Step(model, items, kind).holds(most)
 
 
 @pytest.mark.parametrize("drops", [False, True])
 def test_a_network_of_classes_trains_so(drops: bool) -> None:
     model = nn.Sequential(nn.Dropout(0.5), network()).eval() if drops else network()
-    assert held(model, torch.randn(32, 1, 8, 8))
+    assert holds(model, torch.randn(32, 1, 8, 8))
+
+
+class Last(nn.Module):
+    """The last state of a recurrent network, and classes of it."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layers = kind(6, 16, num_layers=2, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x)[0][:, -1])
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_recurrent_networks_do_too(kind: type[nn.RNNBase]) -> None:
-    class Last(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = kind(6, 16, num_layers=2, dropout=0.5, batch_first=True)
-            self.head = nn.Linear(16, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.layers(x)[0][:, -1])
-
     torch.manual_seed(0)
-    assert held(Last().eval(), torch.randn(16, 9, 6))
+    assert holds(Last(kind).eval(), torch.randn(16, 9, 6))
 
 
 @pytest.mark.parametrize(("away", "expected"), [(0.0, True), (30.0, False), (1000.0, False)])
@@ -63,7 +62,7 @@ def test_quantities_beyond_its_three_digits_do_not(away: float, expected: bool) 
     nn.init.constant_(model.bias, away * model(torch.randn(64, 8)).std().item())
     inputs = torch.randn(64, 8)
     kind = OutputKind(axis=None, variance=model(inputs).detach().var())
-    assert held(model, inputs, kind) is expected
+    assert holds(model, inputs, kind) is expected
 
 
 class Copies(nn.Module):
@@ -78,15 +77,14 @@ class Copies(nn.Module):
 
 
 def test_code_that_mixes_types_stays_in_float() -> None:
-    assert not held(Copies(), torch.randn(16, 8))
+    assert not holds(Copies(), torch.randn(16, 8))
 
 
 def test_nothing_is_left_of_the_trial() -> None:
     """Neither gradients, nor what the model draws."""
     model = nn.Sequential(network(), nn.RReLU()).requires_grad_(False).eval()
     before, drawn = [p.clone() for p in model.parameters()], torch.get_rng_state()
-    inputs = torch.ones(8, 1, 8, 8)
-    assert held(model, inputs)
+    assert holds(model, torch.ones(8, 1, 8, 8))
     assert torch.equal(torch.get_rng_state(), drawn)
     for now, then in zip(model.parameters(), before, strict=True):
         assert torch.equal(now, then)
@@ -100,11 +98,9 @@ def test_attention_and_probabilities_stay_in_float() -> None:
         half = F.linear(x, torch.randn(8, 8))
         out = F.scaled_dot_product_attention(half, half, value=half)
         chances = [
-            half.softmax(-1),
-            torch.softmax(half, -1),
-            half.sigmoid(),
-            F.log_softmax(half, -1),
-        ]
+            half.softmax(-1), torch.softmax(half, -1), half.sigmoid(), F.log_softmax(half, -1),
+            nn.Softmax(-1)(half), nn.Softmin(-1)(half), torch.special.expit(half),
+        ]  # fmt: skip
     assert (half.dtype, out.dtype) == (torch.bfloat16, torch.float32)
     assert {each.dtype for each in chances} == {torch.float32}
     with mixed(CPU, enabled=False):
@@ -112,14 +108,14 @@ def test_attention_and_probabilities_stay_in_float() -> None:
 
 
 class Task(ClassificationTask):
-    """Of two students one mixes types; ``chances``: the teacher's answers are probabilities."""
+    """Of its students one mixes types, and one is recurrent. ``chances``: the teacher's answers are
+    probabilities."""
 
     def __init__(self, chances: bool = False) -> None:
         torch.manual_seed(0)
         images = torch.randn(256, 1, 8, 8)
         model = nn.Sequential(*network(), nn.Softmax(1)) if chances else network()
-        labels = network()(images).argmax(1)
-        data = TensorDataset(images, labels)
+        data = TensorDataset(images, network()(images).argmax(1))
         super().__init__(model.eval(), data, data, data)
         self.chances = chances
 
@@ -127,30 +123,42 @@ class Task(ClassificationTask):
         return F.nll_loss(output.log(), target) if self.chances else super().loss(output, target)
 
     def students(self) -> dict[str, nn.Module]:
-        return {"copies": Copies(64), "wide": nn.Sequential(nn.Flatten(), nn.Linear(64, 4))}
+        wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+        recurrent = nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (8, 8)), nn.Flatten(1, 2))
+        return {"copies": Copies(64), "wide": wide, "lstm": nn.Sequential(recurrent, Rows())}
+
+
+class Rows(Last):
+    def __init__(self) -> None:
+        super().__init__(nn.LSTM)
+        self.layers = nn.LSTM(8, 16, batch_first=True)
 
 
 @pytest.fixture
-def of_a_native_device(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Prepared tasks where bfloat16 would be faster for everybody."""
-    monkeypatch.setattr(prepared, "is_native", lambda _: True)
-    monkeypatch.setattr(prepared, "is_faster", lambda *_: True)
-
-    def of(task: Task) -> Prepared:
-        return prepare(task, make_runtime("onnxruntime", 1), Schedule())
-
-    return of
+def native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 is faster for everybody."""
+    monkeypatch.setattr(bfloat16, "is_native", lambda _: True)
+    monkeypatch.setattr(Step, "is_faster", lambda _: True)
 
 
-def test_each_student_is_judged_by_what_it_starts_from(of_a_native_device: Any) -> None:
-    found = of_a_native_device(Task())
-    assert [found.halves(name) for name in ("pruned", "wide", "copies")] == [True, True, False]
+def prepared(task: Task) -> Prepared:
+    return prepare(task, make_runtime("onnxruntime", 1), Schedule())
 
 
-def test_probabilities_are_trained_in_float(of_a_native_device: Any) -> None:
-    assert not of_a_native_device(Task(chances=True)).halves("pruned")
+@pytest.mark.usefixtures("native")
+def test_each_student_is_judged_by_what_it_starts_from() -> None:
+    found, names = prepared(Task()), ["pruned", "copies", "wide", "lstm"]
+    assert in_bfloat16(found, names, gpus=False) == ["pruned", "wide", "lstm"]
+    # There autocast takes float16 for what recurs.
+    assert in_bfloat16(found, names, gpus=True) == ["pruned", "wide"]
 
 
-def test_a_device_that_emulates_it_trains_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "is_native", lambda _: False)
-    assert not prepare(Task(), make_runtime("onnxruntime", 1), Schedule()).halves("pruned")
+@pytest.mark.usefixtures("native")
+def test_probabilities_are_trained_in_float() -> None:
+    assert in_bfloat16(prepared(Task(chances=True)), ["pruned"], gpus=True) == []
+
+
+def test_a_cpu_that_emulates_it_trains_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bfloat16, "is_native", lambda _: False)
+    assert in_bfloat16(prepared(Task()), ["pruned"], gpus=False) == []
+    assert in_bfloat16(prepared(Task()), ["pruned"], gpus=True) == ["pruned"]  # of a cluster's head
