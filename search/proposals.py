@@ -67,6 +67,9 @@ class Proposals:
         self._queue = list(first)
         self._alone = ALONE
         self._seen: set[str] = set()
+        # What is alike is one thing: studies copy all of a result that they are given.
+        alike = {repr(d): d for d in map(_distribution, space.parameters)}
+        self._distributions = {p.name: alike[repr(_distribution(p))] for p in space.parameters}
         self._studies = {rung: self._study() for rung in RUNGS}
         self._asked: dict[str, tuple[str, optuna.Trial]] = {}  # digest -> (rung, trial)
         self._best: dict[str, dict[str, Any]] = {}  # rung -> values of its best policy
@@ -216,16 +219,21 @@ class Proposals:
         except Impossible:
             return  # of an earlier, wider space: it counts as seen, and teaches nothing here
         known = self.space.values(policy)
-        axes = [
-            p for p in self.space.parameters
+        params = {
+            p.name: _in(p, known[p.name]) for p in self.space.parameters
             if p.name in known and p.name not in self._fixed
             and _acts(p, rung) and len(p.choices) != 1
-        ]  # fmt: skip
+        }  # fmt: skip
+        self._put(rung, params, results, constraint)
+
+    def _put(
+        self, rung: str, params: dict[str, Any], results: list[float], constraint: float
+    ) -> None:
         self._studies[rung].add_trial(
             optuna.create_trial(
                 values=results,
-                params={p.name: _in(p, known[p.name]) for p in axes},
-                distributions={p.name: _distribution(p) for p in axes},
+                params=params,
+                distributions={name: self._distributions[name] for name in params},
                 constraints={"limit": constraint},
             )
         )
@@ -235,7 +243,8 @@ class Proposals:
         for digest in [d for d, (r, _) in self._asked.items() if r == rung]:
             del self._asked[digest]  # its result will be added like anybody's
         self._studies[rung] = self._study()
-        self._studies[rung].add_trials(kept)
+        for trial in kept:
+            self._put(rung, trial.params, trial.values, trial.constraints["limit"])
 
     def _study(self) -> optuna.Study:
         self._seed = (self._seed + 1) % 2**32  # as numpy takes them
