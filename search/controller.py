@@ -10,11 +10,10 @@ import contextlib
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 
 from ..compressors import RUNGS
 from ..spaces import BadInput, FlyweightError, Impossible, Policy
@@ -81,6 +80,7 @@ class Controller:
         self.proposals, self.limits, self.record, self.budget = proposals, limits, record, budget
         self.trials: dict[int, Trial] = {}
         self._reached: dict[str, dict[int, Trial]] = {rung: {} for rung in RUNGS}  # as they came
+        self._newest: dict[str, deque[Results]] = {rung: deque(maxlen=RECENT) for rung in RUNGS}
         self._price = price
         self.fatal: OSError | FlyweightError | None = None
         self.exhausted = False
@@ -105,7 +105,6 @@ class Controller:
                     places.drop(number)
                 elif competes(trial, rung):
                     places.add(number, point(trial.results[rung]))
-            places.rank()
 
     # What to try next.
 
@@ -254,8 +253,6 @@ class Controller:
         self._refusals = 0
         self._learn(trial, entry)
         self.exhausted = False  # what came may teach the proposals where the limits are kept
-        if competes(trial, rung) and rung in self._places:
-            self._places[rung].add(number, point(entry))
         if self.limits.cost(*costs(entry)) > 0:
             self._end(trial, "over_limit")
         elif rung == RUNGS[-1]:
@@ -349,15 +346,15 @@ class Controller:
         """
         rung, trial = entry["rung"], self.trials[entry["trial"]]
         places, number = self._places[rung], trial.number
-        best = places.rank({number: point(entry)})
+        places.add(number, point(entry))
         if entry.get("settled"):  # it is built and judged in seconds
-            goes = number in places.ahead
+            goes = number in places.ahead()
         elif rung == RUNGS[-2]:  # what comes next takes minutes: there others may come first
-            goes = places.free(1) > 0 and self._next(rung, trial) is trial
+            goes = places.free() > 0 and self._next(rung, trial) is trial
         else:
-            goes = number in best
+            goes = number in places.best()
         if any(below.get("through") == "chance" for below in trial.results.values()):
-            places.rank()  # it does not compete
+            places.drop(number)  # it does not compete
         if goes and not self._doomed(entry):
             return "rank"
         return "chance" if by_chance(self.proposals.seed, number, entry["digest"], rung) else None
@@ -383,10 +380,9 @@ class Controller:
         places = self._places[rung]
 
         def waits(trial: Trial) -> bool:
-            stopped = trial.ended == "stopped" and trial.last_rung == rung
-            return trial is newest or (stopped and trial.number in places)
+            return trial is newest or (trial.ended == "stopped" and trial.last_rung == rung)
 
-        for number in places.by_gain(n for n in places.ahead if waits(self.trials[n])):
+        for number in places.by_gain(n for n in places.ahead() if waits(self.trials[n])):
             trial = self.trials[number]
             if trial is newest:
                 return trial
@@ -397,8 +393,9 @@ class Controller:
 
     def _goes(self, trial: Trial) -> None:
         """``trial`` goes on. What is trained no further takes nobody's place."""
-        settled = bool(trial.results[trial.last_rung].get("settled"))
-        self._places[trial.last_rung].goes(trial.number, not settled)
+        rung = trial.last_rung
+        if competes(trial, rung):
+            self._places[rung].goes(trial.number, not trial.results[rung].get("settled"))
 
     def _name(self, trial: Trial) -> Entry:
         return {"trial": trial.number, "digest": trial.policy.digest, "time": self._clock()}
@@ -407,6 +404,7 @@ class Controller:
         trial.results[entry["rung"]] = entry
         self._reached[entry["rung"]].pop(trial.number, None)  # of a trial that began anew
         self._reached[entry["rung"]][trial.number] = trial
+        self._newest[entry["rung"]].appendleft(trial.results)
         if entry.get("through") == "rank":
             self._goes(trial)
         if self.budget.seconds is not None:
@@ -421,7 +419,7 @@ class Controller:
                 places.drop(trial.number)
         self._finder.tell(partial(self.proposals.fail, trial.policy))
         entry = {"kind": "end", **self._name(trial), "reason": reason, "error": error}
-        if reason == "stopped" and trial.number in self._places[trial.last_rung].ahead:
+        if reason == "stopped" and trial.number in self._places[trial.last_rung].ahead():
             entry["ahead"] = True  # it may yet go on
         self._append(entry)
 
@@ -466,17 +464,11 @@ class Controller:
             return True
         had = len(trial.results) if trial else 0
         as_far = (t for t in self.running() if t is not trial and len(t.results) >= had)
-        return not self.results(RUNGS[-1]) and not any(as_far)
+        return not self._reached[RUNGS[-1]] and not any(as_far)
 
     def _takes(self, own: Results) -> float | None:
         """Seconds that a trial with the results ``own`` still takes, if that is known."""
-        newest = {
-            rung: [
-                t.results for t in islice(reversed(reached.values()), RECENT) if rung in t.results
-            ]
-            for rung, reached in self._reached.items()
-        }
-        return seconds_left(own, newest, self.budget.longer)
+        return seconds_left(own, self._newest, self.budget.longer)
 
     def _last(self) -> Trial | None:
         """Where nothing has finished and no trial runs any more: of those that the deadline or
@@ -484,7 +476,7 @@ class Controller:
         is not begun later than as much again: each that did so before has failed."""
         if self.fatal or self.interrupted or self.budget.seconds is None:
             return None
-        if self.results(RUNGS[-1]) or self.running() or self.hopeless():
+        if self._reached[RUNGS[-1]] or self.running() or self.hopeless():
             return None
         spent = self._spent >= self.budget.seconds  # before this session, which only reports then
         if spent or self.remaining() <= -self.budget.seconds:
