@@ -10,34 +10,29 @@ import contextlib
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 
 from ..compressors import RUNGS
-from ..spaces import BadInput, FlyweightError, Impossible, Policy
+from ..spaces import BadInput, FlyweightError, Policy
 from .deadline import Results, seconds_left
+from .earlier import Earlier
 from .finder import Finder, Price
 from .limits import Limits
 from .pareto import by_chance
 from .places import Places
-from .record import Entry, Record, at_work
+from .record import Entry, Record
 from .results import FINALISTS
 from .strategies import Source
-from .trial import Trial, competes, costs, not_a_number, point, price_of
+from .trial import LOSSES, Trial, competes, costs, not_a_number, point
 
 # One in so many climbs on from a rung: to build costs a second, to train whole many times what the
 # short rung does.
 REDUCTION = {"recalibrate": 2.0, "short": 4.0}
 HOPELESS = 8  # trials that failed at a rung that none has a result of: the search ends
 DEATHS = 2  # of its worker, and a policy is not tried again: it may be what kills them
-# How much of a death it is, by what was lost. That a node goes says little of the policy, but one
-# that takes eight along is not tried for ever. That a node was taken away, or that there was no
-# place to store a result, says nothing. A worker that died while it was idle says nothing either,
-# but a trial must not be begun for ever.
-LOSSES = {"worker": 1.0, "node": 0.25, "idle": 0.05, "preempted": 0.0, "unstored": 0.0}
 UNSTORED = 8  # results, one after another, that workers could not store: the search ends
 REFUSALS = 8  # of workers, one after another, to make the task: the search ends
 RECENT = 100  # newest results of a rung that say how long it takes
@@ -81,6 +76,7 @@ class Controller:
         self.proposals, self.limits, self.record, self.budget = proposals, limits, record, budget
         self.trials: dict[int, Trial] = {}
         self._reached: dict[str, dict[int, Trial]] = {rung: {} for rung in RUNGS}  # as they came
+        self._newest: dict[str, deque[Results]] = {rung: deque(maxlen=RECENT) for rung in RUNGS}
         self._price = price
         self.fatal: OSError | FlyweightError | None = None
         self.exhausted = False
@@ -95,17 +91,13 @@ class Controller:
         self._again: list[Trial] = []  # whose worker died, or that an earlier session left
         self._refusals = 0  # of workers to make the task, since the last result
         self._unstored = 0  # results since the last artifact that was stored
-        self._spent = 0.0
+        self._spent = 0.0  # seconds of search before this session
         self._began = clock()
         self._new_takes: float | None = None  # seconds of all rungs, of a trial that begins
-        self._rebuild(record.entries(), reprice)
-        for rung, places in self._places.items():
-            for number, trial in self._reached[rung].items():
-                if trial.ended == "failed":
-                    places.drop(number)
-                elif competes(trial, rung):
-                    places.add(number, point(trial.results[rung]))
-            places.rank()
+        entries = record.entries()
+        if entries and entries[-1]["kind"] == "search":  # what came before its trials counts
+            self._began = entries[-1]["time"]
+        self._take_up(Earlier(entries, limits, self._finder.priced if reprice else None))
 
     # What to try next.
 
@@ -254,8 +246,6 @@ class Controller:
         self._refusals = 0
         self._learn(trial, entry)
         self.exhausted = False  # what came may teach the proposals where the limits are kept
-        if competes(trial, rung) and rung in self._places:
-            self._places[rung].add(number, point(entry))
         if self.limits.cost(*costs(entry)) > 0:
             self._end(trial, "over_limit")
         elif rung == RUNGS[-1]:
@@ -349,15 +339,15 @@ class Controller:
         """
         rung, trial = entry["rung"], self.trials[entry["trial"]]
         places, number = self._places[rung], trial.number
-        best = places.rank({number: point(entry)})
+        places.add(number, point(entry))
         if entry.get("settled"):  # it is built and judged in seconds
-            goes = number in places.ahead
+            goes = number in places.ahead()
         elif rung == RUNGS[-2]:  # what comes next takes minutes: there others may come first
-            goes = places.free(1) > 0 and self._next(rung, trial) is trial
+            goes = places.free() > 0 and self._next(rung, trial) is trial
         else:
-            goes = number in best
+            goes = number in places.best()
         if any(below.get("through") == "chance" for below in trial.results.values()):
-            places.rank()  # it does not compete
+            places.drop(number)  # it does not compete
         if goes and not self._doomed(entry):
             return "rank"
         return "chance" if by_chance(self.proposals.seed, number, entry["digest"], rung) else None
@@ -373,7 +363,7 @@ class Controller:
             places = self._places[rung]
             most = FINALISTS - places.taken if last else 0
             if max(most, places.free()) > 0 and (trial := self._next(rung)):
-                self._goes(trial)
+                self._goes(trial, rung)
                 return trial
         return None
 
@@ -383,10 +373,9 @@ class Controller:
         places = self._places[rung]
 
         def waits(trial: Trial) -> bool:
-            stopped = trial.ended == "stopped" and trial.last_rung == rung
-            return trial is newest or (stopped and trial.number in places)
+            return trial is newest or (trial.ended == "stopped" and trial.last_rung == rung)
 
-        for number in places.by_gain(n for n in places.ahead if waits(self.trials[n])):
+        for number in places.by_gain(n for n in places.ahead() if waits(self.trials[n])):
             trial = self.trials[number]
             if trial is newest:
                 return trial
@@ -395,10 +384,10 @@ class Controller:
                 return trial
         return None
 
-    def _goes(self, trial: Trial) -> None:
-        """``trial`` goes on. What is trained no further takes nobody's place."""
-        settled = bool(trial.results[trial.last_rung].get("settled"))
-        self._places[trial.last_rung].goes(trial.number, not settled)
+    def _goes(self, trial: Trial, rung: str) -> None:
+        """``trial`` goes on from ``rung``. What is trained no further takes nobody's place."""
+        if competes(trial, rung):
+            self._places[rung].goes(trial.number, not trial.results[rung].get("settled"))
 
     def _name(self, trial: Trial) -> Entry:
         return {"trial": trial.number, "digest": trial.policy.digest, "time": self._clock()}
@@ -407,8 +396,9 @@ class Controller:
         trial.results[entry["rung"]] = entry
         self._reached[entry["rung"]].pop(trial.number, None)  # of a trial that began anew
         self._reached[entry["rung"]][trial.number] = trial
+        self._newest[entry["rung"]].appendleft(trial.results)
         if entry.get("through") == "rank":
-            self._goes(trial)
+            self._goes(trial, entry["rung"])
         if self.budget.seconds is not None:
             self._new_takes = self._takes({})
         figures = entry["loss"], entry["latency_ms"][1], entry["constraint"]
@@ -421,7 +411,7 @@ class Controller:
                 places.drop(trial.number)
         self._finder.tell(partial(self.proposals.fail, trial.policy))
         entry = {"kind": "end", **self._name(trial), "reason": reason, "error": error}
-        if reason == "stopped" and trial.number in self._places[trial.last_rung].ahead:
+        if reason == "stopped" and trial.number in self._places[trial.last_rung].ahead():
             entry["ahead"] = True  # it may yet go on
         self._append(entry)
 
@@ -466,17 +456,11 @@ class Controller:
             return True
         had = len(trial.results) if trial else 0
         as_far = (t for t in self.running() if t is not trial and len(t.results) >= had)
-        return not self.results(RUNGS[-1]) and not any(as_far)
+        return not self._reached[RUNGS[-1]] and not any(as_far)
 
     def _takes(self, own: Results) -> float | None:
         """Seconds that a trial with the results ``own`` still takes, if that is known."""
-        newest = {
-            rung: [
-                t.results for t in islice(reversed(reached.values()), RECENT) if rung in t.results
-            ]
-            for rung, reached in self._reached.items()
-        }
-        return seconds_left(own, newest, self.budget.longer)
+        return seconds_left(own, self._newest, self.budget.longer)
 
     def _last(self) -> Trial | None:
         """Where nothing has finished and no trial runs any more: of those that the deadline or
@@ -484,7 +468,7 @@ class Controller:
         is not begun later than as much again: each that did so before has failed."""
         if self.fatal or self.interrupted or self.budget.seconds is None:
             return None
-        if self.results(RUNGS[-1]) or self.running() or self.hopeless():
+        if self._reached[RUNGS[-1]] or self.running() or self.hopeless():
             return None
         spent = self._spent >= self.budget.seconds  # before this session, which only reports then
         if spent or self.remaining() <= -self.budget.seconds:
@@ -500,66 +484,29 @@ class Controller:
         self._again = [t for t in self._again if t is not last]
         return last
 
-    def _price_again(self, policy: Policy, entry: Entry, reprice: bool) -> Price | None:
-        """The price in ``entry``, or today's; None if it is impossible today."""
-        if not reprice:
-            return None if entry["latency_ms"] is None else price_of(entry)
-        try:
-            return self._finder.priced(policy)
-        except Impossible:
-            return None
-
-    def _rebuild(self, entries: list[Entry], reprice: bool) -> None:
-        told: dict[int, Entry] = {}  # what artifacts are priced at, by the record
-        for entry in entries:
-            if entry["kind"] == "priced" or (
-                entry["kind"] == "result" and entry["rung"] == RUNGS[-1]
-            ):
-                told[entry["trial"]] = {"latency_ms": entry["latency_ms"]}
-        for entry in entries:
-            if entry["kind"] == "begin":
-                policy = Policy.from_dict(entry["policy"])
-                price = self._price_again(policy, entry | told.get(entry["trial"], {}), reprice)
-                trial = Trial(entry["trial"], policy, price or price_of(entry))
-                trial.ended = None if price else "failed"
-                self.trials[trial.number] = trial
-                self.proposals.claim(policy)
-            elif entry["kind"] == "rejected":
-                policy = Policy.from_dict(entry["policy"])
-                price = None
-                if "latency_ms" in entry:  # over a limit that may have been changed since
-                    then = price_of(entry)
-                    large = self.limits.cost(0.0, then.size_bytes, then.compressed_bytes) > 0
-                    price = then if large else self._price_again(policy, entry, reprice)
-                if price is None or price.cost(self.limits) > 0:
-                    self.proposals.claim(policy)
-            elif entry["kind"] == "result":
-                trial = self.trials[entry["trial"]]
+    def _take_up(self, earlier: Earlier) -> None:
+        """Goes on where the sessions before ended."""
+        self.trials, self._spent = earlier.trials, earlier.spent_s
+        for policy in earlier.proposed:
+            self.proposals.claim(policy)
+        for trial, entry in earlier.results:
+            self._learn(trial, {**entry, "constraint": self._excess(entry)})
+        for trial, rung in earlier.went:
+            self._goes(trial, rung)
+        for rung, places in self._places.items():
+            for number, trial in self._reached[rung].items():
                 if trial.ended == "failed":
-                    continue  # what it is priced at now is impossible
-                entry = {**entry, "latency_ms": list(trial.price.latency_ms)}
-                self._learn(trial, {**entry, "constraint": self._excess(entry)})
-                if entry["rung"] == RUNGS[-1]:
-                    self.trials[entry["trial"]].ended = "finished"
-            elif entry["kind"] == "died":
-                self.trials[entry["trial"]].deaths += LOSSES[entry.get("lost", "worker")]
-            elif entry["kind"] in ("again", "end") and entry.get("reason") != "interrupted":
-                trial = self.trials[entry["trial"]]
-                if trial.ended == "stopped":
-                    self._goes(trial)
-                if trial.ended != "failed":
-                    trial.ended = entry.get("reason")
-        self._spent = next(reversed(at_work(entries)), 0.0)
-        if entries and entries[-1]["kind"] == "search":  # what came before its trials counts
-            self._began = entries[-1]["time"]
+                    places.drop(number)
+                elif competes(trial, rung):
+                    places.add(number, point(trial.results[rung]))
         for trial in self.trials.values():  # for which there was no time, and now there may be
             if trial.ended == "deadline" and self.remaining() > 0 and self._in_time(trial):
                 trial.ended = None
         self._again = [t for t in self.trials.values() if not t.ended]
-        for number, known in told.items():  # so that who reads the record compares like with like
+        for number, told in earlier.told.items():  # who reads the record compares like with like
             trial = self.trials[number]
             now = list(trial.price.latency_ms) if RUNGS[-1] in trial.results else None
-            if now != known["latency_ms"]:
+            if now != told:
                 self._append({"kind": "priced", **self._name(trial), "latency_ms": now})
 
 

@@ -2,12 +2,12 @@
 
 import hashlib
 import math
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 Point = tuple[float, float]  # (loss, latency), both to be small
+Points = Mapping[int, Point] | Sequence[Point]
 # The share of those that would be stopped by what others found that go on all the same. Only they
 # can tell what a rung is worth (``correlation``): of the others, the bad are never seen again. It
 # costs about this share of the work of each rung above the lowest. None of the EARLY trials does:
@@ -32,27 +32,7 @@ def front(points: Sequence[Point]) -> list[int]:
     return out
 
 
-def layers(points: Sequence[Point]) -> list[list[int]]:
-    """The points peeled front by front (Deb et al. 2002, NSGA-II, sec. III-A), each by ascending
-    second coordinate.
-
-    In one pass (Jensen 2003, "Reducing the run-time complexity of multiobjective EAs", sec. III):
-    by latency, a point is dominated by a layer exactly if the layer's last point comes before it
-    in the order of (loss, latency), and the layers' last points stand in that order.
-    """
-    last: list[Point] = []
-    out: list[list[int]] = []
-    for i in sorted(range(len(points)), key=lambda i: (points[i][1], points[i][0])):
-        rank = bisect_left(last, points[i])
-        if rank == len(out):
-            last.append(points[i])
-            out.append([])
-        last[rank] = points[i]
-        out[rank].append(i)
-    return out
-
-
-def spread_order(points: Sequence[Point], chosen: list[int], most: int | None = None) -> list[int]:
+def spread_order(points: Points, chosen: list[int], most: int | None = None) -> list[int]:
     """``chosen`` from the ends inwards, each next one farthest along latency from those before;
     the first ``most`` of them."""
     left = sorted(chosen, key=lambda i: points[i])
@@ -68,10 +48,10 @@ def spread_order(points: Sequence[Point], chosen: list[int], most: int | None = 
     return out
 
 
-def climbers(points: Sequence[Point], ranked: list[list[int]], reduction: float) -> set[int]:
+def climbers(points: Points, ranked: Iterable[list[int]], reduction: float) -> set[int]:
     """Which of the results ``points`` of a rung go on, by non-dominated rank: the best
     ceil(n / reduction) of the n; within a front those go first that spread evenly along latency.
-    ranked: the ``layers`` of the points."""
+    ranked: the ``Layers`` of the points."""
     out: set[int] = set()
     places = math.ceil(len(points) / reduction)
     for layer in ranked:

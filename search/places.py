@@ -3,10 +3,8 @@
 import math
 from collections.abc import Iterable
 
-import numpy as np
-from moocore import hypervolume
-
-from .pareto import Point, climbers, front, layers
+from .layers import Layers
+from .pareto import Point, climbers, front
 
 LEAST = 1e-6  # loss, and milliseconds, below which none is better than another
 
@@ -15,50 +13,53 @@ class Places:
     """The results of one rung by trial, and who went on from it. One in ``reduction`` has a place.
 
     Asynchronous successive halving (Li et al. 2020, "A system for massively parallel hyperparameter
-    tuning") by non-dominated rank. ahead: who may have one: those on the front, and where that has
-    fewer than there are places, on the next ones.
+    tuning") by non-dominated rank.
     """
 
     def __init__(self, reduction: float) -> None:
         self._reduction = reduction
         self._points: dict[int, Point] = {}
-        self._took: set[int] = set()
-        self._went: set[int] = set()  # with a place or without
-        self._ranked: dict[int, Point] = {}  # with the newest
-        self.ahead: list[int] = []
-
-    def __contains__(self, number: int) -> bool:
-        return number in self._points
+        self._layers = Layers()
+        self._went: set[int] = set()
+        self._took: set[int] = set()  # a place, of those
 
     def add(self, number: int, point: Point) -> None:
-        """A result that others are compared with. ``rank`` is called after it."""
+        """A result that others are compared with."""
         self._points[number] = point
+        self._layers.add(number, point)
 
     def drop(self, number: int) -> None:
-        """The trial failed: its place goes to another, and it beats nobody."""
+        """The trial failed, or does not compete: its place goes to another, and it beats nobody."""
         self._took.discard(number)
         self._went.discard(number)
         if self._points.pop(number, None):
-            self.rank()
+            self._layers.remove(number)
 
-    def rank(self, newest: dict[int, Point] | None = None) -> set[int]:
-        """Who is among the best 1 / ``reduction`` of the results and the ``newest``; see
-        ``climbers``."""
-        points = self._ranked = self._points | (newest or {})
-        numbers, values = list(points), list(points.values())
-        ranked = layers(values)
-        best = climbers(values, ranked, self._reduction)
-        self.ahead = [numbers[i] for layer in ranked if best.intersection(layer) for i in layer]
-        return {numbers[i] for i in best}
+    def best(self) -> set[int]:
+        """Who is among the best 1 / ``reduction``; see ``climbers``."""
+        return climbers(self._points, self._layers, self._reduction)
 
-    def free(self, more: int = 0) -> int:
-        """How many places nobody has, by the number of results and ``more``."""
-        return math.ceil((len(self._points) + more) / self._reduction) - self.taken
+    def ahead(self) -> list[int]:
+        """Who may have a place: those on the front, and where that has fewer than there are places,
+        on the next ones."""
+        out: list[int] = []
+        for layer in self._layers:
+            if len(out) >= self._all:
+                break
+            out += layer
+        return out
+
+    def free(self) -> int:
+        """How many places nobody has."""
+        return self._all - self.taken
+
+    @property
+    def _all(self) -> int:
+        return math.ceil(len(self._points) / self._reduction)
 
     @property
     def taken(self) -> int:
-        """By those that compete: what is over a limit that was changed has none."""
-        return len(self._took & self._points.keys())
+        return len(self._took)
 
     def goes(self, number: int, takes_place: bool) -> None:
         """The trial goes on."""
@@ -67,20 +68,31 @@ class Places:
             self._took.add(number)
 
     def by_gain(self, numbers: Iterable[int]) -> list[int]:
-        """Trials that were ranked, by what they add to those that went on: the hypervolume in
+        """Some of the trials, by what they add to those that went on: the hypervolume in
         logarithms of loss and latency, up to one e-fold beyond the worst; of equals the first given
         first."""
-        went = [_logs(self._ranked[number]) for number in self._went if number in self._ranked]
-        some = {number: _logs(self._ranked[number]) for number in numbers}
-        worst = np.max([*went, *some.values()], axis=0, initial=-math.inf) + 1
-
-        def volume(points: list[Point]) -> float:
-            return float(hypervolume(np.array(points), ref=worst)) if points else 0.0
-
-        went = [went[i] for i in front(went)]  # the rest add nothing
-        known = volume(went)
-        gains = {number: volume([*went, at]) - known for number, at in some.items()}
+        went = [_logs(self._points[number]) for number in self._went]
+        some = {number: _logs(self._points[number]) for number in numbers}
+        if not some:
+            return []
+        losses, latencies = zip(*went, *some.values(), strict=True)
+        worst = max(losses) + 1, max(latencies) + 1
+        stairs = [went[i] for i in front(went)]  # the rest add nothing
+        gains = {number: _gain(at, stairs, worst) for number, at in some.items()}
         return sorted(gains, key=lambda number: -gains[number])
+
+
+def _gain(new: Point, stairs: list[Point], worst: Point) -> float:
+    """The area up to ``worst`` that ``new`` dominates and nothing on the front ``stairs`` does,
+    which is by ascending latency."""
+    (loss, since), (above, end) = new, worst
+    area = 0.0
+    for step, latency in [*stairs, (loss, end)]:
+        if latency > since:
+            area += (latency - since) * max(0.0, above - loss)
+            since = latency
+        above = min(above, step)
+    return area
 
 
 def _logs(point: Point) -> Point:

@@ -67,7 +67,12 @@ class Proposals:
         self._queue = list(first)
         self._alone = ALONE
         self._seen: set[str] = set()
+        # What is alike is one thing: a study copies all of a result that it is given.
+        alike = {repr(d): d for d in map(_distribution, space.parameters)}
+        self._distributions = {p.name: alike[repr(_distribution(p))] for p in space.parameters}
         self._studies = {rung: self._study() for rung in RUNGS}
+        # Results that a study is given before it is asked: those of low rungs soon are no more.
+        self._untold: dict[str, list[optuna.trial.FrozenTrial]] = {rung: [] for rung in RUNGS}
         self._asked: dict[str, tuple[str, optuna.Trial]] = {}  # digest -> (rung, trial)
         self._best: dict[str, dict[str, Any]] = {}  # rung -> values of its best policy
         self._best_loss: dict[str, float] = {}
@@ -140,7 +145,8 @@ class Proposals:
         better = constraint <= 0 and loss <= self._best_loss.get(rung, float("inf"))
         if better and self.space.contains(policy):
             self._best[rung], self._best_loss[rung] = self.space.values(policy), loss
-        if len(self._studies[rung].get_trials(deepcopy=False)) > 2 * WINDOW:
+        held = len(self._studies[rung].get_trials(deepcopy=False)) + len(self._untold[rung])
+        if held > 2 * WINDOW:
             self._trim(rung)
 
     def fail(self, policy: Policy) -> None:
@@ -156,6 +162,8 @@ class Proposals:
     def _next(self) -> Policy:
         rung = next((r for r in reversed(RUNGS) if len(self._completed(r)) >= ENOUGH), RUNGS[0])
         study = self._studies[rung]
+        study.add_trials(self._untold[rung])
+        self._untold[rung].clear()
         trial = study.ask()
         suggested = self._suggest(trial, rung)
         if suggested:
@@ -175,7 +183,8 @@ class Proposals:
         return policy
 
     def _completed(self, rung: str) -> list[optuna.trial.FrozenTrial]:
-        return self._studies[rung].get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        told = self._studies[rung].get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return told + self._untold[rung]
 
     def _inherited(self, rung: str) -> dict[str, Any]:
         """Parameters that do not act at ``rung``: of the best at the highest rung that has any."""
@@ -221,11 +230,11 @@ class Proposals:
             if p.name in known and p.name not in self._fixed
             and _acts(p, rung) and len(p.choices) != 1
         ]  # fmt: skip
-        self._studies[rung].add_trial(
+        self._untold[rung].append(
             optuna.create_trial(
                 values=results,
                 params={p.name: _in(p, known[p.name]) for p in axes},
-                distributions={p.name: _distribution(p) for p in axes},
+                distributions={p.name: self._distributions[p.name] for p in axes},
                 constraints={"limit": constraint},
             )
         )
@@ -234,8 +243,7 @@ class Proposals:
         kept = self._completed(rung)[-WINDOW:]
         for digest in [d for d, (r, _) in self._asked.items() if r == rung]:
             del self._asked[digest]  # its result will be added like anybody's
-        self._studies[rung] = self._study()
-        self._studies[rung].add_trials(kept)
+        self._studies[rung], self._untold[rung] = self._study(), kept
 
     def _study(self) -> optuna.Study:
         self._seed = (self._seed + 1) % 2**32  # as numpy takes them

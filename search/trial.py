@@ -9,6 +9,12 @@ from .finder import Price
 from .pareto import Point
 from .record import Entry
 
+# How much of a death it is, by what was lost. That a node goes says little of the policy, but one
+# that takes eight along is not tried for ever. That a node was taken away, or that there was no
+# place to store a result, says nothing. A worker that died while it was idle says nothing either,
+# but a trial must not be begun for ever.
+LOSSES = {"worker": 1.0, "node": 0.25, "idle": 0.05, "preempted": 0.0, "unstored": 0.0}
+
 
 @dataclass(eq=False)
 class Trial:

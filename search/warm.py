@@ -110,9 +110,9 @@ class WarmStart:
         untrained the table knows. kept: whether it keeps the limits."""
         student = self._students.get(policy.student)
         if student and rung != RUNGS[0] and self._space.contains(policy):
-            latency_ms = student.tell(policy, rung, loss)
+            student.tell(policy, rung, loss)
             if rung == RUNGS[-1]:
-                self._finished.append((latency_ms, kept))
+                self._finished.append((student.latency_ms(policy), kept))
 
 
 class _Student:
@@ -196,11 +196,11 @@ class _Student:
         self.cut += solver.cut
         return None if found is None else (drawn.log_loss(solver.harm(found)), self._values(found))
 
-    def tell(self, policy: Policy, rung: str, loss: float) -> float:
-        """Returns the latency of ``policy``."""
-        point = self._point(policy)
-        self.learned.tell(rung, point, settings_of(self._space, policy), loss)
-        return float(self._latency(point[None])[0])
+    def tell(self, policy: Policy, rung: str, loss: float) -> None:
+        self.learned.tell(rung, self._point(policy), settings_of(self._space, policy), loss)
+
+    def latency_ms(self, policy: Policy) -> float:
+        return float(self._latency(self._point(policy)[None])[0])
 
     def limit(
         self, rng: random.Random, finished: Sequence[tuple[float, bool]], fast: bool

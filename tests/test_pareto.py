@@ -5,6 +5,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flyweight.search.layers import Layers
 from flyweight.search.pareto import (
     CHANCE,
     EARLY,
@@ -12,7 +13,6 @@ from flyweight.search.pareto import (
     climbers,
     dominates,
     front,
-    layers,
     spread_order,
 )
 
@@ -41,16 +41,6 @@ def test_front_is_what_no_other_dominates_by_latency(points: list[tuple[float, f
     assert [points[i][1] for i in found] == sorted(points[i][1] for i in found)
 
 
-@given(POINTS)
-def test_layers_peel_fronts(points: list[tuple[float, float]]) -> None:
-    left = set(range(len(points)))
-    for layer in layers(points):
-        order = sorted(left)
-        assert set(layer) == {order[i] for i in brute_front([points[i] for i in order])}
-        left -= set(layer)
-    assert not left
-
-
 @given(POINTS.filter(bool))
 def test_spread_order_begins_with_the_most_accurate_and_loses_none(
     points: list[tuple[float, float]],
@@ -64,6 +54,13 @@ def test_spread_order_begins_with_the_most_accurate_and_loses_none(
             return min(abs(points[i][1] - points[j][1]) for j in before)
 
         assert far(found[n]) == max(far(i) for i in found[n:])
+
+
+def layers(points: list[tuple[float, float]]) -> Layers:
+    found = Layers()
+    for i, point in enumerate(points):
+        found.add(i, point)
+    return found
 
 
 def climbs(earlier: list[tuple[float, float]], new: tuple[float, float], reduction: float) -> bool:

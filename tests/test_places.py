@@ -20,40 +20,29 @@ def test_ahead_are_whole_fronts_that_fill_the_places(
     places = Places(reduction)
     for number, point in enumerate(points):
         places.add(number, point)
-    best = places.rank()
+    best = places.best()
     assert len(best) == places.free() == math.ceil(len(points) / reduction)
-    assert best <= set(places.ahead)
-    assert set(front(points)) <= set(places.ahead)
+    assert best <= set(places.ahead())
+    assert set(front(points)) <= set(places.ahead())
     left, filled = list(range(len(points))), set[int]()
     while len(filled) < len(best):
         on = {left[i] for i in front([points[i] for i in left])}
         filled |= on
         left = [i for i in left if i not in on]
-    assert filled == set(places.ahead)
-
-
-def test_the_newest_is_judged_and_not_kept() -> None:
-    places = Places(2.0)
-    places.add(0, (0.5, 0.5))
-    places.rank()
-    assert places.rank({1: (0.1, 0.1)}) == {1}
-    assert 1 not in places
-    assert places.rank() == {0}
+    assert filled == set(places.ahead())
 
 
 def test_a_place_is_taken_and_given_up() -> None:
     places = Places(4.0)
     for number in range(5):
         places.add(number, (1.0 - number / 10, 0.1 + number / 10))
-    places.rank()
-    assert (places.free(), places.free(4), places.taken) == (2, 3, 0)
+    assert (places.free(), places.taken) == (2, 0)
     places.goes(0, True)
     places.goes(4, False)  # trained no further
     assert (places.free(), places.taken) == (1, 1)
     places.drop(0)
     assert (places.free(), places.taken) == (1, 0)  # of four results
-    assert 0 not in places
-    assert 0 not in places.ahead
+    assert 0 not in places.ahead()
 
 
 def area(points: list[tuple[float, float]], ref: tuple[float, float]) -> float:
@@ -70,7 +59,6 @@ def test_who_adds_most_is_first(points: list[tuple[float, float]]) -> None:
     places = Places(4.0)
     for number, point in enumerate(points):
         places.add(number, point)
-    places.rank()
     went = range(0, len(points), 3)
     for number in went:
         places.goes(number, True)
@@ -86,7 +74,6 @@ def test_of_two_as_fast_the_one_that_loses_less_adds_more() -> None:
     places = Places(4.0)
     for number, point in enumerate([(0.027, 0.231), (0.027, 0.211), (0.051, 0.209)]):
         places.add(number, point)
-    places.rank()
     places.goes(0, True)
     assert places.by_gain([2, 1]) == [1, 2]
 
@@ -94,5 +81,5 @@ def test_of_two_as_fast_the_one_that_loses_less_adds_more() -> None:
 @pytest.mark.parametrize("reduction", [1.0, 3.0])
 def test_without_results_nobody_is_ahead(reduction: float) -> None:
     places = Places(reduction)
-    assert places.rank() == set()
-    assert (places.ahead, places.free()) == ([], 0)
+    assert places.best() == set()
+    assert (places.ahead(), places.free()) == ([], 0)
