@@ -3,6 +3,9 @@
 import math
 from collections.abc import Iterable
 
+import numpy as np
+from moocore import hypervolume
+
 from .layers import Layers
 from .pareto import Point, climbers, front
 
@@ -73,26 +76,15 @@ class Places:
         first."""
         went = [_logs(self._points[number]) for number in self._went]
         some = {number: _logs(self._points[number]) for number in numbers}
-        if not some:
-            return []
-        losses, latencies = zip(*went, *some.values(), strict=True)
-        worst = max(losses) + 1, max(latencies) + 1
-        stairs = [went[i] for i in front(went)]  # the rest add nothing
-        gains = {number: _gain(at, stairs, worst) for number, at in some.items()}
+        worst = np.max([*went, *some.values()], axis=0, initial=-math.inf) + 1
+
+        def volume(points: list[Point]) -> float:
+            return float(hypervolume(np.array(points), ref=worst)) if points else 0.0
+
+        went = [went[i] for i in front(went)]  # the rest add nothing
+        known = volume(went)
+        gains = {number: volume([*went, at]) - known for number, at in some.items()}
         return sorted(gains, key=lambda number: -gains[number])
-
-
-def _gain(new: Point, stairs: list[Point], worst: Point) -> float:
-    """The area up to ``worst`` that ``new`` dominates and nothing on the front ``stairs`` does,
-    which is by ascending latency."""
-    (loss, since), (above, end) = new, worst
-    area = 0.0
-    for step, latency in [*stairs, (loss, end)]:
-        if latency > since:
-            area += (latency - since) * max(0.0, above - loss)
-            since = latency
-        above = min(above, step)
-    return area
 
 
 def _logs(point: Point) -> Point:
