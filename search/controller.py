@@ -23,7 +23,7 @@ from .finder import Finder, Price
 from .limits import Limits
 from .pareto import by_chance
 from .places import Places
-from .record import Entry, Record
+from .record import Entry, Record, ends
 from .results import FINALISTS
 from .strategies import Source
 from .trial import LOSSES, Trial, competes, costs, not_a_number, point
@@ -499,7 +499,11 @@ class Controller:
                     places.drop(number)
                 elif competes(trial, rung):
                     places.add(number, point(trial.results[rung]))
-        for trial in self.trials.values():  # for which there was no time, and now there may be
+        said = ends(self.record.entries())
+        for trial in self.trials.values():
+            if trial.ended == "finished" and trial.number not in said:  # killed in between
+                self._end(trial, "finished")
+            # There was no time for it, and now there may be.
             if trial.ended == "deadline" and self.remaining() > 0 and self._in_time(trial):
                 trial.ended = None
         self._again = [t for t in self.trials.values() if not t.ended]

@@ -26,7 +26,7 @@ from flyweight.search.controller import (
 from flyweight.search.ending import causes, fruitless, unreached
 from flyweight.search.limits import Limits
 from flyweight.search.proposals import Proposals
-from flyweight.search.record import Entry, MemoryRecord
+from flyweight.search.record import Entry, MemoryRecord, ends
 from flyweight.search.results import at_full
 from flyweight.search.summary import Summary
 from flyweight.search.trial import Trial
@@ -452,6 +452,21 @@ def test_of_those_that_the_deadline_meets_before_any_finished_one_goes_on() -> N
     ends = [trial.ended for trial in trials if trial]
     assert len(control.results("short")) == 4
     assert sorted(map(str, ends)) == ["None", "stopped", "stopped", "stopped"]
+
+
+def test_a_trial_whose_end_a_kill_cut_off_has_ended() -> None:
+    """Its last result is in the record, that it ended is not."""
+    record, cut = MemoryRecord(), MemoryRecord()
+    run(controller(record, trials=3))
+    whole = ends(record.entries())
+    for entry in record.entries():
+        if not (entry["kind"] == "end" and entry["reason"] == "finished"):
+            cut.append(entry)
+    assert ends(cut.entries()).keys() < whole.keys()
+    controller(cut, trials=3)
+    assert {n: e["reason"] for n, e in ends(cut.entries()).items()} == {
+        n: e["reason"] for n, e in whole.items()
+    }
 
 
 def test_a_search_that_only_fails_ends() -> None:
