@@ -20,7 +20,6 @@ from .distill import Diverged, distill, kl_divergence
 from .equalize import equalize
 from .export import to_onnx
 from .freeze import freeze
-from .mixed import is_native
 from .parity import Parity, check_parity, run_session
 from .prepared import Prepared
 from .prune import kept_channels, lay_out, recompute_statistics, remove
@@ -321,7 +320,7 @@ def _train(
     """The share of the distillation that belongs to ``stage``, in place; samples seen."""
     if policy.distill is None:
         return 0
-    schedule, device = prepared.schedule, prepared.device
+    schedule = prepared.schedule
     short, last = schedule.short, 1.0
     if policy.quantize.acts and policy.quantize.qat:
         last -= QAT_SHARE
@@ -340,8 +339,8 @@ def _train(
         first=begin * schedule.full_epochs,
         cycle=(cycle[0] * schedule.full_epochs, cycle[1] * schedule.full_epochs),
         hold_zeros=policy.prune.sparsity > 0,
-        device=device,
+        device=prepared.device,
         # With quantizers in place bfloat16 would round as coarsely as they do.
-        halves=stage != "qat" and policy.student in prepared.bfloat16 and is_native(device),
+        halves=stage != "qat" and prepared.trains_in_bfloat16(policy.student),
         kind=prepared.kind,
     )

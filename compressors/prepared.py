@@ -26,6 +26,7 @@ from ..spaces.tracing import arguments, trace
 from .checks import check, check_request, check_values
 from .data import Items, Splits, split, tensors
 from .distill import CPU, Asked, Epoch
+from .mixed import is_native
 from .modules import with_modules
 from .outputs import OutputKind, kind_of
 from .parity import run_module
@@ -77,6 +78,9 @@ class Prepared:
     answers: dict[int, Tensor] = field(default_factory=dict)
     device: torch.device = CPU
     bfloat16: frozenset[str] = frozenset()
+
+    def trains_in_bfloat16(self, student: str) -> bool:
+        return student in self.bfloat16 and is_native(self.device)
 
     @property
     def teacher(self) -> nn.Module:

@@ -33,6 +33,7 @@ from .trial import LOSSES, Trial, competes, costs, not_a_number, point
 REDUCTION = {"recalibrate": 2.0, "short": 4.0}
 HOPELESS = 8  # trials that failed at a rung that none has a result of: the search ends
 DEATHS = 2  # of its worker, and a policy is not tried again: it may be what kills them
+GONE = "its policy cannot be built for this target"  # which another session had
 UNSTORED = 8  # results, one after another, that workers could not store: the search ends
 REFUSALS = 8  # of workers, one after another, to make the task: the search ends
 RECENT = 100  # newest results of a rung that say how long it takes
@@ -77,7 +78,6 @@ class Controller:
         self.trials: dict[int, Trial] = {}
         self._reached: dict[str, dict[int, Trial]] = {rung: {} for rung in RUNGS}  # as they came
         self._newest: dict[str, deque[Results]] = {rung: deque(maxlen=RECENT) for rung in RUNGS}
-        self._price = price
         self.fatal: OSError | FlyweightError | None = None
         self.exhausted = False
         self.interrupted = False
@@ -394,7 +394,6 @@ class Controller:
 
     def _learn(self, trial: Trial, entry: Entry) -> None:
         trial.results[entry["rung"]] = entry
-        self._reached[entry["rung"]].pop(trial.number, None)  # of a trial that began anew
         self._reached[entry["rung"]][trial.number] = trial
         self._newest[entry["rung"]].appendleft(trial.results)
         if entry.get("through") == "rank":
@@ -501,8 +500,9 @@ class Controller:
                     places.add(number, point(trial.results[rung]))
         said = ends(self.record.entries())
         for trial in self.trials.values():
-            if trial.ended == "finished" and trial.number not in said:  # killed in between
-                self._end(trial, "finished")
+            # It was killed in between, or cannot be built for the target any more.
+            if trial.ended in ("finished", "failed") and trial.number not in said:
+                self._end(trial, trial.ended, GONE if trial.ended == "failed" else None)
             # There was no time for it, and now there may be.
             if trial.ended == "deadline" and self.remaining() > 0 and self._in_time(trial):
                 trial.ended = None

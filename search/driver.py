@@ -219,10 +219,13 @@ class _Search:
         return Outcome(self.run_dir, found, controller.interrupted, failed, self.notes)
 
     def _bfloat16(self) -> list[str]:
-        """The students that train so: as the search began."""
-        sessions = (e for e in self.record.entries() if e["kind"] == "search")
-        known: list[str] | None = next(sessions, {}).get("bfloat16")
-        return trained_in_bfloat16(self.spec, self.ready.prepared) if known is None else known
+        """The students that train so: as it was decided when the search began, on such devices."""
+        spec = self.spec
+        for session in self.record.entries():
+            if session["kind"] == "search" and session.get("gpus") == (spec.resources.gpus > 0):
+                known: list[str] = session["bfloat16"]
+                return known
+        return trained_in_bfloat16(spec, self.ready.prepared, spec.space.distill.students)
 
     def _answers(self) -> dict[int, Any]:
         torch.set_num_threads(cores())
@@ -318,9 +321,11 @@ class _Search:
     def _trials(
         self, controller: Controller, header: dict[str, Any], answers: dict[int, Any]
     ) -> None:
-        facts = facts_of(self.spec, header["target"]["fingerprint"], header["bfloat16"])
+        facts = facts_of(self.spec, header["target"]["fingerprint"])
         inputs = self._inputs(header)
-        job = Job(self.spec, self.storage, facts, inputs, answers, self.ready.made)
+        job = Job(
+            self.spec, self.storage, facts, inputs, answers, self.ready.made, header["bfloat16"]
+        )
         self.progress.spent_s = controller.elapsed()
         with self.progress, ctrl_c_given_back():
             run_trials(
@@ -338,7 +343,7 @@ class _Search:
     def _inputs(self, header: dict[str, Any]) -> str:
         """A digest of what candidates depend on besides policy and rung: what has changed since a
         search was cut off must not go on from what it had."""
-        inputs = [header[name] for name in ("seed", "data_digest", "versions", "rungs")]
+        inputs = [header[name] for name in ("seed", "data_digest", "versions", "rungs", "bfloat16")]
         return key_of(*inputs, self.ready.teacher)
 
     def _conclusion(self) -> Conclusion:

@@ -210,7 +210,7 @@ def opening_entry(
     entry = {
         "kind": "search",
         "flyweight": version("flyweight"),
-        **facts_of(spec, device.fingerprint, bfloat16),
+        **facts_of(spec, device.fingerprint),
         **lasting(ready),
         "objective": spec.objective.model_dump(),
         "teacher": {
@@ -221,6 +221,8 @@ def opening_entry(
             "compressed_bytes": compressed_bytes(ready.teacher),
         },
         "versions": versions(spec.target.runtime),
+        "gpus": spec.resources.gpus > 0,
+        "bfloat16": list(bfloat16),
         "groups": {name: group.width for name, group in network.groups.items()},
         "blocks": {name: list(block.groups) for name, block in network.blocks.items()},
         "layers": len(network.layers),

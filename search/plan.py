@@ -274,17 +274,17 @@ def replay(policy_path: Path, spec_path: Path, rung: str, out: Path) -> dict[str
     """Rebuilds the artifact of a policy up to ``rung`` into ``out``; its facts. Raises BadInput for
     a policy that is none of this task."""
     policy, spec = read_policy(policy_path), load_spec(spec_path)
-    prepared = prepare_task(spec)
-    halves = trained_so(policy_path)
-    if halves is None:
-        halves = trained_in_bfloat16(spec, prepared)
-    prepared = dataclasses.replace(prepared, bfloat16=frozenset(halves))
+    so = trained_so(policy_path)
+    prepared = prepare_task(spec, bfloat16=[policy.student] if so else [])
     try:
         prepared.plan(policy)
     except Impossible as error:  # the policy of another network, say
         raise BadInput(f"{policy_path}: {error}") from error
+    if so is None and (names := trained_in_bfloat16(spec, prepared, [policy.student])):
+        prepared = dataclasses.replace(prepared, bfloat16=frozenset(names))
     candidate = compress(prepared, policy, rung, seed=spec.search.seed)
-    facts = facts_of(spec, prepared.runtime.fingerprint, halves)
+    facts = facts_of(spec, prepared.runtime.fingerprint)
+    facts |= {"bfloat16": prepared.trains_in_bfloat16(policy.student)}
     path = write_artifact(Storage(out), candidate, facts)
     return {
         "digest": policy.digest, "artifact": str(out / path), "rung": rung,
@@ -292,11 +292,11 @@ def replay(policy_path: Path, spec_path: Path, rung: str, out: Path) -> dict[str
     }  # fmt: skip
 
 
-def trained_so(policy_path: Path) -> list[str] | None:
-    """The students that trained in bfloat16 where the artifact beside ``policy_path`` was made;
-    None where there is none that says it."""
+def trained_so(policy_path: Path) -> bool | None:
+    """Whether the artifact beside ``policy_path`` was trained in bfloat16; None where there is none
+    that says it."""
     try:
         found = json.loads(policy_path.with_name("metrics.json").read_text()).get("bfloat16")
     except (OSError, ValueError, AttributeError):
         return None
-    return found if isinstance(found, list) else None
+    return found if isinstance(found, bool) else None

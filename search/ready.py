@@ -252,20 +252,17 @@ def versions(runtime: str) -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def facts_of(spec: Spec, fingerprint: str, bfloat16: Sequence[str]) -> dict[str, Any]:
-    """What every artifact of a search says about itself. bfloat16: the students that train so."""
+def facts_of(spec: Spec, fingerprint: str) -> dict[str, Any]:
+    """What every artifact of a search says about itself."""
     target = spec.target.model_dump(exclude={"profile"}) | {"fingerprint": fingerprint}
-    return {
-        "task": spec.given_task, "seed": spec.search.seed, "target": target,
-        "bfloat16": list(bfloat16),
-    }  # fmt: skip
+    return {"task": spec.given_task, "seed": spec.search.seed, "target": target}
 
 
-def trained_in_bfloat16(spec: Spec, prepared: Prepared) -> list[str]:
-    """The students of ``spec`` that are to train so, tried with the threads of its workers."""
+def trained_in_bfloat16(spec: Spec, prepared: Prepared, students: Sequence[str]) -> list[str]:
+    """Those of ``students`` that are to train so, tried with the threads of the workers."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, int(spec.resources.cpus)))
     try:
-        return in_bfloat16(prepared, spec.space.distill.students, spec.resources.gpus > 0)
+        return in_bfloat16(prepared, students, spec.resources.gpus > 0)
     finally:
         torch.set_num_threads(before)

@@ -6,6 +6,7 @@ import math
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ PAUSES_S = (1.0, 5.0, 20.0)
 class Job:
     """What all trials of a search share. inputs: digest of all that a candidate depends on besides
     its policy and rung. answers: the teacher's, per variant of the data. made: by which a worker
-    knows whether it makes the same task."""
+    knows whether it makes the same task. bfloat16: students that train so."""
 
     spec: Spec
     storage: Storage
@@ -44,6 +45,7 @@ class Job:
     inputs: str
     answers: dict[int, np.ndarray[Any, Any]]
     made: Made | None = None
+    bfloat16: Sequence[str] = ()
 
 
 class Unstored(FlyweightError):
@@ -63,7 +65,7 @@ class CompressionTrial(tune.Trainable):
         torch.set_num_threads(max(1, int(spec.resources.cpus)))
         answers = {variant: _shared(array) for variant, array in job.answers.items()}
         try:
-            self.prepared = prepare_task(spec, answers, job.made, job.facts["bfloat16"])
+            self.prepared = prepare_task(spec, answers, job.made, job.bfloat16)
         except BadInput as error:  # an error of Ray's would tell it in forty lines, for each worker
             self.refused = str(error)
         self.reset_config(config)
@@ -145,10 +147,12 @@ class CompressionTrial(tune.Trainable):
 
     def _stored(self, candidate: Candidate) -> str:
         """The path of its artifact. Raises Unstored."""
+        assert self.prepared is not None
+        so = {"bfloat16": self.prepared.trains_in_bfloat16(candidate.policy.student)}
         pauses = iter(PAUSES_S)
         while True:
             try:
-                return write_artifact(self.job.storage, candidate, self.job.facts)
+                return write_artifact(self.job.storage, candidate, self.job.facts | so)
             except OSError as error:
                 pause = next(pauses, None)
                 if pause is None:

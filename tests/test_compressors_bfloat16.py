@@ -9,13 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from flyweight.compressors import ClassificationTask, Prepared, Schedule, bfloat16, prepare
+from flyweight.compressors import (
+    ClassificationTask,
+    Prepared,
+    Schedule,
+    bfloat16,
+    compress,
+    prepare,
+)
 from flyweight.compressors.bfloat16 import CHANGED, Step, in_bfloat16
 from flyweight.compressors.data import Items
 from flyweight.compressors.distill import CPU
 from flyweight.compressors.mixed import mixed
 from flyweight.compressors.outputs import CLASSES, OutputKind
 from flyweight.kernels import make_runtime
+from flyweight.spaces import Distill, Policy, Prune
 
 
 def network() -> nn.Module:
@@ -162,3 +170,17 @@ def test_a_cpu_that_emulates_it_trains_in_float(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bfloat16, "is_native", lambda _: False)
     assert in_bfloat16(prepared(Task()), ["pruned"], gpus=False) == []
     assert in_bfloat16(prepared(Task()), ["pruned"], gpus=True) == ["pruned"]  # of a cluster's head
+
+
+def test_students_that_are_named_train_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flyweight.compressors.prepared.is_native", lambda _: True)
+    task, schedule = Task(), Schedule(full_epochs=2.0, short=0.5)
+    policy = Policy(Prune({"0": 4}), distill=Distill(learning_rate=0.01))
+    made = []
+    for names in ((), ("wide",), ("pruned",)):
+        found = prepare(task, make_runtime("onnxruntime", 1), schedule, bfloat16=names)
+        student = compress(found, policy, "short").student
+        made.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+    assert (made[0] - made[2]).norm() < 0.05 * made[0].norm()

@@ -42,11 +42,19 @@ def test_the_reference_has_every_default(root: Path) -> None:
     assert spec.model_dump(mode="json") == told
 
 
+def anchors(text: str) -> set[str]:
+    """By which mkdocs calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", h).strip().lower()) for h in headings}
+
+
 def test_every_page_is_in_the_index_and_every_link_leads_somewhere(root: Path) -> None:
     pages = {path.name: path.read_text() for path in (root / "docs").glob("*.md")}
     listed = re.findall(r"[\w-]+\.md", yaml.dump(yaml.safe_load((root / "mkdocs.yml").read_text())))
     assert sorted(listed) == sorted(pages)
     for name, text in pages.items():
-        for link in re.findall(r"\]\(([^)#\s]+)", text):
+        for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
             if "://" not in link:
                 assert (root / "docs" / link).resolve().exists(), f"{name}: {link}"
+            if anchor and (link or name).endswith(".md"):
+                assert anchor in anchors(pages[link or name]), f"{name}: {link}#{anchor}"

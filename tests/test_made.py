@@ -120,7 +120,7 @@ def worker(folder: Path, seed: str, before: Callable[[], None] = lambda: None) -
         "task: task.py:Patterns\nobjective: {max_drop: 50}\ntracking: null\n"
     )
     spec = load_spec(folder / "search.yaml")
-    job = Job(spec, Storage(folder / "run"), {"bfloat16": []}, "inputs", {}, ready(spec).made)
+    job = Job(spec, Storage(folder / "run"), {}, "inputs", {}, ready(spec).made)
     before()
     trial = object.__new__(CompressionTrial)  # its __init__ is Tune's
     trial.setup({"policy": Policy().canonical(), "rung": "recalibrate"}, job)

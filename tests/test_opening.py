@@ -182,3 +182,22 @@ def test_a_trial_that_more_time_lets_go_on_keeps_its_checkpoint(
     header = {"target": {"fingerprint": "f"}, "bfloat16": []}
     search._trials(controller, header, {})
     assert [place.name for place in (tmp_path / checkpoint_folder()).iterdir()] == ["deadline"]
+
+
+def test_who_trains_in_bfloat16_stays_as_it_was_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On devices of one kind: what was tried on CPUs says little of GPUs."""
+    monkeypatch.setattr(driver, "trained_in_bfloat16", lambda *_: ["tried anew"])
+    search: Any = object.__new__(driver._Search)
+    search.record, search.ready = MemoryRecord(), SimpleNamespace(prepared=None)
+
+    def decided(gpus: float) -> list[str]:
+        space = SimpleNamespace(distill=SimpleNamespace(students=["pruned"]))
+        search.spec = SimpleNamespace(resources=Resources(gpus=gpus), space=space)
+        return list(search._bfloat16())
+
+    search.record.append({"kind": "search"})  # of an earlier version
+    assert decided(0) == ["tried anew"]
+    search.record.append({"kind": "search", "gpus": False, "bfloat16": ["pruned"]})
+    search.record.append({"kind": "search", "gpus": False, "bfloat16": []})
+    assert decided(0) == ["pruned"]
+    assert decided(0.5) == ["tried anew"]

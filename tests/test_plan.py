@@ -10,10 +10,10 @@ from rich.console import Console
 
 from flyweight.search import counting
 from flyweight.search.limits import limits
-from flyweight.search.plan import idle, make_plan, print_plan, trained_so
+from flyweight.search.plan import idle, make_plan, print_plan, replay
 from flyweight.search.ready import per_item
 from flyweight.search.spec import Objective
-from flyweight.spaces import Impossible
+from flyweight.spaces import Impossible, Policy
 
 TASK = """
 import torch
@@ -123,12 +123,23 @@ def test_a_plan_leaves_out_what_is_impossible(
 
 @pytest.mark.parametrize(
     ("said", "known"),
-    [('{"bfloat16": ["pruned"]}', ["pruned"]), ('{"bfloat16": []}', []), ("{}", None),
-     ("[]", None), ("{", None), (None, None)],
+    [('{"bfloat16": true}', True), ('{"bfloat16": false}', False), ("{}", None), ("[]", None),
+     ("{", None), (None, None)],
 )  # fmt: skip
 def test_an_artifact_is_rebuilt_by_the_arithmetic_that_it_was_trained_in(
-    tmp_path: Path, said: str | None, known: list[str] | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, known: bool | None
 ) -> None:
+    path, built = write(tmp_path, speedup=2), []
+    (tmp_path / "policy.json").write_text(json.dumps(Policy().to_dict()))
     if said is not None:
         (tmp_path / "metrics.json").write_text(said)
-    assert trained_so(tmp_path / "policy.json") == known
+
+    def compressed(prepared: Any, *_: Any, **__: Any) -> Any:
+        built.append(prepared.bfloat16)
+        raise Impossible("enough")
+
+    monkeypatch.setattr("flyweight.search.plan.compress", compressed)
+    monkeypatch.setattr("flyweight.search.plan.trained_in_bfloat16", lambda *_: ["pruned"])
+    with pytest.raises(Impossible, match="enough"):
+        replay(tmp_path / "policy.json", path, "short", tmp_path / "out")
+    assert built == [frozenset() if known is False else {"pruned"}]

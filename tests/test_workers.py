@@ -47,7 +47,7 @@ class Worker:
     def __init__(self, prepared: Prepared, run_dir: Path, inputs: str = "inputs") -> None:
         self.trial = object.__new__(CompressionTrial)  # its __init__ is Tune's
         spec: Any = SimpleNamespace(search=SimpleNamespace(seed=SEED))
-        self.trial.job = Job(spec, Storage(run_dir), {"bfloat16": []}, inputs, {})
+        self.trial.job = Job(spec, Storage(run_dir), {}, inputs, {})
         self.trial.prepared = prepared
 
     def begin(self, rung: str) -> None:
