@@ -208,7 +208,7 @@ class TestOpenVino(RuntimeContract):
     def test_without_the_package_it_is_refused(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "openvino", None)
         monkeypatch.delitem(sys.modules, "flyweight.kernels.openvino", raising=False)
-        with pytest.raises(BadInput, match=r"pip install 'flyweight\[openvino\]'"):
+        with pytest.raises(BadInput, match=r"pip install -c constraints.txt -e '.\[openvino\]'"):
             make_runtime("openvino", 1)
 
 
