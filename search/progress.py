@@ -138,8 +138,8 @@ class Progress:
         if seconds <= 0:
             words = "finishing"
         elif seconds < math.inf:
-            most = f"{words}, about " if last else ""
-            words = f"{most}{clock_time(seconds)} left"
+            left = f"{clock_time(seconds)} left"
+            words = f"{words}, about {left}" if last else left
         if self.ending:
             words = "interrupted, ending with the best so far"
         return min(1.0, max(share for share, _ in ends)), words
