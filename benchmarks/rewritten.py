@@ -2,14 +2,14 @@
 
 A kernel is a line: of a layer its operation, precision, weights (made x read of a group x window),
 stride, groups, activation, and "+add" where a residual add runs inside; of anything else the
-runtime's name. The rules are those of ONNX Runtime 1.32 on x86 that the networks of kernels.py need:
+runtime's name. The rules are those of ONNX Runtime 1.32 on x86 that networks of kernels.py need:
 
 - Float convolutions in two dimensions keep channels in blocks (NCHWc), padded to whole ones; values
   are reordered where somebody else makes or reads them. A sum of two of them runs inside the
   convolution that makes its first input, or its second, if nobody else reads that.
 - Integer convolutions have channels last; values are transposed where somebody else makes or reads
-  them. What moves or adds integers has them last if all that it reads has; so has a float sum on the
-  way to another transposition, which is then the only one.
+  them. What moves or adds integers has them last if all that it reads has; so has a float sum on
+  the way to another transposition: one behind it is then enough.
 - An activation before a quantizer alone is left out: the quantizer clips as it does.
 - A quantizer stands before what only moves values, which then moves integers.
 - Whatever reads integers in float has a dequantizer of its own.
@@ -228,7 +228,7 @@ class _Rewriting:
                 self._turned |= self._last & {value}
 
     def _meets_float(self, value: str, kernel: Kernel) -> bool:
-        """Whether ``kernel`` is a sum where an integer, ``value``, with channels last, meets a float
+        """Whether ``kernel`` is a sum where ``value``, an integer with channels last, meets a float
         on the way to another transposition.
 
         Its own then moves towards that one as far as it can: behind the dequantizer, before the
@@ -240,8 +240,8 @@ class _Rewriting:
     def _turns(self, value: str) -> bool:
         """Whether ``value`` gets to a transposition through sums."""
         return any(
-            reader.kind == "conv" and reader.precision == "int8"
-            or reader.kind == "add" and self._turns(reader.output)
+            (reader.kind == "conv" and reader.precision == "int8")
+            or (reader.kind == "add" and self._turns(reader.output))
             for reader in self._readers.get(value, ())
         )  # fmt: skip
 
