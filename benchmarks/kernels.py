@@ -7,7 +7,8 @@ and loaded; the graph that the runtime made of each is compared, as a multiset, 
 of rewritten.py say of its blueprint: layers (operation, precision, weights, stride, groups, fused
 activation and add) with what runs between them, and boundaries (quantize, dequantize, transpose,
 reorder). What rules do not look at, such as the norms of a transformer, has to be what it is in the
-network as it is.
+network as it is. The graph says no sizes of values, and of an integer layer no activation. The
+machine writes benchmarks/out/kernels-NETWORK.json; the blocks of channels are this machine's.
 """
 
 import argparse
@@ -102,13 +103,16 @@ def spec_of(network: str) -> Spec:
 
 
 class Rules:
-    """What the rules say of policies of one network."""
+    """What the rules say of policies of one network.
+
+    rest: how many more of a kernel run in the network as it is; not by policy, so in all of them.
+    """
 
     def __init__(self, prepared: Prepared) -> None:
         self._prepared, self._block = prepared, block()
         said, ran = self.of(Policy())
-        # What the rules do not look at, by the network as it is; they know all layers.
-        self._rest = Counter({k: ran[k] - said[k] for k in {*said, *ran} if " " not in k})
+        more = {kind: ran[kind] - said[kind] for kind in {*said, *ran} if " " not in kind}
+        self.rest = {kind: count for kind, count in more.items() if count}
 
     def of(self, policy: Policy) -> tuple[Counter[str], Counter[str]]:
         """The kernels that are said to run, and those that do. Raises Impossible."""
@@ -118,8 +122,8 @@ class Rules:
     def missed(self, policy: Policy) -> dict[str, int]:
         """How many more of a kernel run than are said to, where it is not as many."""
         said, ran = self.of(policy)
-        kinds = {*said, *ran, *self._rest}
-        more = {kind: ran[kind] - said[kind] - self._rest.get(kind, 0) for kind in kinds}
+        kinds = {*said, *ran, *self.rest}
+        more = {kind: ran[kind] - said[kind] - self.rest.get(kind, 0) for kind in kinds}
         return {kind: count for kind, count in more.items() if count}
 
 
@@ -147,7 +151,7 @@ def measure(network: str, policies: int) -> dict[str, Any]:
     return {
         "network": network, "policies": built, "impossible": impossible,
         **{part: equal[part] / max(built, 1) for part in ("layers", "boundaries", "both")},
-        "differences": dict(differences.most_common(SHOWN)), "first": first,
+        "differences": dict(differences.most_common(SHOWN)), "first": first, "rest": rules.rest,
     }  # fmt: skip
 
 
