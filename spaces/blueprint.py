@@ -201,7 +201,8 @@ class Decisions:
             return rows & self._int8[head.module]
         if not _carries(run, self._capabilities):
             return 0
-        return rows & _all(self.quantized, (*_values(self._network, head), end.name))
+        read = _values(self._network, head)  # none of the parts that a split gives
+        return rows & _all(self.quantized, (*read, end.name)) if read else 0
 
     def scales(self) -> dict[str, str]:
         """Of the first policy: for each quantized value the first value, in execution order, of
