@@ -252,14 +252,17 @@ class Decisions:
         return ~self._int8[before.module] if before.kind == "conv" else 0
 
     def _beyond(self) -> dict[str, Rows]:
-        """Activations behind an int8 layer that share a scale with values beyond their ends.
+        """Activations behind an int8 layer or sum that share a scale with values beyond their ends.
 
         An integer kernel ends in an activation only by clipping at the ends of its scale. Where
-        these are not those of the activation it must end before that, or ONNX Runtime runs the
-        layer in float.
+        these are not those of the activation a layer must end before it, or ONNX Runtime runs it
+        in float, as it does a sum.
         """
-        alike = self._alike()
-        return (self._sharing("relu", alike) | self._sharing("relu6", alike)) if alike else {}
+        found: dict[str, Rows] = {}
+        if alike := self._alike():
+            for act in {op.detail for op in self._network.ops if op.kind == "act"}:
+                found |= self._sharing(act, alike)
+        return found
 
     def _sharing(self, act: str, alike: list[tuple[set[str], Rows]]) -> dict[str, Rows]:
         """Of ``_beyond`` those that are an ``act``. A value within the ends of a relu6 is also
@@ -279,7 +282,7 @@ class Decisions:
         acts = {
             run[-1].name: self.in_int8(run, rows) & beyond.get(run[-1].name, 0)
             for run, rows in self.runs
-            if run[-1].kind == "act" and run[-1].detail == act and run[0].module in self._int8
+            if len(run) > 1 and run[-1].kind == "act" and run[-1].detail == act
         }
         return {name: rows for name, rows in acts.items() if rows}
 
