@@ -186,7 +186,7 @@ class Decisions:
         self._network, self._capabilities = network, capabilities
         self._int8, self._everyone = int8, everyone
         self._work_out({})
-        if alone := self._signed():
+        if alone := self._beyond():
             self._work_out(alone)
 
     def _work_out(self, alone: Mapping[str, Rows]) -> None:
@@ -201,7 +201,8 @@ class Decisions:
             return rows & self._int8[head.module]
         if not _carries(run, self._capabilities):
             return 0
-        return rows & _all(self.quantized, (*_values(self._network, head), end.name))
+        read = _values(self._network, head)  # none of the parts that a split gives
+        return rows & _all(self.quantized, (*read, end.name)) if read else 0
 
     def scales(self) -> dict[str, str]:
         """Of the first policy: for each quantized value the first value, in execution order, of
@@ -250,31 +251,38 @@ class Decisions:
         # itself.
         return ~self._int8[before.module] if before.kind == "conv" else 0
 
-    def _signed(self) -> dict[str, Rows]:
-        """Activations behind an int8 layer that share a scale with values of either sign.
+    def _beyond(self) -> dict[str, Rows]:
+        """Activations behind an int8 layer or sum that share a scale with values beyond their ends.
 
-        An integer kernel ends in an activation only by clipping at its zero point, which is then
-        not 0: it must end before the activation, or ONNX Runtime runs the layer in float.
+        An integer kernel ends in an activation only by clipping at the ends of its scale. Where
+        these are not those of the activation a layer must end before it, or ONNX Runtime runs it
+        in float, as it does a sum.
         """
-        alike = self._alike()
-        if not alike:
-            return {}
+        found: dict[str, Rows] = {}
+        if alike := self._alike():
+            for act in {op.detail for op in self._network.ops if op.kind == "act"}:
+                found |= self._sharing(act, alike)
+        return found
+
+    def _sharing(self, act: str, alike: list[tuple[set[str], Rows]]) -> dict[str, Rows]:
+        """Of ``_beyond`` those that are an ``act``. A value within the ends of a relu6 is also
+        within those of a relu."""
         ops = self._network.ops
-        positive = {op.name for op in ops if op.kind == "act"}
+        within = {op.name for op in ops if op.kind == "act" and op.detail in (act, "relu6")}
         for op in ops:
-            if op.kind in (*_PASSES, "concat") and positive.issuperset(op.inputs):
-                positive.add(op.name)
-        signed = {v: 0 if v in positive else rows for v, rows in self.quantized.items()}
+            if op.kind in (*_PASSES, "concat") and within.issuperset(op.inputs):
+                within.add(op.name)
+        beyond = {v: 0 if v in within else rows for v, rows in self.quantized.items()}
         before = None
-        while signed != before:
-            before = dict(signed)
+        while beyond != before:
+            before = dict(beyond)
             for values, rows in alike:
-                found = rows & _any(signed, values)
-                signed.update({v: signed[v] | found for v in values})
+                found = rows & _any(beyond, values)
+                beyond.update({v: beyond[v] | found for v in values})
         acts = {
-            run[-1].name: self.in_int8(run, rows) & signed.get(run[-1].name, 0)
+            run[-1].name: self.in_int8(run, rows) & beyond.get(run[-1].name, 0)
             for run, rows in self.runs
-            if run[-1].kind == "act" and run[0].module in self._int8
+            if len(run) > 1 and run[-1].kind == "act" and run[-1].detail == act
         }
         return {name: rows for name, rows in acts.items() if rows}
 

@@ -263,6 +263,12 @@ def test_a_concatenation_with_a_part_in_float_is_float(traced: Traced) -> None:
     assert precisions(plan)["cat"] == "fp32"
 
 
+def test_a_concatenation_of_parts_that_are_not_quantized_is_float(traced: Traced) -> None:
+    plan = int8(traced("parts"))  # a split gives several tensors at once, none of them a value here
+    assert {"cat", "cat_1"} <= plan.quantized.keys()
+    assert precisions(plan)["cat"] == precisions(plan)["cat_1"] == "fp32"
+
+
 def test_what_only_moves_values_passes_the_scale_on(traced: Traced) -> None:
     network = traced("plain")
     plan = int8(network)

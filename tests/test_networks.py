@@ -170,6 +170,57 @@ def test_an_activation_on_a_scale_with_a_sign_leaves_its_layer_in_int8(model: nn
     assert "relu" not in found.plan.quantized or found.plan.quantized["relu"] != "relu"
 
 
+class Higher(nn.Module):
+    """Values of at most 6 beside larger ones: side by side, or read by one layer."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        nn.init.constant_(self.b.bias, 10.0)
+        self.join, self.head = nn.Conv2d(8 if shared else 16, 8, 3), nn.Linear(8, 3)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, y = F.relu6(self.a(x)), F.relu(self.b(x))
+        joined = self.join(x) + self.join(y) if self.shared else self.join(torch.cat([x, y], 1))
+        return self.head(F.relu(joined).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("shared", "layers"), [(False, 4), (True, 5)])
+def test_a_relu6_on_a_scale_beyond_6_leaves_its_layer_in_int8(shared: bool, layers: int) -> None:
+    # ONNX Runtime drops a Clip before a quantizer only where no integer lies beyond it.
+    ready = prepared(Higher(shared), (3, 8, 8))
+    everything = Policy(quantize=Quantize(dict.fromkeys(ready.network.layers, "int8")))
+    found = compress(ready, everything, "full")
+    assert (int8_layers(found.model), float_layers(found.model)) == (layers, 0)
+    assert ("relu6", "fp32") in {(k.name, k.precision) for k in found.plan.kernels}
+
+
+class Summed(nn.Module):
+    """An activation behind a sum, beside values beyond its ends."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 8, 1) for _ in range(3))
+        self.act, self.join, self.head = act, nn.Conv2d(16, 8, 3), nn.Linear(8, 3)
+        with torch.no_grad():
+            self.c.weight.mul_(20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.act(self.a(x) + self.b(x)), self.c(x)], 1)
+        return self.head(F.relu(self.join(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6()])
+def test_a_sum_whose_activation_is_on_such_a_scale_is_in_float(act: nn.Module) -> None:
+    ready = prepared(Summed(act), (3, 8, 8))
+    everything = Policy(quantize=Quantize(dict.fromkeys(ready.network.layers, "int8")))
+    found = compress(ready, everything, "full")
+    kinds = {k.kind: k.precision for k in found.plan.kernels}
+    assert (kinds["add"], kinds["act"]) == ("fp32", "fp32")
+    assert optimized_kernels(found.model)["QLinearAdd"] == 0
+
+
 def test_norms_of_a_shared_layer_are_folded_only_if_they_are_one(
     networks: ModuleType, traced: Traced
 ) -> None:

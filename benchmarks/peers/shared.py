@@ -3,8 +3,9 @@
 The budget is in CPU seconds, of the process and its children: on a machine with other work a
 minute on the clock is worth less than one alone. What comes before any choice (data, trace, the
 teacher's artifact) is not counted, as in a search. Training is flyweight's own (``distill``:
-Hinton's loss, one cycle of SGD, the task's augmentation, the teacher's answers kept). A limit may
-cost its equal share of what is left of the budget: what one does not need, those after it have.
+Hinton's loss, one cycle of SGD, the task's augmentation, the teacher's answers kept, in bfloat16
+where a search would train so). A limit may cost its equal share of what is left of the budget: what
+one does not need, those after it have.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from run import LIMITS
 from torch import nn
 
 from flyweight.compressors import Prepared, Schedule, load_task, prepare
+from flyweight.compressors.bfloat16 import in_bfloat16
 from flyweight.compressors.data import Items
 from flyweight.compressors.distill import Diverged, Epoch, distill, kl_divergence
 from flyweight.compressors.parity import run_session
@@ -110,6 +112,7 @@ class Bench:
             task, make_runtime("onnxruntime", 1), Schedule(full_epochs=3.0)
         )
         self.task = task
+        self.halves = bool(in_bfloat16(self.prepared, ["pruned"], gpus=False))
         self.teacher_model = export(self.teacher())
         self._session = self.prepared.runtime.load(self.teacher_model)
         self._request = {"input": self.prepared.example.numpy()}
@@ -200,7 +203,7 @@ class Bench:
         settings = Distill(temperature=TEMPERATURE, alpha=ALPHA, learning_rate=rate)
         distill(
             student, epoch, epochs, settings, self.task.loss,
-            peak=rate, batch=self.prepared.schedule.batch, seed=self.seed,
+            peak=rate, batch=self.prepared.schedule.batch, seed=self.seed, halves=self.halves,
         )  # fmt: skip
 
     def _epoch_seconds(self, student: nn.Module) -> float:
@@ -405,8 +408,8 @@ def main(peer: str, build: Build, inherits: bool = False) -> None:
         spent += account.spent
         onnx.checker.check_model(onnx.load_from_string(model))
         figures = {
-            **asked, "limit": limit, "cpu_seconds": round(account.spent, 1),
-            "allowed": round(account.seconds, 1),
+            **asked, "limit": limit, "bfloat16": bench.halves,
+            "cpu_seconds": round(account.spent, 1), "allowed": round(account.seconds, 1),
             "wall_seconds": round(time.perf_counter() - began, 1), "load": os.getloadavg()[0],
             "speedup": round(bench.speedup(model), 3), "size_bytes": len(model),
             **bench.scores(model), **how,
