@@ -23,7 +23,7 @@ from .finder import Finder, Price
 from .limits import Limits
 from .pareto import by_chance
 from .places import Places
-from .record import Entry, Record, ends
+from .record import Entry, Record
 from .results import FINALISTS
 from .strategies import Source
 from .trial import LOSSES, Trial, competes, costs, not_a_number, point
@@ -498,10 +498,9 @@ class Controller:
                     places.drop(number)
                 elif competes(trial, rung):
                     places.add(number, point(trial.results[rung]))
-        said = ends(self.record.entries())
         for trial in self.trials.values():
             # It was killed in between, or cannot be built for the target any more.
-            if trial.ended in ("finished", "failed") and trial.number not in said:
+            if trial.ended and trial.number not in earlier.ends:
                 self._end(trial, trial.ended, GONE if trial.ended == "failed" else None)
             # There was no time for it, and now there may be.
             if trial.ended == "deadline" and self.remaining() > 0 and self._in_time(trial):
