@@ -293,6 +293,17 @@ class Controller:
         """The trials that somebody runs."""
         return [t for t in self.trials.values() if not t.ended and t not in self._again]
 
+    def waiting(self) -> set[int]:
+        """The trials that stopped and may yet go on: those on the front behind those who may have a
+        place too, for as more results come there are more places."""
+        with self._lock:
+            return {
+                number
+                for rung, places in self._places.items()
+                for number in places.ahead(1)
+                if self.trials[number].stopped_at(rung)
+            }
+
     def cut_off(self) -> bool:
         """Whether a trial that ran has not ended, though nothing was wrong with the record."""
         return not self.fatal and (bool(self.running()) or not self.over())
@@ -373,7 +384,7 @@ class Controller:
         places = self._places[rung]
 
         def waits(trial: Trial) -> bool:
-            return trial is newest or (trial.ended == "stopped" and trial.last_rung == rung)
+            return trial is newest or trial.stopped_at(rung)
 
         for number in places.by_gain(n for n in places.ahead() if waits(self.trials[n])):
             trial = self.trials[number]
