@@ -44,7 +44,14 @@ from .pricing import Pricing, predicted, timed
 from .profiling import check_device, check_profile, empty_profile
 from .progress import Progress
 from .reach import check_fastest, check_limits, check_without_ray
-from .ready import Ready, facts_of, ready, teacher_answers, trained_in_bfloat16
+from .ready import (
+    Ready,
+    facts_of,
+    ready,
+    teacher_answers,
+    torch_threads,
+    trained_in_bfloat16,
+)
 from .record import NOT_FOR_GOOD, Entry, Record, at_work, ends
 from .report import FILES as REPORT
 from .run_files import PROFILE, RESULT, SPEC
@@ -229,11 +236,9 @@ class _Search:
         return trained_in_bfloat16(spec, self.ready.prepared, spec.space.distill.students)
 
     def _answers(self) -> dict[int, Any]:
-        torch.set_num_threads(cores())
-        with telling("The teacher answers the training data", self.console):
-            answers = teacher_answers(self.ready.prepared)
-        torch.set_num_threads(1)  # from here on the trials have the cores
-        return answers
+        torch.set_num_threads(1)  # but for this the trials have the cores
+        with telling("The teacher answers the training data", self.console), torch_threads(cores()):
+            return teacher_answers(self.ready.prepared)
 
     def close(self) -> None:
         """Ends its thread, also where the search was cut short."""
