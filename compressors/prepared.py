@@ -82,6 +82,12 @@ class Prepared:
     def trains_in_bfloat16(self, student: str) -> bool:
         return student in self.bfloat16 and is_native(self.device)
 
+    def training_in_bfloat16(self, students: Iterable[str]) -> "Prepared":
+        """The same task, with all that is known of it, of which ``students`` train so."""
+        other = copy.copy(self)
+        object.__setattr__(other, "bfloat16", frozenset(students))
+        return other
+
     @property
     def teacher(self) -> nn.Module:
         return self.starts["pruned"].model

@@ -23,7 +23,7 @@ from .finder import Finder, Price
 from .limits import Limits
 from .pareto import by_chance
 from .places import Places
-from .record import Entry, Record, ends
+from .record import Entry, Record
 from .results import FINALISTS
 from .strategies import Source
 from .trial import LOSSES, Trial, competes, costs, not_a_number, point
@@ -293,6 +293,17 @@ class Controller:
         """The trials that somebody runs."""
         return [t for t in self.trials.values() if not t.ended and t not in self._again]
 
+    def waiting(self) -> set[int]:
+        """The trials that stopped and may yet go on: those on the front behind those who may have a
+        place too, for as more results come there are more places."""
+        with self._lock:
+            return {
+                number
+                for rung, places in self._places.items()
+                for number in places.ahead(1)
+                if self.trials[number].stopped_at(rung)
+            }
+
     def cut_off(self) -> bool:
         """Whether a trial that ran has not ended, though nothing was wrong with the record."""
         return not self.fatal and (bool(self.running()) or not self.over())
@@ -373,7 +384,7 @@ class Controller:
         places = self._places[rung]
 
         def waits(trial: Trial) -> bool:
-            return trial is newest or (trial.ended == "stopped" and trial.last_rung == rung)
+            return trial is newest or trial.stopped_at(rung)
 
         for number in places.by_gain(n for n in places.ahead() if waits(self.trials[n])):
             trial = self.trials[number]
@@ -498,10 +509,9 @@ class Controller:
                     places.drop(number)
                 elif competes(trial, rung):
                     places.add(number, point(trial.results[rung]))
-        said = ends(self.record.entries())
         for trial in self.trials.values():
             # It was killed in between, or cannot be built for the target any more.
-            if trial.ended in ("finished", "failed") and trial.number not in said:
+            if trial.ended and trial.number not in earlier.ends:
                 self._end(trial, trial.ended, GONE if trial.ended == "failed" else None)
             # There was no time for it, and now there may be.
             if trial.ended == "deadline" and self.remaining() > 0 and self._in_time(trial):

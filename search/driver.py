@@ -44,8 +44,15 @@ from .pricing import Pricing, predicted, timed
 from .profiling import check_device, check_profile, empty_profile
 from .progress import Progress
 from .reach import check_fastest, check_limits, check_without_ray
-from .ready import Ready, facts_of, ready, teacher_answers, trained_in_bfloat16
-from .record import NOT_FOR_GOOD, Entry, Record, at_work
+from .ready import (
+    Ready,
+    facts_of,
+    ready,
+    teacher_answers,
+    torch_threads,
+    trained_in_bfloat16,
+)
+from .record import NOT_FOR_GOOD, Entry, Record, at_work, ends
 from .report import FILES as REPORT
 from .run_files import PROFILE, RESULT, SPEC
 from .spec import Spec
@@ -58,7 +65,7 @@ from .tracking import TRACKED, MemoryTracker, Status, Tracker, tracked_at
 from .tracking_process import TrackerProcess
 from .tuning import run_trials
 from .warm import WarmStart
-from .workers import Job, trainable
+from .workers import KEPT, Job, trainable
 
 CPU_ALONE = (
     "trials ask for GPUs, but a worker trains on its CPU: torch sees no GPU there (its driver is "
@@ -146,6 +153,7 @@ class _Search:
         self.earlier_s = _worked(run.record.entries())
         self.notes: list[str] = []
         self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
+        self.waiting = _waiting(run.record.entries())
         self.profile = profile
         self.spent_s = next(reversed(at_work(run.record.entries())), 0.0)
         self.preparation = Preparation(
@@ -228,11 +236,9 @@ class _Search:
         return trained_in_bfloat16(spec, self.ready.prepared, spec.space.distill.students)
 
     def _answers(self) -> dict[int, Any]:
-        torch.set_num_threads(cores())
-        with telling("The teacher answers the training data", self.console):
-            answers = teacher_answers(self.ready.prepared)
-        torch.set_num_threads(1)  # from here on the trials have the cores
-        return answers
+        torch.set_num_threads(1)  # but for this the trials have the cores
+        with telling("The teacher answers the training data", self.console), torch_threads(cores()):
+            return teacher_answers(self.ready.prepared)
 
     def close(self) -> None:
         """Ends its thread, also where the search was cut short."""
@@ -308,15 +314,26 @@ class _Search:
             )  # fmt: skip
         short = self.spec.rungs.short
         budget = Budget(search.trials, search.time_budget, longer=1 / short - 1)
-        return Controller(
+        self.controller = Controller(
             proposals, price, limits, self.record, budget, listen=[listen, look, self._tidy],
             look_ahead=True, reprice=reprice, front_alone=self.nothing_left,
         )  # fmt: skip
+        return self.controller
 
     def _tidy(self, entry: dict[str, Any]) -> None:
-        """Removes the checkpoints of a trial that ended for good, or is unlikely to go on."""
-        if entry["kind"] == "end" and not (entry["reason"] in NOT_FOR_GOOD or entry.get("ahead")):
-            self.janitor.submit(remove_checkpoints, self.storage, entry["digest"])
+        """Removes the checkpoints of trials that ended for good, or are unlikely to go on."""
+        gone: list[str] = []
+        if entry["kind"] == "end" and entry.get("ahead"):
+            self.waiting[entry["trial"]] = entry["digest"]
+        elif entry["kind"] == "end" and entry["reason"] not in NOT_FOR_GOOD:
+            gone = [entry["digest"]]
+        elif entry["kind"] == "again":
+            self.waiting.pop(entry["trial"], None)
+        elif entry["kind"] == "result" and entry["rung"] in KEPT:  # others may be ahead now
+            passed = self.waiting.keys() - self.controller.waiting()
+            gone = [self.waiting.pop(number) for number in passed]
+        for digest in gone:
+            self.janitor.submit(remove_checkpoints, self.storage, digest)
 
     def _trials(
         self, controller: Controller, header: dict[str, Any], answers: dict[int, Any]
@@ -374,6 +391,11 @@ class _Search:
                 f"MLflow lacks {missing.entries} entries ({missing.reason}); the record has them "
                 f"all: `flyweight deliver {self.run_dir}` when the server is back"
             )
+
+
+def _waiting(entries: Sequence[Entry]) -> dict[int, str]:
+    """By trial the digest of each policy that stopped where it may go on from."""
+    return {n: e["digest"] for n, e in ends(entries).items() if e.get("ahead")}
 
 
 def _worked(entries: Sequence[Entry]) -> float:

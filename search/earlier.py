@@ -6,8 +6,8 @@ from ..compressors import RUNGS
 from ..spaces import Impossible, Policy
 from .finder import Price
 from .limits import Limits
-from .record import Entry, at_work
-from .trial import LOSSES, Trial, price_of
+from .record import Entry, at_work, ends
+from .trial import LOSSES, Trial, costs, price_of
 
 
 class Earlier:
@@ -15,8 +15,8 @@ class Earlier:
 
     trials: by number, as they ended; ``ended`` is None where one goes on. results: as they came, at
     the price that holds. went: who went on from which rung after it had stopped there. proposed:
-    policies that are not for another proposal. told: by trial, what the record says that artifacts
-    are predicted to take, in ms. spent_s: of search.
+    policies that are not for another proposal. ends: by trial, those that the record has. told: by
+    trial, what it says that artifacts are predicted to take, in ms. spent_s: of search.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class Earlier:
         self.proposed: list[Policy] = []
         self.results: list[tuple[Trial, Entry]] = []
         self.went: list[tuple[Trial, str]] = []
+        self.ends = ends(entries)
         self.told = {e["trial"]: e["latency_ms"] for e in entries if _prices(e)}
         self.spent_s = next(reversed(at_work(entries)), 0.0)
         self._limits, self._today = limits, price
@@ -75,7 +76,8 @@ class Earlier:
         trial.results[entry["rung"]] = entry
         self.results.append((trial, entry))
         if entry["rung"] == RUNGS[-1]:
-            trial.ended = "finished"
+            over = self._limits.cost(*costs(entry)) > 0
+            trial.ended = "over_limit" if over else "finished"
 
     def _died(self, entry: Entry) -> None:
         self.trials[entry["trial"]].deaths += LOSSES[entry.get("lost", "worker")]

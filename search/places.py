@@ -42,13 +42,15 @@ class Places:
         """Who is among the best 1 / ``reduction``; see ``climbers``."""
         return climbers(self._points, self._layers, self._reduction)
 
-    def ahead(self) -> list[int]:
+    def ahead(self, behind: int = 0) -> list[int]:
         """Who may have a place: those on the front, and where that has fewer than there are places,
-        on the next ones."""
+        on the next ones. behind: so many fronts more."""
         out: list[int] = []
         for layer in self._layers:
             if len(out) >= self._all:
-                break
+                if behind == 0:
+                    break
+                behind -= 1
             out += layer
         return out
 

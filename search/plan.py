@@ -1,6 +1,5 @@
 """What a search would do, before it costs anything; and single policies by hand."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -281,7 +280,7 @@ def replay(policy_path: Path, spec_path: Path, rung: str, out: Path) -> dict[str
     except Impossible as error:  # the policy of another network, say
         raise BadInput(f"{policy_path}: {error}") from error
     if so is None and (names := trained_in_bfloat16(spec, prepared, [policy.student])):
-        prepared = dataclasses.replace(prepared, bfloat16=frozenset(names))
+        prepared = prepared.training_in_bfloat16(names)
     candidate = compress(prepared, policy, rung, seed=spec.search.seed)
     facts = facts_of(spec, prepared.runtime.fingerprint)
     facts |= {"bfloat16": prepared.trains_in_bfloat16(policy.student)}

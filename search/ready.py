@@ -1,8 +1,9 @@
 """From a spec to a prepared task, its space and its teacher's figures; nothing is trained."""
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -260,9 +261,16 @@ def facts_of(spec: Spec, fingerprint: str) -> dict[str, Any]:
 
 def trained_in_bfloat16(spec: Spec, prepared: Prepared, students: Sequence[str]) -> list[str]:
     """Those of ``students`` that are to train so, tried with the threads of the workers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(spec.resources.cpus)))
-    try:
+    with torch_threads(max(1, int(spec.resources.cpus))):
         return in_bfloat16(prepared, students, spec.resources.gpus > 0)
+
+
+@contextlib.contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Torch on so many threads, for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)

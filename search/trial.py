@@ -37,6 +37,10 @@ class Trial:
         """The rung of its newest result, of which it has one."""
         return RUNGS[len(self.results) - 1]
 
+    def stopped_at(self, rung: str) -> bool:
+        """Whether it stopped behind ``rung``, from where it may go on."""
+        return self.ended == "stopped" and self.last_rung == rung
+
 
 def price_of(entry: Entry) -> Price:
     return Price(tuple(entry["latency_ms"]), entry["size_bytes"], entry["compressed_bytes"])

@@ -622,6 +622,36 @@ def test_any_prefix_of_a_record_goes_on_without_repeating(cut: int, announced: b
     assert control.proposals.running() == 0
 
 
+@pytest.mark.parametrize("size_bytes", [100, 10_000])
+def test_an_end_that_was_cut_off_says_what_it_would_have_said(size_bytes: int) -> None:
+    record, limits = MemoryRecord(), Limits(95.0, size_bytes=1000)
+    control = controller(record, limits=limits, trials=1)
+    trial = control.propose()
+    assert trial is not None
+    for rung in RUNGS:  # how large its artifact is shows when it is built
+        size = {"size_bytes": size_bytes} if rung == RUNGS[-1] else {}
+        control.result(trial.number, outcome(trial.policy, rung) | size)
+    *kept, end = record.entries()
+    assert end["reason"] == ("finished" if size_bytes <= 1000 else "over_limit")
+    cut = MemoryRecord(kept)
+    resumed = controller(cut, limits=limits, trials=1)
+    assert [e["reason"] for e in kinds(cut, "end")] == [end["reason"]]
+    assert resumed.trials[0].ended == end["reason"]
+
+
+def test_a_record_is_read_once() -> None:
+    class Counted(MemoryRecord):
+        read = 0
+
+        def entries(self) -> list[Entry]:
+            self.read += 1
+            return super().entries()
+
+    record = Counted([e for e in WHOLE if e["kind"] != "end"])
+    controller(record)
+    assert record.read == 1
+
+
 def test_what_an_earlier_session_left_counts_as_running_once_it_goes_on() -> None:
     record = MemoryRecord()
     first = controller(record, trials=2)

@@ -9,7 +9,7 @@ from flyweight.search.finder import Price
 from flyweight.search.limits import Limits
 from flyweight.spaces import Impossible, Policy, Prune
 
-LIMITS = Limits(90.0, latency_ms=1.0)
+LIMITS = Limits(90.0, latency_ms=1.0, size_bytes=15)
 POLICY = Policy(Prune({"a": 8}))
 PRICE = {"latency_ms": [0.4, 0.5, 0.6], "size_bytes": 10, "compressed_bytes": 5}
 BEGIN = {"kind": "begin", "trial": 0, "policy": POLICY.to_dict(), "time": 1.0, **PRICE}
@@ -36,6 +36,8 @@ AGAIN = {"kind": "again", "trial": 0, "time": 4.0}
         ([end("deadline")], "deadline"),
         ([end("failed"), AGAIN], "failed"),
         ([result("recalibrate"), result("short"), result("full")], "finished"),
+        ([result("full"), end("finished")], "finished"),
+        ([result("full", size_bytes=20)], "over_limit"),
     ],
 )
 def test_trials_are_as_they_ended(entries: list[dict[str, Any]], ended: str | None) -> None:

@@ -166,7 +166,7 @@ def test_a_trial_that_more_time_lets_go_on_keeps_its_checkpoint(
         storage.write(f"{checkpoint_folder(reason)}/short.safetensors", b"")
     controller: Any = SimpleNamespace(trials={}, elapsed=lambda: 0.0, fatal=None)
     search: Any = object.__new__(driver._Search)
-    search.storage, search.janitor = storage, ThreadPoolExecutor(1)
+    search.storage, search.janitor, search.waiting = storage, ThreadPoolExecutor(1), {}
 
     def run_trials(*_: Any, **__: Any) -> None:
         for number, reason in enumerate(reasons):

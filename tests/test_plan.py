@@ -1,6 +1,7 @@
 """What a plan tells before anything is spent."""
 
 import json
+from collections import Counter
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from flyweight.compressors.parity import run_module
 from flyweight.search import counting
 from flyweight.search.limits import limits
 from flyweight.search.plan import idle, make_plan, print_plan, replay
@@ -143,3 +145,23 @@ def test_an_artifact_is_rebuilt_by_the_arithmetic_that_it_was_trained_in(
     with pytest.raises(Impossible, match="enough"):
         replay(tmp_path / "policy.json", path, "short", tmp_path / "out")
     assert built == [frozenset() if known is False else {"pruned"}]
+
+
+def test_to_rebuild_an_artifact_the_teacher_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked = write(tmp_path, speedup=2), Counter[int]()
+    (tmp_path / "policy.json").write_text(json.dumps(Policy().to_dict()))
+
+    def counted(model: Any, items: Any) -> Any:
+        asked[id(items)] += 1
+        return run_module(model, items)
+
+    monkeypatch.setattr("flyweight.compressors.prepared.run_module", counted)
+    for part in ("prepared.is_native", "bfloat16.is_native", "bfloat16.Step.is_faster"):
+        monkeypatch.setattr(f"flyweight.compressors.{part}", lambda _: True)
+    found = replay(tmp_path / "policy.json", path, "recalibrate", tmp_path / "out")
+    metrics = Path(found["artifact"]).with_name("metrics.json")
+    assert json.loads(metrics.read_text())["bfloat16"]
+    assert asked
+    assert set(asked.values()) == {1}

@@ -5,7 +5,9 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flyweight.compressors import RUNGS
+from flyweight.search import driver
 from flyweight.search.controller import (
     DEATHS,
     HOPELESS,
@@ -28,6 +31,8 @@ from flyweight.search.proposals import Proposals
 from flyweight.search.record import Entry, MemoryRecord
 from flyweight.search.results import FINALISTS
 from flyweight.search.simulate import Clock, simulate
+from flyweight.search.storage import Storage
+from flyweight.search.store import checkpoint_folder
 from flyweight.search.trial import competes
 from flyweight.spaces import Policy
 
@@ -56,12 +61,13 @@ def brute(load: Callable[[str], ModuleType]) -> Any:
 
 def controller(
     toy: ModuleType, record: MemoryRecord, clock: Clock, *, trials: int = 100, limits: Any = None,
-    seconds: float | None = None, seed: int = 0, sampler: str = "random", **settings: Any,
+    seconds: float | None = None, seed: int = 0, sampler: str = "random", listen: Any = (),
+    **settings: Any,
 ) -> Controller:  # fmt: skip
     """Random search, where the sampler is not the point: it costs a tenth of TPE."""
     return Controller(
         Proposals(toy.space(**settings), sampler, seed), toy.price, limits or toy.NONE, record,
-        Budget(trials, seconds), clock=clock,
+        Budget(trials, seconds), clock=clock, listen=listen,
     )  # fmt: skip
 
 
@@ -558,3 +564,36 @@ def test_a_space_of_one_policy(toy: ModuleType) -> None:
     check_ends(control, record)
     assert control.exhausted
     assert [t.ended for t in control.trials.values()] == ["finished"]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_checkpoints_are_kept_for_who_may_go_on(
+    toy: ModuleType, tmp_path: Path, resumed: bool
+) -> None:
+    clock, record, work = Clock(), MemoryRecord(), Work(toy)
+    search: Any = object.__new__(driver._Search)
+    search.storage, search.janitor = Storage(tmp_path), ThreadPoolExecutor(1)
+    went_on: list[bool] = []  # with its checkpoint, of those who had stopped and were ahead
+
+    def evaluate(policy: Policy, rung: str) -> tuple[Entry | None, float]:
+        search.janitor.submit(int).result()  # what it had to remove is gone
+        place = tmp_path / checkpoint_folder(policy.digest)
+        own = [e for e in record.entries() if e.get("digest") == policy.digest]
+        if rung == "full" and any(e.get("ahead") for e in own[-2:]):
+            went_on.append(place.is_dir())
+        elif rung == "short":
+            place.mkdir(parents=True)
+        return work(policy, rung)
+
+    for trials in (100, 200) if resumed else (200,):
+        search.waiting = driver._waiting(record.entries())
+        search.controller = controller(toy, record, clock, trials=trials, listen=[search._tidy])
+        simulate(search.controller, evaluate, 4, clock)
+    search.janitor.shutdown()
+    kept = {place.name for place in (tmp_path / checkpoint_folder()).iterdir()}
+    may = {search.controller.trials[n].policy.digest for n in search.controller.waiting()}
+    once = {e["digest"] for e in record.entries() if e["kind"] == "end" and e.get("ahead")}
+    assert len(went_on) > 10
+    assert all(went_on)
+    assert kept <= may
+    assert len(kept) < len(once)
