@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .chunks import cut_at_once
 from .errors import BadInput, Untraceable
 from .grouping import Found, doubled, find_blocks, repeated, run_quietly, trial_widths
+from .label_rules import TRANSPOSED
 from .memory import Change, changes, versions, write_once
 from .network import Group, Layer, Network, Op
 from .operations import LAYERS, SHAPE, callee, operations, shape_of
@@ -76,6 +78,7 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
         node.replace_all_uses_with(seen.idle.get(source, source))
         graph.graph.erase_node(node)
     write_once(graph, seen.changes)
+    cut_at_once(graph)
     graph.graph.eliminate_dead_code()  # not before: it would drop changes whose result is not used
     graph.recompile()
     return graph
@@ -264,8 +267,9 @@ def _advice(error: Exception) -> str:
 
 def _check(graph: fx.GraphModule) -> None:
     """What a network must be; where it is not, everything after would fail less clearly."""
-    layers = {str(n.target) for n in graph.graph.nodes if callee(graph, n) in LAYERS}
-    if not layers:
+    called = [(str(n.target), callee(graph, n)) for n in graph.graph.nodes]
+    layers = {name for name, kind in called if kind in LAYERS}
+    if not layers and not any(kind in TRANSPOSED for _, kind in called):
         raise Untraceable("the model has no convolution and no linear layer: nothing to compress")
     for node in graph.graph.nodes:
         owner = str(node.target).rpartition(".")[0]
