@@ -64,7 +64,7 @@ def _number(end: Any) -> Any:
     read = end.args[0] if end.args else None
     if end.target in _ARITHMETIC and not end.kwargs:
         parts = [_number(part) for part in end.args]
-        return NotImplemented if NotImplemented in parts else end.target(*parts)  # type: ignore[operator]
+        return NotImplemented if NotImplemented in parts else end.target(*parts)
     if end.target is operator.getitem and isinstance(read, fx.Node):  # x.shape[1]
         place = end.args[1]
         if read.target is not getattr or read.args[1] != "shape":

@@ -133,8 +133,8 @@ class Labels(fx.Interpreter):
         plain = name.lower().replace("_", "")
         if name in OVER:
             self._stand_still(name, n, inputs[0])
-        elif name == "pad":
-            for i, amount in enumerate(self._given(n, 1, "pad")):  # from the last axis, both ends
+        elif name == "pad" and isinstance(amounts := self._given(n, 1, "pad"), tuple | list):
+            for i, amount in enumerate(amounts):  # of the last axis both ends, then the one before
                 if amount:
                     self.ties.still(inputs[0], -1 - i // 2)
         elif plain in SPATIAL:

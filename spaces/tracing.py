@@ -54,11 +54,10 @@ def trace(model: nn.Module, example: Any) -> Network:
     forward.
     """
     model = copy.deepcopy(model).eval()
-    expected = _first_answer(model, example)
     graph = trace_graph(model, example)
     _check(graph)
     inputs = _bind(model, example)[0]
-    _compare(graph, inputs, expected)
+    _compare(graph, inputs, model, example)
     found = Found(graph, inputs)
     groups = _sound(graph, inputs, found, found.groups)
     network = _network(graph, found, groups)
@@ -326,26 +325,20 @@ def _check(graph: fx.GraphModule) -> None:
         )
 
 
-def _first_answer(model: nn.Module, example: Any) -> Any:
-    """What ``model`` answers to ``example``; None where it fails, which tracing explains."""
-    args, kwargs = arguments(copy.deepcopy(example))  # it may change them in place
-    try:
-        with torch.no_grad():
-            return model(*args, **kwargs)
-    except Exception:
-        return None
-
-
-def _compare(graph: fx.GraphModule, inputs: Sequence[Any], expected: Any) -> None:
-    """Raises Untraceable if ``graph`` answers otherwise than its model did: it would be searched,
-    pruned and deployed as another network."""
-    if not isinstance(expected, torch.Tensor) or not expected.is_floating_point():
-        return
+def _compare(graph: fx.GraphModule, inputs: Sequence[Any], model: nn.Module, example: Any) -> None:
+    """Raises Untraceable if ``graph`` answers otherwise than ``model``, of which it is a trace: it
+    would be searched, pruned and deployed as another network."""
+    args, kwargs = arguments(copy.deepcopy(example))  # it may be changed in place
     with torch.no_grad():
-        found = graph(*(value.clone() for value in inputs))
+        found = graph(*(value.clone() for value in inputs))  # first: both may hold one buffer
+        try:
+            expected = model(*args, **kwargs)
+        except Exception:  # whoever runs it next says so
+            return
+    if not expected.is_floating_point() or not expected.isfinite().all():
+        return
     most = SAME * expected.abs().max().item()
-    same = found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=most)
-    if expected.isfinite().all() and not same:
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=most):
         raise Untraceable(
             "the model answers one request otherwise when it is asked again, or traced: its answer "
             "must hang on the request and the weights alone, not on random numbers, nor on buffers "
