@@ -759,7 +759,7 @@ class Weightless(nn.Module):
         (Steps(), "Proxy object cannot be iterated"),
         (Stars(), r"forward must name its arguments, but has \*x"),
         (Numpy(), r"tanh.*; what passes through numpy can be neither traced nor deployed: compute"),
-        (Scripted(), r"scripted\(\) Expected .*; a function of torch.jit.script cannot be traced"),
+        (Scripted(), r"scripted(?s:.*); a function of torch.jit.script cannot be traced"),
         (Random(), "answers one request otherwise when it is asked again, .* on random numbers"),
         (Remembers(), "otherwise when it is asked again, .* on buffers that its forward changes"),
         (Weightless(), "no convolution and no linear layer: nothing to compress"),
