@@ -206,6 +206,9 @@ def _resize(
     fitted = tuple(
         s if s == -1 or (before == after and s not in stale) else after for s, before, after in ends
     )
+    if name == "reshape" and isinstance(sizes[0], fx.Node) and fitted[0] == new[0] != old[0]:
+        # Heads of several requests in one axis, as B * 4: however many remain of them.
+        fitted = (-1, *fitted[1:]) if -1 not in fitted else fitted
     rest = given[1:] if sizes is not given else ()
     node.args = (*node.args[:place], fitted, *rest)
 

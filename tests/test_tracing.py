@@ -593,6 +593,37 @@ class Views(nn.Module):
         return self.head((x + self.out(y)).mean(1))
 
 
+class Merged(nn.Module):
+    """Attention whose heads lie in one axis with the requests, as bmm takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 32) for _ in range(3))
+        self.out, self.head = nn.Linear(32, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (
+            layer(x).reshape(b, t, 4, 8).transpose(1, 2).reshape(b * 4, t, 8)
+            for layer in (self.q, self.k, self.v)
+        )
+        y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        return self.head(self.out(y.view(b, 4, t, 8).transpose(1, 2).reshape(b, t, 32)).mean(1))
+
+
+def test_heads_may_lie_in_one_axis_with_the_requests() -> None:
+    model, example = Merged().eval(), torch.rand(3, 5, 6)
+    network = trace(model, example[:1])
+    assert members(network) == {"q": ("q", "k", "v"), "out": ("out",)}
+    assert network.groups["q"].multiple_of == 8
+    kept = list(range(8, 16))
+    gone = [i for i in range(32) if i not in kept]
+    with torch.no_grad():
+        model.v.weight[gone] = model.v.bias[gone] = 0
+    pruned = remove(model, network, example[:1], {"q": kept})
+    torch.testing.assert_close(pruned(example), model(example))
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_sizes_that_are_cut_and_joined_follow_what_is_pruned(
     whole: bool, capfd: pytest.CaptureFixture[str]
