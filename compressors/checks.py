@@ -127,7 +127,23 @@ def _answers(model: nn.Module, items: Items, name: str) -> Tensor:
     except Exception as error:
         raise BadInput(
             f"task: the model does not take items of {name} as example_input() promises: {error}"
+            f"{_hint(model, items)}"
         ) from error
+
+
+def _hint(model: nn.Module, items: Items) -> str:
+    """The rule and the fix where ``items`` are in float64, or ``model`` takes the first of them
+    alone; else ""."""
+    if any(tensor.dtype == torch.float64 for tensor in tensors(items.inputs)):
+        return "; items are in float64, the model's weights in float32: give x.float()"
+    try:
+        run_module(model, items.first(1))
+    except Exception:
+        return ""
+    return (
+        f"; it takes one item, but not {len(items)} in a batch: batches have any size, so say "
+        "view(x.shape[0], -1) for view(1, -1), and squeeze(-1) for squeeze()"
+    )
 
 
 def _loss(task: Task, output: Tensor, targets: Any, name: str) -> Tensor:

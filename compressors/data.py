@@ -103,7 +103,10 @@ def stack(dataset: Dataset, name: str) -> Items:
     try:
         inputs, targets = default_collate(items)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"task: items of {name} do not stack: {error}") from error
+        raise BadInput(
+            f"task: items of {name} do not stack: {error}; all must be of one shape: pad or crop "
+            "them in the data set"
+        ) from error
     for what, value in (("inputs", inputs), ("targets", targets)):
         for tensor in tensors(value):
             if not isinstance(tensor, Tensor):

@@ -81,6 +81,8 @@ def _handler(module: nn.Module, axis: int) -> Any:
         if 1 < module.groups == module.in_channels == module.out_channels:
             return tp.prune_depthwise_conv_out_channels
         return (tp.prune_conv_out_channels, tp.prune_conv_in_channels)[axis]
+    if isinstance(module, nn.modules.conv._ConvTransposeNd) and axis == 1:
+        return tp.prune_conv_out_channels
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return tp.prune_batchnorm_out_channels
     if isinstance(module, nn.LayerNorm):

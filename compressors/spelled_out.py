@@ -18,8 +18,8 @@ TOLERANCE = 1e-4  # share of the largest answer: other orders of the same sums
 
 
 def spelled_out(model: nn.Module, example: Any) -> nn.Module:
-    """``model`` with its MultiheadAttention and TransformerEncoder modules spelled out, a copy;
-    ``model`` itself where there are none or where it would not compute the same."""
+    """``model`` with its MultiheadAttention and Transformer modules spelled out, a copy; ``model``
+    itself where there are none or where it would not compute the same."""
     if not any(type(module) in SPELLED and _is_plain(module) for module in model.modules()):
         return model
     spelled = _spelled(copy.deepcopy(model)).eval()
@@ -181,8 +181,107 @@ class Encoder(nn.Module):
         return src if self.norm is None else self.norm(src)
 
 
+class DecoderLayer(nn.Module):
+    """nn.TransformerDecoderLayer."""
+
+    def __init__(self, given: nn.TransformerDecoderLayer) -> None:
+        super().__init__()
+        self.self_attn = Attention(given.self_attn)
+        self.multihead_attn = Attention(given.multihead_attn)
+        self.linear1, self.linear2 = given.linear1, given.linear2
+        self.norm1, self.norm2, self.norm3 = given.norm1, given.norm2, given.norm3
+        self.dropout, self.dropout1 = given.dropout, given.dropout1
+        self.dropout2, self.dropout3 = given.dropout2, given.dropout3
+        self.activation, self.norm_first = given.activation, given.norm_first
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False,  # noqa: ARG002
+        memory_is_causal: bool = False,  # noqa: ARG002
+    ) -> Tensor:
+        def attend(x: Tensor) -> Tensor:
+            found = self.self_attn(x, x, x, tgt_key_padding_mask, False, tgt_mask)
+            return self.dropout1(found[0])  # type: ignore[no-any-return]
+
+        def look(x: Tensor) -> Tensor:
+            found = self.multihead_attn(
+                x, memory, memory, memory_key_padding_mask, False, memory_mask
+            )
+            return self.dropout2(found[0])  # type: ignore[no-any-return]
+
+        def feed(x: Tensor) -> Tensor:
+            x = self.activation(self.linear1(x))
+            return self.dropout3(self.linear2(self.dropout(x)))  # type: ignore[no-any-return]
+
+        x = tgt
+        for step, norm in ((attend, self.norm1), (look, self.norm2), (feed, self.norm3)):
+            x = x + step(norm(x)) if self.norm_first else norm(x + step(x))
+        return x
+
+
+class Decoder(nn.Module):
+    """nn.TransformerDecoder."""
+
+    def __init__(self, given: nn.TransformerDecoder) -> None:
+        super().__init__()
+        self.layers, self.norm = nn.ModuleList(map(_spelled, given.layers)), given.norm
+
+    def forward(
+        self,
+        tgt: Tensor,
+        memory: Tensor,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool | None = None,  # noqa: ARG002
+        memory_is_causal: bool = False,  # noqa: ARG002
+    ) -> Tensor:
+        for layer in self.layers:
+            tgt = layer(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask
+            )
+        return tgt if self.norm is None else self.norm(tgt)
+
+
+class Transformer(nn.Module):
+    """nn.Transformer: an encoder, and a decoder that looks at what it gives."""
+
+    def __init__(self, given: nn.Transformer) -> None:
+        super().__init__()
+        self.encoder, self.decoder = _spelled(given.encoder), _spelled(given.decoder)
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        src_is_causal: bool | None = None,  # noqa: ARG002
+        tgt_is_causal: bool | None = None,  # noqa: ARG002
+        memory_is_causal: bool = False,  # noqa: ARG002
+    ) -> Tensor:
+        memory = self.encoder(src, src_mask, src_key_padding_mask)
+        return self.decoder(  # type: ignore[no-any-return]
+            tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask
+        )
+
+
 SPELLED: dict[type[nn.Module], Any] = {
     nn.MultiheadAttention: Attention,
     nn.TransformerEncoderLayer: EncoderLayer,
     nn.TransformerEncoder: Encoder,
+    nn.TransformerDecoderLayer: DecoderLayer,
+    nn.TransformerDecoder: Decoder,
+    nn.Transformer: Transformer,
 }

@@ -86,7 +86,8 @@ def metric_of(task: Any, output: Tensor, target: Any) -> float:
 def as_number(value: Any) -> float:
     """``value`` as a number; NaN for what is none."""
     try:
-        return math.nan if isinstance(value, str) else float(value)
+        number = value.item() if hasattr(value, "item") else value
+        return math.nan if isinstance(number, str) else float(number)
     except (TypeError, ValueError, RuntimeError):  # a tensor of several elements
         return math.nan
 

@@ -1,6 +1,7 @@
 """A user's module without what wraps it or its weights: the same function, ready to be traced."""
 
 import copy
+import re
 from types import CellType, FunctionType
 from typing import Any
 
@@ -19,19 +20,29 @@ WRAPPERS: dict[type[nn.Module], str] = {  # by type the attribute that holds the
     OptimizedModule: "_orig_mod",  # what torch.compile gives
 }
 
+QUANTIZED = re.compile(r"torch\.ao\.(nn\.(.*\.)?(quantized|qat)\b|quantization\.fake_quantize)")
+
 
 def unwrapped(model: nn.Module, whose: str) -> nn.Module:
     """A copy of ``model`` in eval mode in which modules that share a parameter have equal ones of
     their own, weights are what their norm, mask or parametrization makes of them, and nothing
     is compiled or spread over devices. It computes the same.
 
-    Raises BadInput for a module whose source is gone, and for weights that are not float32.
+    Raises BadInput for a module whose source is gone, or that is quantized already, and for
+    weights that are not float32.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise BadInput(
-            f"task: {whose} is a TorchScript module, which cannot be changed; give the "
-            "torch.nn.Module that it was made from, with its state_dict"
-        )
+    for name, module in model.named_modules():
+        which, kind = f"{whose}'s {name!r}" if name else whose, type(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise BadInput(
+                f"task: {which} is a TorchScript module, which cannot be changed; give the "
+                "torch.nn.Module that it was made from, with its state_dict"
+            )
+        if QUANTIZED.match(kind.__module__):
+            raise BadInput(
+                f"task: {which} is quantized already, or prepared for that ({kind.__module__}."
+                f"{kind.__name__}); give the model in float that it was made from"
+            )
     model = untied(bare(model)).eval()
     _make_weights_plain_(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -86,21 +86,31 @@ def _embedding(t: "Labels", name: str, module: Any, x: Tensor, result: Tensor) -
 
 
 def _transposed(t: "Labels", name: str, module: Any, x: Tensor, result: Tensor) -> Tensor:
+    """Its weight is [in, out / groups, ...]."""
     channels = t.channels(x, 1)
-    if module.groups > 1:
-        t.ties.fix(channels)
+    if name not in t.makes:
+        t.makes[name] = t.ties.fresh(result.shape[1])
+    made = t.makes[name]
+    if module.groups == 1:
+        t.slot(name, module, "weight", 1, made)
+    elif module.groups == len(channels):  # depthwise: each channel makes its own
+        t.ties.tie(made.reshape(module.groups, -1), channels[:, None])
+    else:
+        t.give_up([channels, made], None)
     t.slot(name, module, "weight", 0, channels)
-    return torch.tensor(FIXED).expand(result.shape)
+    t.slot(name, module, "bias", 0, made)
+    return _along(made, 1, result)
 
 
 def _recurrent(t: "Labels", name: str, module: Any, x: Tensor, result: Any) -> Any:
     """What a recurrent layer reads may go; its own states, which it reads again, stay."""
     channels = t.channels(x, -1)
-    for direction in ("", "_reverse") if module.bidirectional else ("",):
-        t.slot(name, module, f"weight_ih_l0{direction}", 1, channels)
+    for attribute in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"):
+        t.slot(name, module, attribute, 1, channels)
     return t.give_up([], result)
 
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RULES: dict[Any, Rule] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _layer(1)),
     nn.Linear: _layer(-1),
@@ -110,5 +120,6 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), _norm(-1)),
     nn.Embedding: _embedding,
     **dict.fromkeys((nn.RNN, nn.GRU, nn.LSTM), _recurrent),
-    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _transposed),
+    **dict.fromkeys((nn.RNNCell, nn.GRUCell, nn.LSTMCell), _recurrent),
+    **dict.fromkeys(TRANSPOSED, _transposed),
 }  # fmt: skip

@@ -30,7 +30,7 @@ MOVES = {
 OVER = {
     "unbind": (1, 0), "select": (1, 0), "narrow": (1, 0), "chunk": (2, 0), "split": (2, 0),
     "softmax": (1, -1), "log_softmax": (1, -1), "Softmax": (1, -1), "LogSoftmax": (1, -1),
-    "cumsum": (1, 0), "roll": (2, None), "glu": (1, -1), "GLU": (1, -1),
+    "cumsum": (1, 0), "roll": (2, None), "glu": (1, -1), "GLU": (1, -1), "normalize": (2, 1),
 }  # fmt: skip
 REDUCES = {"mean", "sum", "amax", "amin", "std", "var", "prod", "norm", "logsumexp"}
 # Of channels, what these give means the same when some are gone, as what a layer norm computes.
@@ -43,7 +43,9 @@ ELEMENTWISE = {
     "ipow", "neg", "abs", "sign", "square", "sqrt", "rsqrt", "reciprocal", "exp", "expm1", "log",
     "log1p", "log2", "erf", "sin", "cos", "tanh", "sigmoid", "floor", "ceil", "round", "trunc",
     "clamp", "clip", "clampmin", "clampmax", "maximum", "minimum", "max", "min", "subtract",
-    "multiply", "divide", "atan", "where", "maskedfill", "lerp",
+    "multiply", "divide", "atan", "where", "maskedfill", "lerp", "addcmul", "addcdiv", "nantonum",
+    "tan", "sinh", "cosh", "asin", "acos", "erfc", "exp2", "log10", "logit", "logaddexp", "atan2",
+    "floordiv", "floordivide", "remainder", "fmod", "mod", "truedivide", "positive", "pos",
     "eq", "ne", "lt", "le", "gt", "ge", "logicalnot", "logicaland", "logicalor", "and", "or",
     "invert", "float", "half", "double", "bfloat16", "int", "long", "bool", "to", "type",
     "typeas", "contiguous", "clone", "detach", "identity", "relu", "relu6", "leakyrelu", "elu",
@@ -55,8 +57,8 @@ ELEMENTWISE = {
 SPATIAL = {
     *(f"{kind}pool{n}d" for kind in ("avg", "max", "adaptiveavg", "adaptivemax") for n in "123"),
     "lppool1d", "lppool2d", "upsample", "upsamplingnearest2d", "upsamplingbilinear2d",
-    *(f"{kind}pad{n}d" for kind in ("zero", "constant", "reflection", "replication") for n in "12"),
-    "interpolate", "pad",
+    *(f"{kind}pad{n}d" for kind in ("zero", "constant", "reflection") for n in "123"),
+    *(f"replicationpad{n}d" for n in "123"), "interpolate",
 }  # fmt: skip
 LARGEST = 1 << 22  # elements of a parameter used as a value; a larger one stays whole
 
@@ -131,6 +133,10 @@ class Labels(fx.Interpreter):
         plain = name.lower().replace("_", "")
         if name in OVER:
             self._stand_still(name, n, inputs[0])
+        elif name == "pad" and isinstance(amounts := self._given(n, 1, "pad"), tuple | list):
+            for i, amount in enumerate(amounts):  # of the last axis both ends, then the one before
+                if amount:
+                    self.ties.still(inputs[0], -1 - i // 2)
         elif plain in SPATIAL:
             for axis in range(2, inputs[0].ndim):
                 self.ties.still(inputs[0], axis)
@@ -289,6 +295,13 @@ class Labels(fx.Interpreter):
         plain = all(c.isalpha() for c in (*out, *"".join(parts)))
         if len(parts) != 2 or len(inputs) != 2 or not (plain and all(map(_apart, parts))):
             return self.give_up(inputs, result)
+        for one, other in ((0, 1), (1, 0)):
+            labels = core(inputs[one])
+            varied = [c for c, size in zip(parts[one], labels.shape, strict=True) if size > 1]
+            if len(varied) == 1 and varied[0] in out and varied[0] not in parts[other]:
+                self.ties.fix(inputs[other])  # each channel is mixed along other axes, by itself
+                line = [result.shape[i] if c == varied[0] else 1 for i, c in enumerate(out)]
+                return labels.reshape(line).expand(result.shape)
         batch = [c for c in out if all(c in part for part in parts)]
         heads = []
         for labels, part in zip(inputs, parts, strict=True):
@@ -325,7 +338,10 @@ class Labels(fx.Interpreter):
                 self.ties.join(lead, other, axes)
             else:
                 self.ties.tie(lead, other)
-        return lead
+        # Those of one shape are tied. Behind a pixel shuffle channels have other labels at each of
+        # its places, which not everybody who reads on can take.
+        alike = [x for x in inputs if tuple(x.shape) == shape]
+        return min(alike, key=lambda x: core(x).numel())
 
 
 def _apart(letters: str) -> bool:

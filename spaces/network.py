@@ -69,9 +69,10 @@ class Slot:
 class Group:
     """Channels of several layers that are pruned together, named after the first producer.
 
-    members: the layers whose output channels they are. multiple_of: channels in one unit, which
-    stays or goes as a whole: those of an attention head, or one from each group of a grouped
-    convolution or group norm. units: the unit of each channel, () where each is its own.
+    members: the layers, and transposed convolutions, whose output channels they are. multiple_of:
+    channels in one unit, which stays or goes as a whole: those of an attention head, or one from
+    each group of a grouped convolution or group norm. units: the unit of each channel, () where
+    each is its own.
     """
 
     name: str
@@ -203,10 +204,11 @@ class Network:
         alive = reachable(ops)
         ops = tuple(op for op in ops if op.name in alive)
         layers = {name: layer for name, layer in self.layers.items() if layer.op in alive}
+        modules = {op.module for op in ops}
         groups = {
-            group.name: replace(group, members=tuple(m for m in group.members if m in layers))
+            group.name: replace(group, members=tuple(m for m in group.members if m in modules))
             for group in self.groups.values()
-            if any(m in layers for m in group.members)
+            if any(m in modules for m in group.members)
         }
         blocks = {
             name: replace(block, skip=left(block.skip))

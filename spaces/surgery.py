@@ -1,5 +1,6 @@
 """Surgery on a traced graph: channels and residual branches go, numbers that held them follow."""
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -91,13 +92,18 @@ def _state_sizes(module: Any) -> None:
     if isinstance(module, nn.RNNBase):
         module.input_size = module.get_parameter("weight_ih_l0").shape[1]
         return
+    if isinstance(module, nn.RNNCellBase):
+        module.input_size = module.weight_ih.shape[1]
+        return
     weight = getattr(module, "weight", None)
     if weight is None:
         weight = getattr(module, "running_mean", None)
     if not isinstance(weight, Tensor):
         return
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        module.in_channels = weight.shape[0]
+        if module.groups == module.in_channels > 1:  # depthwise
+            module.groups = len(weight)
+        module.in_channels, module.out_channels = len(weight), weight.shape[1] * module.groups
     elif isinstance(module, nn.modules.conv._ConvNd):
         if module.groups == module.in_channels > 1:  # depthwise
             module.groups = len(weight) // (module.out_channels // module.groups)
@@ -182,6 +188,14 @@ def _resize(
     place = _SIZES[name]
     given: Any = node.args[place:]
     sizes = given[0] if given and not isinstance(given[0], int | fx.Node) else given
+    if len(given) == 1 < len(old) and isinstance(given[0], fx.Node):  # x.size()[:-1] + (4, 8)
+        with student.graph.inserting_before(node):
+            sizes = tuple(
+                student.graph.call_function(operator.getitem, (given[0], i))
+                for i in range(len(old))
+            )
+        if given[0] in stale:
+            stale.update(sizes[1:])  # the first says how many requests there are
     first = 0
     if name == "layer_norm":
         first = len(old) - len(sizes)
@@ -192,7 +206,10 @@ def _resize(
     fitted = tuple(
         s if s == -1 or (before == after and s not in stale) else after for s, before, after in ends
     )
-    rest = given[1:] if sizes is given[0] else ()
+    if name == "reshape" and isinstance(sizes[0], fx.Node) and fitted[0] == new[0] != old[0]:
+        # Heads of several requests in one axis, as B * 4: however many remain of them.
+        fitted = (-1, *fitted[1:]) if -1 not in fitted else fitted
+    rest = given[1:] if sizes is not given else ()
     node.args = (*node.args[:place], fitted, *rest)
 
 

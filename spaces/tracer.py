@@ -26,6 +26,8 @@ SHAPES = {
     "element_size", "is_floating_point", "is_complex", "stride", "is_contiguous", "get_device",
 }  # fmt: skip
 
+NEW = ("new_zeros", "new_ones", "new_full")  # of a tensor's type, from numbers
+
 
 class Tracer(fx.Tracer):
     """requests: what the model's forward is given, for one request and for several in one batch.
@@ -92,6 +94,23 @@ class Tracer(fx.Tracer):
         except Exception:  # as above
             return None
         return first if all(value == first for value in others) else None
+
+    def made(self, asked: "_Attribute", args: Any, kwargs: Any) -> Tensor | None:
+        """The tensor that ``asked``, one of NEW, makes, if it is the same for every request: a mask
+        in which parts are then set."""
+        try:
+            args, kwargs = fx.node.map_aggregate((args, kwargs), self._certain)
+            like = torch.empty(0, dtype=self._certain(asked.root.dtype))
+            return getattr(like, asked.attr)(*args, **kwargs)  # type: ignore[no-any-return]
+        except fx.proxy.TraceError:
+            return None
+
+    def _certain(self, value: Any) -> Any:
+        if not isinstance(value, fx.Proxy):
+            return value
+        if (found := self.constant(value)) is None:
+            raise fx.proxy.TraceError
+        return found
 
     def _values(self, node: fx.Node) -> list[Any]:
         """What ``node`` gives, for each of the requests; of tensors only the shape is certain."""
@@ -177,8 +196,11 @@ class _Known(fx.Proxy):
 
     tracer: Tracer
 
-    def __getattr__(self, k: str) -> "_Attribute":
-        return _Attribute(self, k)
+    def __getattr__(self, k: str) -> Any:
+        asked = _Attribute(self, k)
+        # As a number itself: it may be the key of a dict, in which its stand-in would not be found.
+        known = self.tracer.constant(asked) if k == "ndim" else None
+        return asked if known is None else known
 
     def __index__(self) -> int:
         return operator.index(self._number())
@@ -206,3 +228,10 @@ class _Proxy(_Known):
 
 class _Attribute(_Known, fx.proxy.Attribute):
     """An attribute of a value, noted once it is used."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        made = self.tracer.made(self, args, kwargs) if self.attr in NEW else None
+        return super().__call__(*args, **kwargs) if made is None else made
+
+
+PROXIES = (_Proxy, _Attribute)  # what stands for a tensor while a model is traced

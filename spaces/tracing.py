@@ -4,6 +4,7 @@ import copy
 import inspect
 import math
 import re
+import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,22 +15,26 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .chunks import cut_at_once
 from .errors import BadInput, Untraceable
 from .grouping import Found, doubled, find_blocks, repeated, run_quietly, trial_widths
+from .label_rules import TRANSPOSED
 from .memory import Change, changes, versions, write_once
 from .network import Group, Layer, Network, Op
 from .operations import LAYERS, SHAPE, callee, operations, shape_of
 from .surgery import operate_
-from .tracer import Tracer
+from .tracer import PROXIES, Tracer
 
 NUMPY = (
     "; what passes through numpy can be neither traced nor deployed: compute it in torch, or in "
     "__init__ where it is the same for every request"
 )
-MAKERS = ("zeros", "ones", "full", "arange", "eye", "linspace")  # of tensors, from numbers alone
+# Of tensors, from numbers alone; and of the ends of a type, which is known as sizes are.
+MAKERS = ("zeros", "ones", "full", "arange", "eye", "linspace", "finfo", "iinfo")
 # Requests in a batch by which it is told what hangs on how many there are, also on whether there
 # are many, and on whether their number is even.
 BATCHES = (1, 2, 67)
+SAME = 0.03  # of the largest answer: bfloat16 inside of a model is float32 in its trace
 _LIBRARY = (str(Path(torch.__file__).parent), "<eval_with_key>", str(Path(__file__).parent))
 
 
@@ -52,6 +57,7 @@ def trace(model: nn.Module, example: Any) -> Network:
     graph = trace_graph(model, example)
     _check(graph)
     inputs = _bind(model, example)[0]
+    _compare(graph, inputs, model, example)
     found = Found(graph, inputs)
     groups = _sound(graph, inputs, found, found.groups)
     network = _network(graph, found, groups)
@@ -59,7 +65,29 @@ def trace(model: nn.Module, example: Any) -> Network:
 
 
 def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
-    """``model`` as an fx graph whose nodes carry their shapes and change nothing in place."""
+    """``model`` as an fx graph whose nodes carry their shapes and change nothing in place.
+
+    Functions that a library keeps whole for torch.fx (``fx.wrap``) are looked into where that can
+    be: of the attention of torchvision's Swin nothing could be pruned else.
+    """
+    kept = fx._symbolic_trace._wrapped_fns_to_patch
+    if foreign := {key: held for key, held in kept.items() if not _is_torchs_own(held)}:
+        for key in foreign:
+            del kept[key]
+        try:
+            return _traced_graph(model, example)
+        except Untraceable:
+            pass
+        finally:
+            kept.update(foreign)
+    return _traced_graph(model, example)
+
+
+def _is_torchs_own(module: Mapping[str, Any]) -> bool:
+    return str(module.get("__name__")).partition(".")[0] == "torch"
+
+
+def _traced_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     bound, defaults = _bind(model, example)
     try:
         graph = _symbolic(model, bound, defaults)
@@ -76,6 +104,7 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
         node.replace_all_uses_with(seen.idle.get(source, source))
         graph.graph.erase_node(node)
     write_once(graph, seen.changes)
+    cut_at_once(graph)
     graph.graph.eliminate_dead_code()  # not before: it would drop changes whose result is not used
     graph.recompile()
     return graph
@@ -84,6 +113,10 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
 def _symbolic(model: nn.Module, bound: Sequence[Any], defaults: dict[str, Any]) -> fx.GraphModule:
     """``model`` as torch.fx traces it: first with its buffers as the tensors they are, by which it
     may decide what runs."""
+
+    einops: Any = sys.modules.get("einops._backends")
+    for kind in PROXIES if hasattr(einops, "_type2backend") else ():  # it asks a tensor's type
+        einops._type2backend[kind] = einops.get_backend(torch.empty(0))
 
     def traced(buffers: bool) -> fx.GraphModule:
         tracer = Tracer([given(repeated(bound, times)) for times in BATCHES], buffers)
@@ -254,6 +287,8 @@ def _where(error: BaseException) -> str:
 def _advice(error: Exception) -> str:
     if re.search(r"numpy|ndarray|ufunc|__array", str(error)) or ".numpy(" in _where(error):
         return NUMPY
+    if "Unable to cast Proxy" in str(error):
+        return "; a function of torch.jit.script cannot be traced: take that decorator off"
     if not isinstance(error, fx.proxy.TraceError) and "symbolic" not in str(error):
         return ""
     return (
@@ -264,8 +299,9 @@ def _advice(error: Exception) -> str:
 
 def _check(graph: fx.GraphModule) -> None:
     """What a network must be; where it is not, everything after would fail less clearly."""
-    layers = {str(n.target) for n in graph.graph.nodes if callee(graph, n) in LAYERS}
-    if not layers:
+    called = [(str(n.target), callee(graph, n)) for n in graph.graph.nodes]
+    layers = {name for name, kind in called if kind in LAYERS}
+    if not layers and not any(kind in TRANSPOSED for _, kind in called):
         raise Untraceable("the model has no convolution and no linear layer: nothing to compress")
     for node in graph.graph.nodes:
         owner = str(node.target).rpartition(".")[0]
@@ -286,6 +322,27 @@ def _check(graph: fx.GraphModule) -> None:
         raise Untraceable(
             f"the model must return one tensor, but it returns {kind}; wrap it in a module that "
             "returns the one that loss and metric take"
+        )
+
+
+def _compare(graph: fx.GraphModule, inputs: Sequence[Any], model: nn.Module, example: Any) -> None:
+    """Raises Untraceable if ``graph`` answers otherwise than ``model``, of which it is a trace: it
+    would be searched, pruned and deployed as another network."""
+    args, kwargs = arguments(copy.deepcopy(example))  # it may be changed in place
+    with torch.no_grad():
+        found = graph(*(value.clone() for value in inputs))  # first: both may hold one buffer
+        try:
+            expected = model(*args, **kwargs)
+        except Exception:  # whoever runs it next says so
+            return
+    if not expected.is_floating_point() or not expected.isfinite().all():
+        return
+    most = SAME * expected.abs().max().item()
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=most):
+        raise Untraceable(
+            "the model answers one request otherwise when it is asked again, or traced: its answer "
+            "must hang on the request and the weights alone, not on random numbers, nor on buffers "
+            "that its forward changes"
         )
 
 

@@ -103,3 +103,49 @@ def test_what_would_not_be_the_same_stays() -> None:
     assert spelled_out(model, words(1)) is model
     plain = nn.Sequential(nn.Linear(3, 3))
     assert spelled_out(plain, torch.rand(1, 3)) is plain
+
+
+class Translator(nn.Module):
+    """Words of one language, and those so far of the other, that look at them."""
+
+    def __init__(self, whole: bool, first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.theirs, self.ours = nn.Embedding(20, WIDTH), nn.Embedding(20, WIDTH)
+        self.whole, self.head = whole, nn.Linear(WIDTH, 3)
+        if whole:
+            self.body: Any = nn.Transformer(
+                WIDTH, 4, 1, 1, 32, batch_first=True, norm_first=first, activation="gelu"
+            )
+        else:
+            layer = nn.TransformerDecoderLayer(WIDTH, 4, 32, batch_first=True, norm_first=first)
+            self.body = nn.TransformerDecoder(layer, 2, nn.LayerNorm(WIDTH) if first else None)
+        mask = nn.Transformer.generate_square_subsequent_mask(STEPS)
+        self.register_buffer("mask", mask)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        x, y = self.theirs(source), self.ours(target)
+        given = (x, y) if self.whole else (y, x)
+        found = self.body(*given, tgt_mask=self.mask, memory_key_padding_mask=source == 0)
+        return self.head(found[:, -1])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_decoder_is_spelled_out_too(whole: bool, first: bool) -> None:
+    model = Translator(whole, first).eval()
+    words = torch.randint(1, 20, (16, 2, STEPS), generator=torch.Generator().manual_seed(0))
+    words[:, 0, -1] = 0
+    items = [({"source": a, "target": b}, i % 3) for i, (a, b) in enumerate(words)]
+    prepared = prepare(
+        ClassificationTask(model, items, items), make_runtime("onnxruntime", 1), Schedule()
+    )
+    layers = [layer for layer in prepared.network.layers if layer.startswith("body")]
+    assert len(layers) == (16 if whole else 20)
+    groups = prepared.network.groups
+    assert all(
+        layer.out_group for layer in prepared.network.layers.values() if layer.name != "head"
+    )
+    widths = {name: group.width // 2 for name, group in groups.items()}
+    policy = Policy(Prune(widths), Quantize(dict.fromkeys(prepared.network.layers, "int8")))
+    assert compress(prepared, policy, "full").parity.agreement == 1  # type: ignore[union-attr]

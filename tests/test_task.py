@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import get_default_qat_qconfig
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -126,6 +127,15 @@ class Endless(IterableDataset[Any]):
         return iter(items())
 
 
+class OfOne(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = model()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.view(1, -1))  # type: ignore[no-any-return]
+
+
 BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"model": lambda: "resnet"}, r"model\(\) must be a torch.nn.Module, but got str"),
     ({"model": fails}, r"model\(\) fails: FileNotFoundError: teacher"),
@@ -159,7 +169,14 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
         r"train has inputs that are NaN or infinite: items \[4\]",
     ),
     ({"val": poisoned(5, float("inf"))}, r"val has inputs that are NaN or infinite: items \[5\]"),
-    ({"train": Data([(torch.rand(6), 0), (torch.rand(5), 1)])}, "items of train do not stack"),
+    (
+        {"train": Data([(torch.rand(6), 0), (torch.rand(5), 1)])},
+        "items of train do not stack: .*; all must be of one shape: pad or crop them",
+    ),
+    (
+        {"val": Data((x.double(), y) for x, y in items())},
+        r"does not take items of val .*; items are in float64, .*: give x.float\(\)",
+    ),
     ({"train": Data([torch.rand(6)] * 2)}, r"train\[0\] must be a pair .*but is a Tensor"),
     ({"train": Data([(torch.rand(6), "cat")] * 3)}, "targets of train must be tensors or numbers"),
     ({"train": Data([(torch.rand(6), float("nan"))] * 3)}, "train has targets that are NaN"),
@@ -177,6 +194,19 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"metric": lambda *_: float("nan")}, "metric must be one finite number, but got nan"),
     ({"model": lambda: torch.jit.script(model())}, "the model is a TorchScript module"),
     ({"model": lambda: torch.jit.trace(model(), torch.rand(1, 6))}, "was made from"),
+    (
+        {"model": lambda: nn.Sequential(torch.jit.script(model()), nn.Linear(3, 3))},
+        "the model's '0' is a TorchScript module, which cannot be changed",
+    ),
+    (
+        {"model": lambda: nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(6, 3))},
+        "the model's '0' is quantized already, or prepared for that .*dynamic.*; give the model in",
+    ),
+    (
+        {"model": lambda: torch.ao.nn.qat.Linear(6, 3, qconfig=get_default_qat_qconfig("x86"))},
+        "the model is quantized already, or prepared for that .*qat",
+    ),
+    ({"model": OfOne}, r"it takes one item, but not 10 in a batch: .* view\(x.shape\[0\], -1\)"),
     ({"model": lambda: model().half()}, "must be in float32, but '0.weight' is float16"),
     ({"model": lambda: model().double()}, r"is float64; give model\(\).float\(\)"),
     ({"metric": lambda *_: torch.rand(3)}, r"metric must be one finite number, but got tensor"),
@@ -467,7 +497,9 @@ def test_a_metric_need_not_exist_on_a_few_items() -> None:
         prepare(Mine(val=items(40), metric=area), make_runtime("onnxruntime", 1), Schedule())
 
 
-@pytest.mark.parametrize("kind", [float, torch.tensor, np.float32, np.array])
+@pytest.mark.parametrize(
+    "kind", [float, torch.tensor, np.float32, np.array, lambda x: np.array([x])]
+)
 def test_a_metric_may_be_a_number_of_any_library(kind: Any) -> None:
     task = Mine(metric=lambda *_: kind(98.5))
     prepare(task, make_runtime("onnxruntime", 1), Schedule())

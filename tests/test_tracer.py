@@ -1,5 +1,6 @@
 """What a model asks while it is traced, and what it writes in another way than others."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flyweight.compressors.export import to_onnx
+from flyweight.compressors.modules import with_modules
 from flyweight.spaces.tracing import trace, trace_graph
 
 
@@ -37,6 +39,20 @@ def test_what_hangs_on_shapes_runs_on_shapes_alone(asks: Any) -> None:
     assert all(len(x) <= 2 for x in seen if x.device.type != "meta")
 
 
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda _, x: {3: False, 4: True}[x.ndim],
+        lambda _, x: torch.full((x.shape[1],), torch.finfo(x.dtype).min).max() < -1e38,
+    ],
+    ids=["key", "type"],
+)
+def test_what_hangs_on_shapes_may_be_used_where_only_the_thing_itself_is_taken(asks: Any) -> None:
+    network = trace(Probe(asks).eval(), torch.rand(1, 3, 8, 8))
+    assert "act" in [op.kind for op in network.ops]
+    assert network.groups.keys() == {"a"}
+
+
 def test_what_meta_tensors_cannot_tell_really_runs() -> None:
     model = Probe(lambda m, x: x[:, m.mask].shape[1] == 3).eval()
     assert "act" in [op.kind for op in trace(model, torch.rand(1, 3, 8, 8)).ops]
@@ -51,6 +67,74 @@ def drop_path(x: Tensor, share: float, training: bool) -> Tensor:
 
 
 torch.fx.wrap("drop_path")
+
+
+class Patches(nn.Module):
+    """A vision transformer in small, with shapes as einops writes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = importlib.import_module("einops.layers.torch")
+        self.cut = layers.Rearrange("b c (h p) (w q) -> b (h w) (p q c)", p=4, q=4)
+        self.embed, self.qkv, self.out = nn.Linear(48, 16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.token, self.head = nn.Parameter(torch.randn(1, 1, 16)), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        einops, x = importlib.import_module("einops"), self.embed(self.cut(x))
+        token = einops.repeat(self.token, "1 1 d -> b 1 d", b=x.shape[0])
+        x, pattern = torch.cat((token, x), 1), "b n (h d) -> b h n d"
+        q, k, v = (einops.rearrange(p, pattern, h=4) for p in self.qkv(x).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(einops.rearrange(y, "b h n d -> b n (h d)"))
+        return self.head(einops.reduce(x, "b n d -> b d", "mean"))
+
+
+def test_einops_is_traced_to_what_it_does() -> None:
+    pytest.importorskip("einops")
+    model, example = Patches().eval(), torch.rand(3, 3, 8, 8)
+    network = trace(model, example[:1])
+    found = {name: (group.width, group.multiple_of) for name, group in network.groups.items()}
+    assert found == {"embed": (16, 1), "qkv": (16, 4)}
+    torch.testing.assert_close(trace_graph(model, example[:1])(example), model(example))
+
+
+def shifted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Attention over windows that are moved by one, as torchvision's Swin keeps it whole."""
+    steps, width = x.shape[1] + x.shape[1] % 2, x.shape[2]
+    x = F.pad(x, (0, 0, 0, steps - x.shape[1])).roll(-1, 1)
+    places = x.new_zeros((steps,))
+    places[-2:-1] = 1
+    places[-1:] = 2
+    places = places.view(steps // 2, 2)
+    hidden = (places[:, None] != places[:, :, None]).float() * -100
+    x = F.linear(x, weight, bias).view(-1, steps // 2, 2, 3, 4, width // 4)
+    q, k, v = x.permute(3, 0, 1, 4, 2, 5)
+    scores = q @ k.transpose(-2, -1) + hidden[None, :, None]
+    return (scores.softmax(-1) @ v).transpose(2, 3).reshape(-1, steps, width).roll(1, 1)
+
+
+torch.fx.wrap("shifted")
+
+
+class Shifts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv = nn.Linear(6, 16), nn.Linear(16, 48)
+        self.out, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        y = self.out(shifted(x, self.qkv.weight, self.qkv.bias))
+        return self.head((x + y[:, : x.shape[1]]).mean(1))
+
+
+def test_functions_that_a_library_keeps_whole_are_looked_into() -> None:
+    model, example = Shifts().eval(), torch.rand(3, 7, 6)
+    plain = with_modules(model, example[:1])  # a layer of the projection
+    network = trace(plain, example[:1])
+    found = {group.members: group.multiple_of for group in network.groups.values()}
+    assert found == {("embed", "out"): 1, ("qkv",): 4}
+    torch.testing.assert_close(trace_graph(plain, example[:1])(example), model(example))
 
 
 class Skips(nn.Module):

@@ -66,7 +66,9 @@ GROUPS = {
     "grouped": {"c1": ("c1",), "c2": ("c2",), "grouped": ("grouped",), "c3": ("c3",)},
     "groupnorm": {"c1": ("c1",)},
     "gate": {"c1": ("c1", "up"), "down": ("down",), "c2": ("c2",)},
-    "fixed": {"number": ("number",), "free": ("free",), "last": ("last",)},
+    "fixed": {
+        "number": ("number",), "free": ("free",), "last": ("last",), "other": ("other",),
+    },
     "siamese": {"c1": ("c1",), "c2": ("c2",)},
     "recurrent": {"stem": ("stem", "step"), "join": ("join",)},
     "dense": {
@@ -137,10 +139,12 @@ def test_removing_channels_that_are_zero_changes_nothing(
         kept[group.name] = networks.some(group, width, rng)
         units = {group.unit[i] for i in kept[group.name].tolist()}
         for slot in group.slots:
-            if slot.tensor.removesuffix(".weight") in network.layers and slot.axis == 0:
+            layer = slot.tensor.removesuffix(".weight")
+            outputs = int(layer in group.members and layer not in network.layers)  # transposed
+            if layer in {*network.layers, *group.members} and slot.axis == outputs:
                 gone = [i for i, unit in enumerate(slot.units) if unit >= 0 and unit not in units]
                 with torch.no_grad():
-                    model.get_parameter(slot.tensor)[gone] = 0
+                    model.get_parameter(slot.tensor).movedim(slot.axis, 0)[gone] = 0
     pruned = remove(model, network, example, kept)
     args = example if isinstance(example, tuple) else (example,)
     assert sum(p.numel() for p in pruned.parameters()) < network.parameters
@@ -197,6 +201,156 @@ def test_channels_may_be_unflattened_by_a_module() -> None:
     )
     assert pruned.get_submodule("3").weight.shape == (4, 16, 1, 1)
     assert body[2].unflattened_size == (32, 2, -1)
+
+
+class Decoder(nn.Module):
+    """An autoencoder: what its transposed convolutions make, one of them depthwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Conv2d(1, 12, 3, 2, 1)
+        self.up = nn.ConvTranspose2d(12, 16, 3, 2, 1, output_padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.wide = nn.ConvTranspose2d(16, 16, 2, 2, groups=16, bias=False)
+        self.grouped = nn.ConvTranspose2d(16, 8, 1, groups=2)
+        self.last = nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.up(F.relu(self.encode(x)))))
+        return self.last(self.grouped(self.wide(x)[:, :, ::2, ::2]))
+
+
+def test_what_transposed_convolutions_make_can_go() -> None:
+    model, example = Decoder().eval(), torch.rand(2, 1, 8, 8)
+    assert members(trace(model, example[:1])) == {"encode": ("encode",)}  # groups of channels stay
+    model.grouped = nn.ConvTranspose2d(16, 8, 1)
+    network = trace(model, example[:1])
+    assert members(network) == {
+        "encode": ("encode",), "up": ("up", "wide"), "grouped": ("grouped",),
+    }  # fmt: skip
+    assert network.layers.keys() == {"encode", "last"}
+    kept = {"encode": [0, 3, 4], "up": [1, 2, 8, 15, 9], "grouped": [2, 7]}
+    with torch.no_grad():
+        for name, channels in kept.items():
+            layer = model.get_submodule("norm" if name == "up" else name)
+            gone = [i for i in range(len(layer.bias)) if i not in channels]
+            if name != "up":
+                layer.weight.movedim(int(name != "encode"), 0)[gone] = 0
+            else:
+                layer.weight[gone] = 0
+            layer.bias[gone] = 0
+    pruned = remove(model, network, example[:1], kept)
+    assert pruned.up.weight.shape == (3, 5, 3, 3)
+    assert (pruned.wide.in_channels, pruned.wide.out_channels, pruned.wide.groups) == (5, 5, 5)
+    torch.testing.assert_close(pruned(example), model(example))
+
+
+def test_a_network_may_be_all_of_transposed_convolutions() -> None:
+    layers = [nn.ConvTranspose1d(6, 12, 3), nn.ReLU(), nn.ConvTranspose1d(12, 2, 3)]
+    network = trace(nn.Sequential(*layers), torch.rand(1, 6, 4))
+    assert (members(network), network.layers) == ({"0": ("0",)}, {})
+
+
+@pytest.mark.parametrize(("amounts", "groups"), [((0, 0, 1, 2), 1), ((1, -1, 0, 0), 0)])
+def test_channels_stay_where_padding_moves_them(amounts: tuple[int, ...], groups: int) -> None:
+    class Padded(Small):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.pad(self.a(x), amounts).mean(1))
+
+    assert len(trace(Padded(), torch.rand(1, 5, 4)).groups) == groups
+
+
+class Shuffled(nn.Module):
+    """Pixels of a larger image, added to those of one before a norm over channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 2, 2)
+        self.up, self.head = nn.Conv2d(12, 32, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = F.pixel_shuffle(self.up(F.relu(self.down(x))), 2) + x
+        return self.head((x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1).sqrt())
+
+
+def test_channels_behind_a_pixel_shuffle_are_those_that_they_are_added_to() -> None:
+    groups = trace(Shuffled().eval(), torch.rand(1, 3, 8, 8)).groups
+    assert {n: (g.members, g.width) for n, g in groups.items()} == {
+        "stem": (("stem", "up"), 8), "down": (("down",), 12),
+    }  # fmt: skip
+
+
+class Cells(nn.Module):
+    """A recurrent network whose steps are written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 12), nn.Linear(4, 12)
+        self.long, self.short = nn.LSTMCell(12, 8), nn.GRUCell(12, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = torch.zeros(x.shape[0], 8)
+        for t in range(x.shape[1]):
+            h, c = self.long(F.relu(self.a(x[:, t])), (h, c))
+            h = self.short(F.relu(self.b(x[:, t])), h)
+        return self.head(h)
+
+
+def test_what_recurrent_cells_read_can_go() -> None:
+    model, example = Cells().eval(), torch.rand(2, 3, 4)
+    network = trace(model, example[:1])
+    assert members(network) == {"a": ("a",), "b": ("b",)}
+    kept = {"a": [1, 5, 7], "b": [0, 2]}
+    for name, channels in kept.items():
+        gone = [i for i in range(12) if i not in channels]
+        with torch.no_grad():
+            model.get_submodule(name).weight[gone] = model.get_submodule(name).bias[gone] = 0
+    pruned = remove(model, network, example[:1], kept)
+    assert (pruned.long.input_size, pruned.short.input_size) == (3, 2)
+    torch.testing.assert_close(pruned(example), model(example))
+
+
+class Halves(nn.Module):
+    """Channels cut into parts of one size by slices, as gates of WaveNet or TabNet are written."""
+
+    def __init__(self, cut: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.cut = cut
+        self.stem, self.inner = nn.Conv1d(3, 24, 3, padding=1), nn.Conv1d(12, 24, 1)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.cut(self.stem(x))
+        x = self.inner(torch.tanh(a) * torch.sigmoid(b))
+        return self.head(F.relu(x[:, 12:]).mean(2))  # one half alone
+
+
+@pytest.mark.parametrize(
+    ("cut", "groups"),
+    [
+        (lambda x: (x[:, :12], x[:, 12:]), ["stem", "inner"]),
+        (lambda x: (x[:, : x.shape[1] // 2], x[:, x.size(1) // 2 :, :]), ["stem", "inner"]),
+        (lambda x: (x[:, 12:24, ...], x[..., :12, :]), ["stem", "inner"]),
+        (lambda x: (x[:, :12] + x[:, 2:14], x[:, -12:]), ["inner"]),
+        (lambda x: (x[:, : 12 * x.shape[0]], x[:, 12:]), ["inner"]),  # hangs on the batch
+    ],
+    ids=["numbers", "sizes", "turned", "overlapping", "requests"],
+)
+def test_parts_of_one_size_that_are_cut_out_one_by_one_lose_the_same(
+    cut: Any, groups: list[str]
+) -> None:
+    model, example = Halves(cut).eval(), torch.rand(1, 3, 6)
+    network = trace(model, example)
+    found = {name: (group.width, group.multiple_of) for name, group in network.groups.items()}
+    assert found == dict.fromkeys(groups, (12, 1))
+    kept = {name: [2, 3, 5] for name in groups}
+    for name, channels in kept.items():
+        gone = [i for i in range(24) if i % 12 not in channels]
+        with torch.no_grad():
+            model.get_submodule(name).weight[gone] = model.get_submodule(name).bias[gone] = 0
+    torch.testing.assert_close(remove(model, network, example, kept)(example), model(example))
 
 
 # -- values and layers ---------------------------------------------------------------------------
@@ -417,29 +571,65 @@ def test_the_example_is_not_changed(networks: ModuleType) -> None:
 
 
 class Views(nn.Module):
-    """Attention in the shapes that ``size`` gives, cut and joined."""
+    """Attention in the shapes that ``size`` gives, cut and joined, one by one or as a whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, whole: bool) -> None:
         super().__init__()
+        self.whole = whole
         self.embed, self.out, self.head = nn.Linear(6, 32), nn.Linear(32, 32), nn.Linear(32, 3)
         self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
 
     def split(self, x: Tensor) -> Tensor:
-        return x.view(*x.size()[:-1], 4, 8).permute(0, 2, 1, 3)
+        sizes = x.size()[:-1] + (4, 8)  # noqa: RUF005  # as it is often written
+        return (x.view(sizes) if self.whole else x.view(*sizes)).permute(0, 2, 1, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
         scores = self.split(self.q(x)) @ self.split(self.k(x)).transpose(-1, -2)
         y = (scores.softmax(-1) @ self.split(self.v(x))).permute(0, 2, 1, 3).contiguous()
-        y = y.view(*(y.size()[:-2] + (32,)))  # noqa: RUF005  # as it is often written
+        width = y.size(-1) * y.size(-2) if self.whole else 32
+        sizes = y.size()[:-2] + (width,)  # noqa: RUF005
+        y = y.reshape(sizes) if self.whole else y.view(*sizes)
         return self.head((x + self.out(y)).mean(1))
 
 
+class Merged(nn.Module):
+    """Attention whose heads lie in one axis with the requests, as bmm takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, 32) for _ in range(3))
+        self.out, self.head = nn.Linear(32, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (
+            layer(x).reshape(b, t, 4, 8).transpose(1, 2).reshape(b * 4, t, 8)
+            for layer in (self.q, self.k, self.v)
+        )
+        y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        return self.head(self.out(y.view(b, 4, t, 8).transpose(1, 2).reshape(b, t, 32)).mean(1))
+
+
+def test_heads_may_lie_in_one_axis_with_the_requests() -> None:
+    model, example = Merged().eval(), torch.rand(3, 5, 6)
+    network = trace(model, example[:1])
+    assert members(network) == {"q": ("q", "k", "v"), "out": ("out",)}
+    assert network.groups["q"].multiple_of == 8
+    kept = list(range(8, 16))
+    gone = [i for i in range(32) if i not in kept]
+    with torch.no_grad():
+        model.v.weight[gone] = model.v.bias[gone] = 0
+    pruned = remove(model, network, example[:1], {"q": kept})
+    torch.testing.assert_close(pruned(example), model(example))
+
+
+@pytest.mark.parametrize("whole", [False, True])
 def test_sizes_that_are_cut_and_joined_follow_what_is_pruned(
-    capfd: pytest.CaptureFixture[str],
+    whole: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    model, example = Views().eval(), torch.rand(1, 5, 6)
+    model, example = Views(whole).eval(), torch.rand(1, 5, 6)
     network = trace(model, example)
     assert members(network) == {"embed": ("embed", "out"), "q": ("q", "k", "v")}
     kept = {name: torch.tensor(g.first(g.width // 2)) for name, g in network.groups.items()}
@@ -550,6 +740,33 @@ class Numpy(nn.Module):
         return torch.from_numpy(np.tanh(self.a(x).detach().numpy()))
 
 
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+class Scripted(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(scripted(self.a(x)))
+
+
+class Random(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x + torch.randn_like(x))
+
+
+class Remembers(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        self.mean.mul_(0.5).add_(x.mean(0), alpha=0.5)
+        return self.b(x - self.mean)
+
+
 class Weightless(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x)
@@ -573,6 +790,9 @@ class Weightless(nn.Module):
         (Steps(), "Proxy object cannot be iterated"),
         (Stars(), r"forward must name its arguments, but has \*x"),
         (Numpy(), r"tanh.*; what passes through numpy can be neither traced nor deployed: compute"),
+        (Scripted(), r"scripted(?s:.*); a function of torch.jit.script cannot be traced"),
+        (Random(), "answers one request otherwise when it is asked again, .* on random numbers"),
+        (Remembers(), "otherwise when it is asked again, .* on buffers that its forward changes"),
         (Weightless(), "no convolution and no linear layer: nothing to compress"),
     ],
 )
@@ -643,8 +863,11 @@ class Mixing(nn.Module):
         lambda x: (x - x.mean(1, True)) / (x.std(1, keepdim=True) + 0.1),
         lambda x: torch.max(x.max(2, keepdim=True)[0], x),
         nn.ChannelShuffle(2),
+        lambda x: torch.einsum("nchw,whj->nchj", x, torch.rand(6, 6, 6)),
+        lambda x: F.normalize(x, dim=-1),
+        lambda x: torch.nan_to_num(torch.addcmul(x, x, x, value=0.5)).remainder(2.0),
     ],
-    ids=["attention", "maximum", "norm", "larger", "shuffle"],
+    ids=["attention", "maximum", "norm", "larger", "shuffle", "graph", "length", "elements"],
 )
 def test_channels_that_an_operation_reads_on_average_can_go(operation: Any) -> None:
     network = trace(Mixing(operation).eval(), torch.rand(1, 3, 6, 6))
@@ -656,7 +879,7 @@ def test_channels_that_an_operation_reads_on_average_can_go(operation: Any) -> N
     [
         nn.Softmin(1),
         nn.Softmax2d(),
-        lambda x: F.normalize(x, dim=1),
+        lambda x: F.normalize(x),
         lambda x: x.gather(1, x.argsort(1)),
         lambda x: x.cumprod(1),
         lambda x: torch.fft.fft(x, dim=1).real,
