@@ -53,7 +53,6 @@ def trace(model: nn.Module, example: Any) -> Network:
     values or when it does not run on ``example``; BadInput when ``example`` does not fit its
     forward.
     """
-    model = copy.deepcopy(model).eval()
     graph = trace_graph(model, example)
     _check(graph)
     inputs = _bind(model, example)[0]
@@ -65,7 +64,8 @@ def trace(model: nn.Module, example: Any) -> Network:
 
 
 def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
-    """``model`` as an fx graph whose nodes carry their shapes and change nothing in place.
+    """``model`` in eval mode as an fx graph with weights of its own, whose nodes carry their shapes
+    and change nothing in place.
 
     Functions that a library keeps whole for torch.fx (``fx.wrap``) are looked into where that can
     be: of the attention of torchvision's Swin nothing could be pruned else.
@@ -75,7 +75,9 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
         for key in foreign:
             del kept[key]
         try:
-            return _traced_graph(model, example)
+            graph = _traced_graph(model, example)
+            _compare(graph, _bind(model, example)[0], model, example)
+            return graph
         except Untraceable:
             pass
         finally:
@@ -119,8 +121,9 @@ def _symbolic(model: nn.Module, bound: Sequence[Any], defaults: dict[str, Any]) 
         einops._type2backend[kind] = einops.get_backend(torch.empty(0))
 
     def traced(buffers: bool) -> fx.GraphModule:
+        own = copy.deepcopy(model).eval()  # it may keep what stands for its values
         tracer = Tracer([given(repeated(bound, times)) for times in BATCHES], buffers)
-        graph = tracer.trace(model, defaults or None)
+        graph = tracer.trace(own, defaults or None)
         return fx.GraphModule(tracer.root, graph, type(model).__name__)
 
     def given(values: Sequence[Any]) -> list[Any]:
@@ -328,22 +331,32 @@ def _check(graph: fx.GraphModule) -> None:
 def _compare(graph: fx.GraphModule, inputs: Sequence[Any], model: nn.Module, example: Any) -> None:
     """Raises Untraceable if ``graph`` answers otherwise than ``model``, of which it is a trace: it
     would be searched, pruned and deployed as another network."""
-    args, kwargs = arguments(copy.deepcopy(example))  # it may be changed in place
+    model = copy.deepcopy(model).eval()
     with torch.no_grad():
-        found = graph(*(value.clone() for value in inputs))  # first: both may hold one buffer
+        found = graph(*(value.clone() for value in inputs))
         try:
-            expected = model(*args, **kwargs)
+            expected = [_asked(model, example) for _ in range(2)]
         except Exception:  # whoever runs it next says so
             return
-    if not expected.is_floating_point() or not expected.isfinite().all():
+    if not all(isinstance(answer, torch.Tensor) for answer in (found, *expected)):
         return
-    most = SAME * expected.abs().max().item()
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=most):
+    if not all(e.is_floating_point() and e.numel() and e.isfinite().all() for e in expected):
+        return
+    found, *expected = (answer.float() for answer in (found, *expected))  # autocast may change it
+    most = SAME * expected[0].abs().max().item()
+    if any(
+        found.shape != e.shape or not torch.allclose(found, e, rtol=0, atol=most) for e in expected
+    ):
         raise Untraceable(
             "the model answers one request otherwise when it is asked again, or traced: its answer "
-            "must hang on the request and the weights alone, not on random numbers, nor on buffers "
-            "that its forward changes"
+            "must hang on the request and the weights alone, not on random numbers (F.dropout "
+            "needs training=self.training), nor on buffers that its forward changes"
         )
+
+
+def _asked(model: nn.Module, example: Any) -> Any:
+    args, kwargs = arguments(copy.deepcopy(example))  # it may be changed in place
+    return model(*args, **kwargs)
 
 
 def _sound(

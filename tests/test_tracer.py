@@ -137,6 +137,34 @@ def test_functions_that_a_library_keeps_whole_are_looked_into() -> None:
     torch.testing.assert_close(trace_graph(plain, example[:1])(example), model(example))
 
 
+def kept_whole(x: Tensor) -> Tensor:
+    return x * (2 if type(x) is Tensor else 3)
+
+
+torch.fx.wrap("kept_whole")
+
+
+class KeepsWhole(nn.Module):
+    """Calls what answers otherwise in a trace; ``made`` is another in each."""
+
+    made: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.made is None:
+            self.made = torch.zeros_like(x[:1, :1])
+        return self.b(kept_whole(F.relu(self.a(x))) + self.made)
+
+
+def test_functions_that_cannot_be_looked_into_are_kept_whole() -> None:
+    model, example = KeepsWhole().eval(), torch.rand(1, 6)
+    trace(model, example)
+    torch.testing.assert_close(trace_graph(model, example)(example), model(example))
+
+
 class Skips(nn.Module):
     def __init__(self) -> None:
         super().__init__()

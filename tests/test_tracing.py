@@ -756,6 +756,11 @@ class Random(Small):
         return self.b(x + torch.randn_like(x))
 
 
+class Dropped(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.dropout(self.a(x)))
+
+
 class Remembers(Small):
     def __init__(self) -> None:
         super().__init__()
@@ -792,6 +797,7 @@ class Weightless(nn.Module):
         (Numpy(), r"tanh.*; what passes through numpy can be neither traced nor deployed: compute"),
         (Scripted(), r"scripted(?s:.*); a function of torch.jit.script cannot be traced"),
         (Random(), "answers one request otherwise when it is asked again, .* on random numbers"),
+        (Dropped(), r"when it is asked again, .*F\.dropout needs training=self\.training"),
         (Remembers(), "otherwise when it is asked again, .* on buffers that its forward changes"),
         (Weightless(), "no convolution and no linear layer: nothing to compress"),
     ],
@@ -948,6 +954,32 @@ def test_what_hangs_on_the_shape_of_a_request_is_what_it_is_for_the_example() ->
     graph, more = trace_graph(model, x), torch.rand(7, 5, 8)
     torch.testing.assert_close(graph(more), model(more))
     assert trace(model, x).groups.keys() == {"a"}
+
+
+class Cast(Small):
+    """Answers in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.b(F.relu(self.a(x)))
+
+
+class Cached(Small):
+    """Keeps what it makes of the shape of a request."""
+
+    mask: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mask is None:
+            self.mask = torch.zeros_like(x[:1])
+        return self.b(F.relu(self.a(x + self.mask)))
+
+
+@pytest.mark.parametrize("kind", [Cast, Cached])
+def test_a_model_may_answer_in_another_type_and_keep_what_it_made(kind: type[Small]) -> None:
+    model = kind().eval()
+    assert trace(model, torch.rand(1, 4)).groups.keys() == {"a"}
+    assert getattr(model, "mask", None) is None
 
 
 class Guarded(Small):
