@@ -101,7 +101,11 @@ def _traced_graph(model: nn.Module, example: Any) -> fx.GraphModule:
         raise Untraceable(f"the model calls .numpy() in its forward{NUMPY}")
     _drop_defaults(graph, [n in defaults for n in inspect.signature(model.forward).parameters])
     _place_arguments(graph)
+    made = _constants(graph)
+    before = {name: getattr(graph, name).clone() for name in made}
     seen = note_shapes(graph, bound)
+    for name, value in before.items():  # it may have been changed in place
+        setattr(graph, name, value)
     for node, source in seen.idle.items():  # in order: what one reads is gone if it was idle too
         node.replace_all_uses_with(seen.idle.get(source, source))
         graph.graph.erase_node(node)
@@ -220,6 +224,26 @@ def _is_torchs(function: Any) -> bool:
     """Whether ``function`` is PyTorch's or Python's own, about which more is known."""
     library = (getattr(function, "__module__", None) or "torch").partition(".")[0]
     return library in ("torch", "_operator", "builtins", "math")
+
+
+def _constants(graph: fx.GraphModule) -> list[str]:
+    """What was made from numbers while ``graph`` was traced, each of which is then read once,
+    before anything runs: so it is seen where it, or a view of it, is changed in place."""
+    first: dict[str, fx.Node] = {}
+    for node in graph.graph.nodes:
+        name = str(node.target)
+        if node.op != "get_attr" or not name.startswith("_tensor_constant"):
+            continue
+        if name in first:
+            node.replace_all_uses_with(first[name])
+            graph.graph.erase_node(node)
+        else:
+            first[name] = node
+    start = next((n for n in graph.graph.nodes if n.op != "placeholder"), None)
+    for node in first.values():
+        if start is not None and node is not start:
+            start.prepend(node)
+    return list(first)
 
 
 def _place_arguments(graph: fx.GraphModule) -> None:
