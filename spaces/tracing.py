@@ -120,10 +120,6 @@ def _symbolic(model: nn.Module, bound: Sequence[Any], defaults: dict[str, Any]) 
     """``model`` as torch.fx traces it: first with its buffers as the tensors they are, by which it
     may decide what runs."""
 
-    einops: Any = sys.modules.get("einops._backends")
-    for kind in PROXIES if hasattr(einops, "_type2backend") else ():  # it asks a tensor's type
-        einops._type2backend[kind] = einops.get_backend(torch.empty(0))
-
     def traced(buffers: bool) -> fx.GraphModule:
         own = copy.deepcopy(model).eval()  # it may keep what stands for its values
         tracer = Tracer([given(repeated(bound, times)) for times in BATCHES], buffers)
@@ -135,7 +131,7 @@ def _symbolic(model: nn.Module, bound: Sequence[Any], defaults: dict[str, Any]) 
         names = inspect.signature(model.forward).parameters
         return [defaults[n] if n in defaults else next(left) for n in names]
 
-    with _sized_by_requests():
+    with _sized_by_requests(), _einops():
         try:
             return traced(buffers=False)
         except Exception as error:
@@ -143,6 +139,21 @@ def _symbolic(model: nn.Module, bound: Sequence[Any], defaults: dict[str, Any]) 
                 return traced(buffers=True)
             except Exception:
                 raise error from None
+
+
+@contextmanager
+def _einops() -> Iterator[None]:
+    """While a model is traced, einops takes what stands for a tensor for one, if it is loaded."""
+    backends: Any = sys.modules.get("einops._backends")
+    for kind in PROXIES if hasattr(backends, "_type2backend") else ():  # it asks a tensor's type
+        backends._type2backend[kind] = backends.get_backend(torch.empty(0))
+    try:
+        yield
+    finally:
+        # It keeps what it works out by the sizes it is for, and these would keep the whole model.
+        cached: Any = getattr(sys.modules.get("einops.einops"), "_reconstruct_from_shape", None)
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
 
 
 @contextmanager

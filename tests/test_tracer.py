@@ -1,6 +1,8 @@
 """What a model asks while it is traced, and what it writes in another way than others."""
 
+import gc
 import importlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +99,15 @@ def test_einops_is_traced_to_what_it_does() -> None:
     found = {name: (group.width, group.multiple_of) for name, group in network.groups.items()}
     assert found == {"embed": (16, 1), "qkv": (16, 4)}
     torch.testing.assert_close(trace_graph(model, example[:1])(example), model(example))
+
+
+def test_no_model_is_kept_by_einops() -> None:
+    pytest.importorskip("einops")
+    graph = trace_graph(Patches().eval(), torch.rand(1, 3, 8, 8))
+    layer = weakref.ref(graph.qkv)
+    del graph
+    gc.collect()
+    assert layer() is None
 
 
 def shifted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -215,6 +226,7 @@ def test_what_is_made_from_numbers_may_be_written_as_a_whole_or_with_numbers(
     make: Any, write: Any
 ) -> None:
     model, example = Writes(make, write).eval(), torch.rand(2, 5, 6)
+    nn.init.ones_(model.places)
     assert trace(model, example[:1]).groups.keys() == {"a"}
     graph = trace_graph(model, example[:1])
     for places in (model.places, graph.places):
