@@ -127,23 +127,30 @@ def _answers(model: nn.Module, items: Items, name: str) -> Tensor:
     except Exception as error:
         raise BadInput(
             f"task: the model does not take items of {name} as example_input() promises: {error}"
-            f"{_hint(model, items)}"
+            f"{_hint(model, items, error)}"
         ) from error
 
 
-def _hint(model: nn.Module, items: Items) -> str:
-    """The rule and the fix where ``items`` are in float64, or ``model`` takes the first of them
-    alone; else ""."""
-    if any(tensor.dtype == torch.float64 for tensor in tensors(items.inputs)):
+def _hint(model: nn.Module, items: Items, error: Exception) -> str:
+    """The rule and the fix where ``error`` is of types, or ``model`` takes the first of ``items``
+    alone but not twice in a batch; else "": the fault may be of one item."""
+    doubles = any(tensor.dtype == torch.float64 for tensor in tensors(items.inputs))
+    if doubles and re.search("double|float64", str(error), re.IGNORECASE):
         return "; items are in float64, the model's weights in float32: give x.float()"
-    try:
-        run_module(model, items.first(1))
-    except Exception:
+    if not _runs(model, items.first(1)) or _runs(model, items.take(torch.tensor([0, 0]))):
         return ""
     return (
         f"; it takes one item, but not {len(items)} in a batch: batches have any size, so say "
         "view(x.shape[0], -1) for view(1, -1), and squeeze(-1) for squeeze()"
     )
+
+
+def _runs(model: nn.Module, items: Items) -> bool:
+    try:
+        run_module(model, items)
+    except Exception:
+        return False
+    return True
 
 
 def _loss(task: Task, output: Tensor, targets: Any, name: str) -> Tensor:

@@ -51,12 +51,25 @@ def _is_plain(module: Any) -> bool:
     return module.bias_k is None and module.bias_v is None and not module.add_zero_attn
 
 
-class Attention(nn.Module):
+class Spelled(nn.Module):
+    """One that is spelled out, with the numbers that its user may read: d_model, num_layers ..."""
+
+    def __init__(self, given: nn.Module) -> None:
+        super().__init__()
+        for name, value in vars(given).items():
+            if isinstance(value, int | float) and not name.startswith("_"):
+                setattr(self, name, value)
+
+
+class Attention(Spelled):
     """nn.MultiheadAttention (Vaswani et al. 2017, sec. 3.2.2) with a layer for each projection."""
 
+    batch_first: bool
+    head_dim: int
+    in_proj_bias = None  # so what derives from a layer of theirs does not take its fast path
+
     def __init__(self, given: nn.MultiheadAttention) -> None:
-        super().__init__()
-        self.width, self.batch_first = given.head_dim, given.batch_first
+        super().__init__(given)
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         weights: Any = [getattr(given, name) for name in names]
         if given.in_proj_weight is not None:
@@ -92,7 +105,7 @@ class Attention(nn.Module):
         return x, self._weights(q, k, mask, average_attn_weights) if need_weights else None
 
     def _split(self, x: Tensor) -> Tensor:  # [N, T, heads * width] -> [N, heads, T, width]
-        return x.reshape(x.shape[0], x.shape[1], -1, self.width).transpose(1, 2)
+        return x.reshape(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
     def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None, average: bool) -> Tensor:
         scores: Tensor = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
@@ -129,14 +142,14 @@ def _dtype(mask: Any) -> torch.dtype:
     return buffers[str(node.target)].dtype  # type: ignore[no-any-return]
 
 
-class EncoderLayer(nn.Module):
+class EncoderLayer(Spelled):
     """nn.TransformerEncoderLayer without its fast path."""
 
     def __init__(self, given: nn.TransformerEncoderLayer) -> None:
-        super().__init__()
+        super().__init__(given)
         self.self_attn = Attention(given.self_attn)
         self.linear1, self.linear2 = given.linear1, given.linear2
-        self.norm1, self.norm2, self.norm_first = given.norm1, given.norm2, given.norm_first
+        self.norm1, self.norm2 = given.norm1, given.norm2
         self.dropout, self.dropout1, self.dropout2 = given.dropout, given.dropout1, given.dropout2
         self.activation = given.activation
 
@@ -162,11 +175,11 @@ class EncoderLayer(nn.Module):
         return self.norm2(src + feed(src))  # type: ignore[no-any-return]
 
 
-class Encoder(nn.Module):
+class Encoder(Spelled):
     """nn.TransformerEncoder without nested tensors."""
 
     def __init__(self, given: nn.TransformerEncoder) -> None:
-        super().__init__()
+        super().__init__(given)
         self.layers, self.norm = nn.ModuleList(map(_spelled, given.layers)), given.norm
 
     def forward(
@@ -181,18 +194,18 @@ class Encoder(nn.Module):
         return src if self.norm is None else self.norm(src)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Spelled):
     """nn.TransformerDecoderLayer."""
 
     def __init__(self, given: nn.TransformerDecoderLayer) -> None:
-        super().__init__()
+        super().__init__(given)
         self.self_attn = Attention(given.self_attn)
         self.multihead_attn = Attention(given.multihead_attn)
         self.linear1, self.linear2 = given.linear1, given.linear2
         self.norm1, self.norm2, self.norm3 = given.norm1, given.norm2, given.norm3
         self.dropout, self.dropout1 = given.dropout, given.dropout1
         self.dropout2, self.dropout3 = given.dropout2, given.dropout3
-        self.activation, self.norm_first = given.activation, given.norm_first
+        self.activation = given.activation
 
     def forward(
         self,
@@ -225,11 +238,11 @@ class DecoderLayer(nn.Module):
         return x
 
 
-class Decoder(nn.Module):
+class Decoder(Spelled):
     """nn.TransformerDecoder."""
 
     def __init__(self, given: nn.TransformerDecoder) -> None:
-        super().__init__()
+        super().__init__(given)
         self.layers, self.norm = nn.ModuleList(map(_spelled, given.layers)), given.norm
 
     def forward(
@@ -250,11 +263,13 @@ class Decoder(nn.Module):
         return tgt if self.norm is None else self.norm(tgt)
 
 
-class Transformer(nn.Module):
+class Transformer(Spelled):
     """nn.Transformer: an encoder, and a decoder that looks at what it gives."""
 
+    generate_square_subsequent_mask = staticmethod(nn.Transformer.generate_square_subsequent_mask)
+
     def __init__(self, given: nn.Transformer) -> None:
-        super().__init__()
+        super().__init__(given)
         self.encoder, self.decoder = _spelled(given.encoder), _spelled(given.decoder)
 
     def forward(

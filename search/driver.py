@@ -153,6 +153,7 @@ class _Search:
         self.earlier_s = _worked(run.record.entries())
         self.notes: list[str] = []
         self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
+        self.left = _left(run.record.entries())
         self.waiting = _waiting(run.record.entries())
         self.profile = profile
         self.spent_s = next(reversed(at_work(run.record.entries())), 0.0)
@@ -323,15 +324,20 @@ class _Search:
     def _tidy(self, entry: dict[str, Any]) -> None:
         """Removes the checkpoints of trials that ended for good, or are unlikely to go on."""
         gone: list[str] = []
-        if entry["kind"] == "end" and entry.get("ahead"):
-            self.waiting[entry["trial"]] = entry["digest"]
-        elif entry["kind"] == "end" and entry["reason"] not in NOT_FOR_GOOD:
-            gone = [entry["digest"]]
+        if entry["kind"] == "result" and entry["rung"] in KEPT:
+            self.left.add(entry["trial"])
+            passed = self.waiting.keys() - self.controller.waiting()  # others may be ahead now
+            gone = [self.waiting.pop(number) for number in passed]
         elif entry["kind"] == "again":
             self.waiting.pop(entry["trial"], None)
-        elif entry["kind"] == "result" and entry["rung"] in KEPT:  # others may be ahead now
-            passed = self.waiting.keys() - self.controller.waiting()
-            gone = [self.waiting.pop(number) for number in passed]
+        elif entry["kind"] != "end" or entry["reason"] in NOT_FOR_GOOD:
+            return
+        elif entry["reason"] == "stopped" and entry["trial"] not in self.left:
+            return  # if it goes on it has its first, perhaps before a slow storage removes any
+        elif entry.get("ahead"):
+            self.waiting[entry["trial"]] = entry["digest"]
+        else:
+            gone = [entry["digest"]]
         for digest in gone:
             self.janitor.submit(remove_checkpoints, self.storage, digest)
 
@@ -393,9 +399,15 @@ class _Search:
             )
 
 
+def _left(entries: Sequence[Entry]) -> set[int]:
+    """The trials that left a checkpoint."""
+    return {e["trial"] for e in entries if e["kind"] == "result" and e["rung"] in KEPT}
+
+
 def _waiting(entries: Sequence[Entry]) -> dict[int, str]:
-    """By trial the digest of each policy that stopped where it may go on from."""
-    return {n: e["digest"] for n, e in ends(entries).items() if e.get("ahead")}
+    """By trial the digest of each policy that stopped where it may go on from a checkpoint."""
+    left = _left(entries)
+    return {n: e["digest"] for n, e in ends(entries).items() if e.get("ahead") and n in left}
 
 
 def _worked(entries: Sequence[Entry]) -> float:

@@ -13,6 +13,7 @@ from .network import Block, Group, Op, Part, Slot, reachable
 from .operations import Channels
 from .ties import FIXED, varies
 
+LAYERS = ("conv", "linear")  # kinds of operations that get a precision
 Place = tuple[str, str]  # ("makes" or "reads", layer)
 
 
@@ -165,28 +166,36 @@ def find_blocks(ops: Sequence[Op], groups: Mapping[str, Group]) -> dict[str, Blo
     inner one is meant.
     """
     by_name = {op.name: op for op in ops}
+    members = {member for group in groups.values() for member in group.members}
+    makers = [op for op in ops if op.kind in LAYERS or op.module in members]
     found: dict[str, Block] = {}
     for op in ops:
         if op.kind != "add":
             continue
         for skip, branch in (op.inputs, op.inputs[::-1]):
-            layers = _dropped(ops, by_name, op, skip, branch)
+            gone = _dropped(ops, by_name, makers, op, skip, branch)
+            layers = tuple(module for module, kind in gone.items() if kind in LAYERS)
             if layers and layers[0] not in found:
-                inside = (g.name for g in groups.values() if set(layers).issuperset(g.members))
+                inside = (g.name for g in groups.values() if gone.keys() >= set(g.members))
                 found[layers[0]] = Block(layers[0], op.name, skip, layers, tuple(inside))
     return found
 
 
 def _dropped(
-    ops: Sequence[Op], by_name: Mapping[str, Op], add: Op, skip: str, branch: str
-) -> tuple[str, ...]:
-    """Layers that go if ``add`` becomes ``skip``; () if ``branch`` is none of ``skip`` alone, or
-    runs a layer that also runs elsewhere."""
+    ops: Sequence[Op],
+    by_name: Mapping[str, Op],
+    makers: Sequence[Op],
+    add: Op,
+    skip: str,
+    branch: str,
+) -> dict[str, str]:
+    """The modules of ``makers`` that go if ``add`` becomes ``skip``, and their kinds; none if
+    ``branch`` is none of ``skip`` alone, or runs one that also runs elsewhere."""
     stack, seen = [branch], {skip}
     while stack:
         op = by_name[stack.pop()]
         if op.kind == "input":
-            return ()
+            return {}
         seen.add(op.name)
         stack += [v for v in op.inputs if v not in seen and by_name[v].shape]
     without = [
@@ -195,7 +204,6 @@ def _dropped(
         if op is not add
     ]
     alive = reachable(without)
-    layers = [op for op in ops if op.kind in ("conv", "linear")]
-    gone = dict.fromkeys(op.module for op in layers if op.name not in alive)
-    stay = {op.module for op in layers if op.name in alive}
-    return () if stay & gone.keys() else tuple(gone)
+    gone = {op.module: op.kind for op in makers if op.name not in alive}
+    stay = {op.module for op in makers if op.name in alive}
+    return {} if stay & gone.keys() else gone

@@ -149,3 +149,38 @@ def test_a_decoder_is_spelled_out_too(whole: bool, first: bool) -> None:
     widths = {name: group.width // 2 for name, group in groups.items()}
     policy = Policy(Prune(widths), Quantize(dict.fromkeys(prepared.network.layers, "int8")))
     assert compress(prepared, policy, "full").parity.agreement == 1  # type: ignore[union-attr]
+
+
+class Derived(nn.TransformerEncoderLayer):
+    """Has a fast path of its own, for which it asks its attention."""
+
+
+class Asks(nn.Module):
+    """Reads what PyTorch's modules say of themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 3)
+        self.first = Derived(WIDTH, 4, 32, batch_first=True)
+        self.body = nn.Transformer(WIDTH, 4, 1, 1, 32, batch_first=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        body, encoder = self.body, self.body.encoder
+        assert body.batch_first
+        assert body.nhead == encoder.layers[0].self_attn.num_heads
+        x = self.first(self.words(ids) * body.d_model**0.5)
+        for i in range(encoder.num_layers):
+            x = encoder.layers[i](x)
+        mask = body.generate_square_subsequent_mask(ids.shape[1])
+        return self.head(body.decoder(x, encoder.norm(x), tgt_mask=mask).mean(1))  # type: ignore[no-any-return]
+
+
+def test_what_a_model_asks_their_modules_is_answered() -> None:
+    model = Asks().eval()
+    prepared = prepare(task(model), make_runtime("onnxruntime", 1), Schedule(1, 0.5, 16))
+    groups = prepared.network.groups
+    halves = {name: group.width // 2 for name, group in groups.items()}
+    attentions = ("first.self_attn.q", "body.encoder.layers.0.self_attn.q")
+    assert halves.keys() >= {"first.self_attn.out", *attentions}
+    assert compress(prepared, Policy(Prune(halves)), "full").parity.agreement == 1  # type: ignore[union-attr]

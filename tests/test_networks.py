@@ -23,6 +23,7 @@ from flyweight.kernels import make_runtime
 from flyweight.spaces import (
     BadInput,
     Capabilities,
+    Impossible,
     Network,
     Policy,
     Prune,
@@ -584,6 +585,37 @@ def test_a_block_whose_layer_runs_elsewhere_stays() -> None:
     network = trace(Repeats(), torch.rand(1, 3, 6, 6))
     assert list(network.blocks) == ["own"]
     assert network.without(["own"]).layers.keys() == {"stem", "same", "head"}
+
+
+class Finer(nn.Module):
+    """A residual step of twice the size inside. shared: its transposed layer runs again."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.shared, self.stem = shared, nn.Conv2d(3, 8, 1)
+        self.narrow, self.up = nn.Conv2d(8, 12, 1), nn.ConvTranspose2d(12, 16, 2, 2)
+        self.down, self.last = nn.Conv2d(16, 8, 2, 2), nn.Conv2d(16, 8, 2, 2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        finer = F.relu(self.up(F.relu(self.narrow(x))))
+        x = x + self.down(finer)
+        if self.shared:
+            x = self.last(F.relu(self.up(F.pad(x, (0, 0, 0, 0, 0, 4)))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_what_transposed_convolutions_make_goes_with_their_block() -> None:
+    network = trace(Finer(False), torch.rand(1, 3, 6, 6))
+    assert network.blocks["narrow"].layers == ("narrow", "down")
+    assert network.blocks["narrow"].groups == ("narrow", "up")
+    assert network.without(["narrow"]).groups.keys() == {"stem"}
+    assert not trace(Finer(True), torch.rand(1, 3, 6, 6)).blocks
+    ready = prepared(Finer(False), (3, 6, 6))
+    with pytest.raises(Impossible, match="block 'narrow' is dropped, and 'up' with it"):
+        ready.plan(Policy(Prune({"up": 8}, drop=("narrow",))))
+    compress(ready, Policy(Prune({"stem": 4}, drop=("narrow",))), "recalibrate")
 
 
 class Sewn(nn.Module):

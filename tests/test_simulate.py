@@ -32,7 +32,7 @@ from flyweight.search.record import Entry, MemoryRecord
 from flyweight.search.results import FINALISTS
 from flyweight.search.simulate import Clock, simulate
 from flyweight.search.storage import Storage
-from flyweight.search.store import checkpoint_folder
+from flyweight.search.store import checkpoint_folder, remove_checkpoints
 from flyweight.search.trial import competes
 from flyweight.spaces import Policy
 
@@ -586,6 +586,7 @@ def test_checkpoints_are_kept_for_who_may_go_on(
         return work(policy, rung)
 
     for trials in (100, 200) if resumed else (200,):
+        search.left = driver._left(record.entries())
         search.waiting = driver._waiting(record.entries())
         search.controller = controller(toy, record, clock, trials=trials, listen=[search._tidy])
         simulate(search.controller, evaluate, 4, clock)
@@ -597,3 +598,30 @@ def test_checkpoints_are_kept_for_who_may_go_on(
     assert all(went_on)
     assert kept <= may
     assert len(kept) < len(once)
+
+
+def test_a_slow_storage_removes_no_checkpoint_of_who_went_on_since(
+    toy: ModuleType, tmp_path: Path
+) -> None:
+    clock, record, work = Clock(), MemoryRecord(), Work(toy)
+    late: list[str] = []  # whose are to be removed
+    search: Any = object.__new__(driver._Search)
+    search.left, search.waiting, search.storage = set(), {}, Storage(tmp_path)
+    search.janitor = SimpleNamespace(submit=lambda _, __, digest: late.append(digest))
+    went_on = []  # of those who had stopped before they had a checkpoint
+
+    def evaluate(policy: Policy, rung: str) -> tuple[Entry | None, float]:
+        own = [e["kind"] for e in record.entries() if e.get("digest") == policy.digest]
+        if rung == "short" and "again" in own:
+            place = tmp_path / checkpoint_folder(policy.digest)
+            place.mkdir(parents=True)
+            if policy.digest in late:
+                remove_checkpoints(search.storage, policy.digest)
+            went_on.append(place.is_dir())
+        return work(policy, rung)
+
+    search.controller = controller(toy, record, clock, trials=200, listen=[search._tidy])
+    simulate(search.controller, evaluate, 4, clock)
+    assert len(went_on) > 5
+    assert all(went_on)
+    assert late

@@ -136,6 +136,19 @@ class OfOne(nn.Module):
         return self.body(x.view(1, -1))  # type: ignore[no-any-return]
 
 
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(20, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.words(x.long()).mean(1))  # type: ignore[no-any-return]
+
+
+def sentences(most: int) -> Data:
+    return Data((torch.tensor([1.0, i]), i % 3) for i in range(most + 1))
+
+
 BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"model": lambda: "resnet"}, r"model\(\) must be a torch.nn.Module, but got str"),
     ({"model": fails}, r"model\(\) fails: FileNotFoundError: teacher"),
@@ -205,6 +218,18 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     (
         {"model": lambda: torch.ao.nn.qat.Linear(6, 3, qconfig=get_default_qat_qconfig("x86"))},
         "the model is quantized already, or prepared for that .*qat",
+    ),
+    (
+        {"model": Words, "train": sentences(19), "val": sentences(20), "test": sentences(19)},
+        "does not take items of val as .*: index out of range in self$",
+    ),
+    (
+        {
+            "model": Words,
+            "train": sentences(19),
+            "val": Data((x.double(), y) for x, y in sentences(40)),
+        },
+        "does not take items of val as .*: index out of range in self$",
     ),
     ({"model": OfOne}, r"it takes one item, but not 10 in a batch: .* view\(x.shape\[0\], -1\)"),
     ({"model": lambda: model().half()}, "must be in float32, but '0.weight' is float16"),
