@@ -36,7 +36,7 @@ def with_modules(model: nn.Module, example: Any) -> nn.Module:
     model: in eval mode; stays as it is.
     """
     try:
-        graph = trace_graph(copy.deepcopy(model), example)
+        graph = trace_graph(model, example)
     except BadInput:  # whoever traces it next says so
         return model
     if not any(p.requires_grad for p in graph.parameters()):

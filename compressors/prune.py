@@ -134,7 +134,6 @@ def remove(
 ) -> fx.GraphModule:
     """A copy of ``model`` without the channels that are not in ``kept`` and without the residual
     branches ``drop``, as the graph of its operations. What is to be trained requires gradients."""
-    model = copy.deepcopy(model).eval()  # it runs once, and may write to its buffers
     student = operate_(trace_graph(model, example), network, kept, drop)
     student.eval().requires_grad_()
     for module in student.modules():

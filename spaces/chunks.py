@@ -13,8 +13,11 @@ _ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.floordiv)
 
 
 def cut_at_once(graph: fx.GraphModule) -> None:
-    """Where slices of one axis, not that of requests, are all of it in parts of one size, or
-    halves, they become parts of one ``torch.chunk``."""
+    """Where slices of one axis, not that of requests, are all of it in parts of one size, or of
+    channels one half, they become parts of one ``torch.chunk``."""
+    # What is read of channels alone may be cut so that nobody reads the rest; of steps in time it
+    # would be copied for nothing. Whatever makes or scales channels has as many weights.
+    widths = {len(p) for p in graph.parameters() if p.ndim}
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
     for node in order:
         cuts: dict[int, dict[fx.Node, range]] = {}
@@ -24,9 +27,12 @@ def cut_at_once(graph: fx.GraphModule) -> None:
                 cuts.setdefault(axis, {})[user] = part
         for axis, parts in cuts.items():
             size, width = shape_of(node)[axis], max(map(len, parts.values()))
-            whole = {range(start, start + width) for start in range(0, size, width or size)}
             known = {*parts.values()}
-            if known != whole and (size != 2 * width or not known < whole):
+            if not 0 < width < size:
+                continue
+            whole = {range(start, start + width) for start in range(0, size, width)}
+            half = size == 2 * width and size in widths and known < whole
+            if known != whole and not half:
                 continue
             with graph.graph.inserting_before(min(parts, key=order.__getitem__)):
                 chunks = graph.graph.call_function(torch.chunk, (node, len(whole), axis))
@@ -77,4 +83,4 @@ def _number(end: Any) -> Any:
     shape = shape_of(read) if isinstance(read, fx.Node) else ()
     if not isinstance(place, int) or not shape or place % len(shape) == 0:
         return NotImplemented
-    return shape[place]
+    return NotImplemented if shape[place] == 1 else shape[place]  # 1 may be how many requests

@@ -53,7 +53,6 @@ def trace(model: nn.Module, example: Any) -> Network:
     values or when it does not run on ``example``; BadInput when ``example`` does not fit its
     forward.
     """
-    model = copy.deepcopy(model).eval()
     graph = trace_graph(model, example)
     _check(graph)
     inputs = _bind(model, example)[0]
@@ -65,7 +64,8 @@ def trace(model: nn.Module, example: Any) -> Network:
 
 
 def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
-    """``model`` as an fx graph whose nodes carry their shapes and change nothing in place.
+    """``model`` in eval mode as an fx graph with weights of its own, whose nodes carry their shapes
+    and change nothing in place.
 
     Functions that a library keeps whole for torch.fx (``fx.wrap``) are looked into where that can
     be: of the attention of torchvision's Swin nothing could be pruned else.
@@ -75,7 +75,9 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
         for key in foreign:
             del kept[key]
         try:
-            return _traced_graph(model, example)
+            graph = _traced_graph(model, example)
+            _compare(graph, _bind(model, example)[0], model, example)
+            return graph
         except Untraceable:
             pass
         finally:
@@ -99,7 +101,11 @@ def _traced_graph(model: nn.Module, example: Any) -> fx.GraphModule:
         raise Untraceable(f"the model calls .numpy() in its forward{NUMPY}")
     _drop_defaults(graph, [n in defaults for n in inspect.signature(model.forward).parameters])
     _place_arguments(graph)
+    made = _constants(graph)
+    before = {name: getattr(graph, name).clone() for name in made}
     seen = note_shapes(graph, bound)
+    for name, value in before.items():  # it may have been changed in place
+        setattr(graph, name, value)
     for node, source in seen.idle.items():  # in order: what one reads is gone if it was idle too
         node.replace_all_uses_with(seen.idle.get(source, source))
         graph.graph.erase_node(node)
@@ -114,13 +120,10 @@ def _symbolic(model: nn.Module, bound: Sequence[Any], defaults: dict[str, Any]) 
     """``model`` as torch.fx traces it: first with its buffers as the tensors they are, by which it
     may decide what runs."""
 
-    einops: Any = sys.modules.get("einops._backends")
-    for kind in PROXIES if hasattr(einops, "_type2backend") else ():  # it asks a tensor's type
-        einops._type2backend[kind] = einops.get_backend(torch.empty(0))
-
     def traced(buffers: bool) -> fx.GraphModule:
+        own = copy.deepcopy(model).eval()  # it may keep what stands for its values
         tracer = Tracer([given(repeated(bound, times)) for times in BATCHES], buffers)
-        graph = tracer.trace(model, defaults or None)
+        graph = tracer.trace(own, defaults or None)
         return fx.GraphModule(tracer.root, graph, type(model).__name__)
 
     def given(values: Sequence[Any]) -> list[Any]:
@@ -128,7 +131,7 @@ def _symbolic(model: nn.Module, bound: Sequence[Any], defaults: dict[str, Any]) 
         names = inspect.signature(model.forward).parameters
         return [defaults[n] if n in defaults else next(left) for n in names]
 
-    with _sized_by_requests():
+    with _sized_by_requests(), _einops():
         try:
             return traced(buffers=False)
         except Exception as error:
@@ -136,6 +139,21 @@ def _symbolic(model: nn.Module, bound: Sequence[Any], defaults: dict[str, Any]) 
                 return traced(buffers=True)
             except Exception:
                 raise error from None
+
+
+@contextmanager
+def _einops() -> Iterator[None]:
+    """While a model is traced, einops takes what stands for a tensor for one, if it is loaded."""
+    backends: Any = sys.modules.get("einops._backends")
+    for kind in PROXIES if hasattr(backends, "_type2backend") else ():  # it asks a tensor's type
+        backends._type2backend[kind] = backends.get_backend(torch.empty(0))
+    try:
+        yield
+    finally:
+        # It keeps what it works out by the sizes it is for, and these would keep the whole model.
+        cached: Any = getattr(sys.modules.get("einops.einops"), "_reconstruct_from_shape", None)
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
 
 
 @contextmanager
@@ -217,6 +235,26 @@ def _is_torchs(function: Any) -> bool:
     """Whether ``function`` is PyTorch's or Python's own, about which more is known."""
     library = (getattr(function, "__module__", None) or "torch").partition(".")[0]
     return library in ("torch", "_operator", "builtins", "math")
+
+
+def _constants(graph: fx.GraphModule) -> list[str]:
+    """What was made from numbers while ``graph`` was traced, each of which is then read once,
+    before anything runs: so it is seen where it, or a view of it, is changed in place."""
+    first: dict[str, fx.Node] = {}
+    for node in graph.graph.nodes:
+        name = str(node.target)
+        if node.op != "get_attr" or not name.startswith("_tensor_constant"):
+            continue
+        if name in first:
+            node.replace_all_uses_with(first[name])
+            graph.graph.erase_node(node)
+        else:
+            first[name] = node
+    start = next((n for n in graph.graph.nodes if n.op != "placeholder"), None)
+    for node in first.values():
+        if start is not None and node is not start:
+            start.prepend(node)
+    return list(first)
 
 
 def _place_arguments(graph: fx.GraphModule) -> None:
@@ -328,22 +366,32 @@ def _check(graph: fx.GraphModule) -> None:
 def _compare(graph: fx.GraphModule, inputs: Sequence[Any], model: nn.Module, example: Any) -> None:
     """Raises Untraceable if ``graph`` answers otherwise than ``model``, of which it is a trace: it
     would be searched, pruned and deployed as another network."""
-    args, kwargs = arguments(copy.deepcopy(example))  # it may be changed in place
+    model = copy.deepcopy(model).eval()
     with torch.no_grad():
-        found = graph(*(value.clone() for value in inputs))  # first: both may hold one buffer
+        found = graph(*(value.clone() for value in inputs))
         try:
-            expected = model(*args, **kwargs)
+            expected = [_asked(model, example) for _ in range(2)]
         except Exception:  # whoever runs it next says so
             return
-    if not expected.is_floating_point() or not expected.isfinite().all():
+    if not all(isinstance(answer, torch.Tensor) for answer in (found, *expected)):
         return
-    most = SAME * expected.abs().max().item()
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=0, atol=most):
+    if not all(e.is_floating_point() and e.numel() and e.isfinite().all() for e in expected):
+        return
+    found, *expected = (answer.float() for answer in (found, *expected))  # autocast may change it
+    most = SAME * expected[0].abs().max().item()
+    if any(
+        found.shape != e.shape or not torch.allclose(found, e, rtol=0, atol=most) for e in expected
+    ):
         raise Untraceable(
             "the model answers one request otherwise when it is asked again, or traced: its answer "
-            "must hang on the request and the weights alone, not on random numbers, nor on buffers "
-            "that its forward changes"
+            "must hang on the request and the weights alone, not on random numbers (F.dropout "
+            "needs training=self.training), nor on buffers that its forward changes"
         )
+
+
+def _asked(model: nn.Module, example: Any) -> Any:
+    args, kwargs = arguments(copy.deepcopy(example))  # it may be changed in place
+    return model(*args, **kwargs)
 
 
 def _sound(

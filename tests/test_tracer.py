@@ -1,6 +1,8 @@
 """What a model asks while it is traced, and what it writes in another way than others."""
 
+import gc
 import importlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.nn import functional as F
 
 from flyweight.compressors.export import to_onnx
 from flyweight.compressors.modules import with_modules
+from flyweight.spaces import Untraceable
 from flyweight.spaces.tracing import trace, trace_graph
 
 
@@ -98,6 +101,15 @@ def test_einops_is_traced_to_what_it_does() -> None:
     torch.testing.assert_close(trace_graph(model, example[:1])(example), model(example))
 
 
+def test_no_model_is_kept_by_einops() -> None:
+    pytest.importorskip("einops")
+    graph = trace_graph(Patches().eval(), torch.rand(1, 3, 8, 8))
+    layer = weakref.ref(graph.qkv)
+    del graph
+    gc.collect()
+    assert layer() is None
+
+
 def shifted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Attention over windows that are moved by one, as torchvision's Swin keeps it whole."""
     steps, width = x.shape[1] + x.shape[1] % 2, x.shape[2]
@@ -135,6 +147,101 @@ def test_functions_that_a_library_keeps_whole_are_looked_into() -> None:
     found = {group.members: group.multiple_of for group in network.groups.values()}
     assert found == {("embed", "out"): 1, ("qkv",): 4}
     torch.testing.assert_close(trace_graph(plain, example[:1])(example), model(example))
+
+
+def kept_whole(x: Tensor) -> Tensor:
+    return x * (2 if type(x) is Tensor else 3)
+
+
+torch.fx.wrap("kept_whole")
+
+
+class KeepsWhole(nn.Module):
+    """Calls what answers otherwise in a trace; ``made`` is another in each."""
+
+    made: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.made is None:
+            self.made = torch.zeros_like(x[:1, :1])
+        return self.b(kept_whole(F.relu(self.a(x))) + self.made)
+
+
+def test_functions_that_cannot_be_looked_into_are_kept_whole() -> None:
+    model, example = KeepsWhole().eval(), torch.rand(1, 6)
+    trace(model, example)
+    torch.testing.assert_close(trace_graph(model, example)(example), model(example))
+
+
+class Writes(nn.Module):
+    """Writes ``what`` to ``where`` of a tensor that is made from numbers."""
+
+    def __init__(self, make: Any, write: Any) -> None:
+        super().__init__()
+        self.make, self.write = make, write
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.places = nn.Parameter(torch.zeros(5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.write(self.make(x), self.places, x)
+        return self.b(F.relu(self.a(x)) + y).mean(1)
+
+
+def adds(y: Tensor, places: Tensor, _: Tensor) -> Tensor:
+    y += places
+    y *= 2
+    return y
+
+
+def sets(y: Tensor, places: Tensor, _: Tensor) -> Tensor:
+    y[1:3] = places[1:3]
+    return y
+
+
+def copies(y: Tensor, places: Tensor, _: Tensor) -> Tensor:
+    y[1:3].copy_(places[1:3])
+    return y
+
+
+def takes(y: Tensor, _: Tensor, x: Tensor) -> Tensor:
+    y[:2] = x[:, :2, :1].sum(0)
+    return y
+
+
+def numbers(y: Tensor, places: Tensor, _: Tensor) -> Tensor:
+    y[1:3] = 2
+    return y + places
+
+
+MAKES = [lambda x: x.new_zeros(5, 1), lambda _: torch.zeros(5, 1)]
+
+
+@pytest.mark.parametrize("make", MAKES, ids=["new", "zeros"])
+@pytest.mark.parametrize("write", [adds, numbers])
+def test_what_is_made_from_numbers_may_be_written_as_a_whole_or_with_numbers(
+    make: Any, write: Any
+) -> None:
+    model, example = Writes(make, write).eval(), torch.rand(2, 5, 6)
+    nn.init.ones_(model.places)
+    assert trace(model, example[:1]).groups.keys() == {"a"}
+    graph = trace_graph(model, example[:1])
+    for places in (model.places, graph.places):
+        places.data.copy_(torch.arange(5.0)[:, None])  # as if they were trained
+    for _ in range(2):
+        torch.testing.assert_close(graph(example), model(example))
+
+
+@pytest.mark.parametrize("make", MAKES, ids=["new", "zeros"])
+@pytest.mark.parametrize("write", [sets, copies, takes])
+def test_what_is_made_from_numbers_must_not_be_written_in_part_with_values(
+    make: Any, write: Any
+) -> None:
+    with pytest.raises(Untraceable, match="changes in place a part or a view of"):
+        trace(Writes(make, write).eval(), torch.rand(1, 5, 6))
 
 
 class Skips(nn.Module):

@@ -353,6 +353,37 @@ def test_parts_of_one_size_that_are_cut_out_one_by_one_lose_the_same(
     torch.testing.assert_close(remove(model, network, example, kept)(example), model(example))
 
 
+class Windows(nn.Module):
+    """Cuts its steps in time, first in the batch or second."""
+
+    def __init__(self, cut: Callable[[Tensor], Tensor], first: bool) -> None:
+        super().__init__()
+        self.cut, self.axis = cut, 0 if first else 1
+        self.stem, self.head = nn.Linear(3, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.head(self.cut(x.transpose(0, self.axis)).transpose(0, self.axis).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("cut", "first"),
+    [
+        (lambda x: torch.cat((x[:, :0], x), 1), True),
+        (lambda x: x[:, :6], True),
+        (lambda x: x[:, 3:], True),
+        (lambda x: torch.cat((x, x), 1)[:, : x.shape[1]], False),
+    ],
+    ids=["none", "all", "half", "requests"],
+)
+def test_what_cuts_no_channels_is_cut_as_it_was(cut: Any, first: bool) -> None:
+    model, example = Windows(cut, first).eval(), torch.rand(3, 6, 3)
+    assert trace(model, example[:1]).groups.keys() <= {"stem"}
+    graph = trace_graph(model, example[:1])
+    assert torch.chunk not in [node.target for node in graph.graph.nodes]
+    torch.testing.assert_close(graph(example), model(example))
+
+
 # -- values and layers ---------------------------------------------------------------------------
 
 
@@ -756,6 +787,11 @@ class Random(Small):
         return self.b(x + torch.randn_like(x))
 
 
+class Dropped(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.dropout(self.a(x)))
+
+
 class Remembers(Small):
     def __init__(self) -> None:
         super().__init__()
@@ -792,6 +828,7 @@ class Weightless(nn.Module):
         (Numpy(), r"tanh.*; what passes through numpy can be neither traced nor deployed: compute"),
         (Scripted(), r"scripted(?s:.*); a function of torch.jit.script cannot be traced"),
         (Random(), "answers one request otherwise when it is asked again, .* on random numbers"),
+        (Dropped(), r"when it is asked again, .*F\.dropout needs training=self\.training"),
         (Remembers(), "otherwise when it is asked again, .* on buffers that its forward changes"),
         (Weightless(), "no convolution and no linear layer: nothing to compress"),
     ],
@@ -863,7 +900,7 @@ class Mixing(nn.Module):
         lambda x: (x - x.mean(1, True)) / (x.std(1, keepdim=True) + 0.1),
         lambda x: torch.max(x.max(2, keepdim=True)[0], x),
         nn.ChannelShuffle(2),
-        lambda x: torch.einsum("nchw,whj->nchj", x, torch.rand(6, 6, 6)),
+        lambda x: torch.einsum("nchw,whj->nchj", x, torch.ones(6, 6, 6)),
         lambda x: F.normalize(x, dim=-1),
         lambda x: torch.nan_to_num(torch.addcmul(x, x, x, value=0.5)).remainder(2.0),
     ],
@@ -948,6 +985,32 @@ def test_what_hangs_on_the_shape_of_a_request_is_what_it_is_for_the_example() ->
     graph, more = trace_graph(model, x), torch.rand(7, 5, 8)
     torch.testing.assert_close(graph(more), model(more))
     assert trace(model, x).groups.keys() == {"a"}
+
+
+class Cast(Small):
+    """Answers in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.b(F.relu(self.a(x)))
+
+
+class Cached(Small):
+    """Keeps what it makes of the shape of a request."""
+
+    mask: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mask is None:
+            self.mask = torch.zeros_like(x[:1])
+        return self.b(F.relu(self.a(x + self.mask)))
+
+
+@pytest.mark.parametrize("kind", [Cast, Cached])
+def test_a_model_may_answer_in_another_type_and_keep_what_it_made(kind: type[Small]) -> None:
+    model = kind().eval()
+    assert trace(model, torch.rand(1, 4)).groups.keys() == {"a"}
+    assert getattr(model, "mask", None) is None
 
 
 class Guarded(Small):
