@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from ..spaces import Blueprint, Network
-from ..spaces.network import Op
+from ..spaces.network import LAYER_KINDS, Op
 from .data import Items
 from .prune import in_order
 
@@ -70,7 +70,7 @@ def tied_channels(network: Network) -> list[Channels]:
 
     for op in network.ops:
         known = [of[i] for i in op.inputs if i in of]
-        if op.kind in ("conv", "linear"):
+        if op.kind in LAYER_KINDS:
             layer = network.layers[op.module]
             own = Channels(layer.out_channels, makers=[layer.name], values=[op.name])
             again = len(network.uses[layer.name]) > 1

@@ -175,12 +175,16 @@ class EncoderLayer(Spelled):
         return self.norm2(src + feed(src))  # type: ignore[no-any-return]
 
 
-class Encoder(Spelled):
-    """nn.TransformerEncoder without nested tensors."""
+class Stack(Spelled):
+    """Layers one after the other, and perhaps a norm."""
 
-    def __init__(self, given: nn.TransformerEncoder) -> None:
+    def __init__(self, given: nn.TransformerEncoder | nn.TransformerDecoder) -> None:
         super().__init__(given)
         self.layers, self.norm = nn.ModuleList(map(_spelled, given.layers)), given.norm
+
+
+class Encoder(Stack):
+    """nn.TransformerEncoder without nested tensors."""
 
     def forward(
         self,
@@ -238,12 +242,8 @@ class DecoderLayer(Spelled):
         return x
 
 
-class Decoder(Spelled):
+class Decoder(Stack):
     """nn.TransformerDecoder."""
-
-    def __init__(self, given: nn.TransformerDecoder) -> None:
-        super().__init__(given)
-        self.layers, self.norm = nn.ModuleList(map(_spelled, given.layers)), given.norm
 
     def forward(
         self,

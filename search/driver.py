@@ -150,13 +150,14 @@ class _Search:
         self.run_dir, self.record = run.run_dir, run.record
         self.storage, self.mirror = run.storage, run.mirror
         self.console, self.began = console, began
-        self.earlier_s = _worked(run.record.entries())
+        entries = run.record.entries()
+        self.earlier_s = _worked(entries)
         self.notes: list[str] = []
         self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
-        self.left = _left(run.record.entries())
-        self.waiting = _waiting(run.record.entries())
+        self.left = _left(entries)
+        self.waiting = _waiting(entries)
         self.profile = profile
-        self.spent_s = next(reversed(at_work(run.record.entries())), 0.0)
+        self.spent_s = next(reversed(at_work(entries)), 0.0)
         self.preparation = Preparation(
             prepared, place, run.run_dir, console, self.notes, self.spent_s
         )

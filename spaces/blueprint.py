@@ -12,7 +12,7 @@ from operator import and_, or_
 
 from .capabilities import Capabilities
 from .errors import Impossible, nearest
-from .network import Network, Op
+from .network import LAYER_KINDS, Network, Op
 from .policy import Policy
 
 # What a runtime fuses behind what, if nobody else reads the value between. Only a layer takes a
@@ -53,7 +53,7 @@ class Kernel:
     @property
     def weights(self) -> int:
         """Weights of a layer, its bias aside; 0 for any other operation."""
-        if self.kind not in ("conv", "linear"):
+        if self.kind not in LAYER_KINDS:
             return 0
         read, made = self.channels
         return math.prod(self.kernel) * read // self.groups * made
@@ -61,7 +61,7 @@ class Kernel:
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one request; 0 for what is no layer."""
-        if self.kind not in ("conv", "linear"):
+        if self.kind not in LAYER_KINDS:
             return 0
         return self.weights * math.prod(self.out_shape[1:]) // self.channels[1]
 

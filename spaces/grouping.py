@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from .labels import Labels
-from .network import Block, Group, Op, Part, Slot, reachable
+from .network import LAYER_KINDS, Block, Group, Op, Part, Slot, reachable
 from .operations import Channels
 from .ties import FIXED, varies
 
-LAYERS = ("conv", "linear")  # kinds of operations that get a precision
 Place = tuple[str, str]  # ("makes" or "reads", layer)
 
 
@@ -167,14 +166,14 @@ def find_blocks(ops: Sequence[Op], groups: Mapping[str, Group]) -> dict[str, Blo
     """
     by_name = {op.name: op for op in ops}
     members = {member for group in groups.values() for member in group.members}
-    makers = [op for op in ops if op.kind in LAYERS or op.module in members]
+    makers = [op for op in ops if op.kind in LAYER_KINDS or op.module in members]
     found: dict[str, Block] = {}
     for op in ops:
         if op.kind != "add":
             continue
         for skip, branch in (op.inputs, op.inputs[::-1]):
             gone = _dropped(ops, by_name, makers, op, skip, branch)
-            layers = tuple(module for module, kind in gone.items() if kind in LAYERS)
+            layers = tuple(module for module, kind in gone.items() if kind in LAYER_KINDS)
             if layers and layers[0] not in found:
                 inside = (g.name for g in groups.values() if gone.keys() >= set(g.members))
                 found[layers[0]] = Block(layers[0], op.name, skip, layers, tuple(inside))

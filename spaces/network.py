@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+LAYER_KINDS = ("conv", "linear")  # of operations: those that get a precision
 Part = tuple[str | None, int]  # (the group that governs these channels or None, channels unpruned)
 
 

@@ -20,7 +20,7 @@ from .errors import BadInput, Untraceable
 from .grouping import Found, doubled, find_blocks, repeated, run_quietly, trial_widths
 from .label_rules import TRANSPOSED
 from .memory import Change, changes, versions, write_once
-from .network import Group, Layer, Network, Op
+from .network import LAYER_KINDS, Group, Layer, Network, Op
 from .operations import LAYERS, SHAPE, callee, operations, shape_of
 from .surgery import operate_
 from .tracer import PROXIES, Tracer
@@ -435,7 +435,7 @@ def _network(graph: fx.GraphModule, found: Found, groups: Mapping[str, Group]) -
     ops = operations(graph, found.channels(groups))
     uses: dict[str, list[Op]] = {}
     for op in ops:
-        if op.kind in ("conv", "linear"):
+        if op.kind in LAYER_KINDS:
             uses.setdefault(op.module, []).append(op)
     return Network(
         ops=tuple(ops),
