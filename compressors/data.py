@@ -77,10 +77,15 @@ class Items:
             tree_map(lambda t: t.to(device), self.targets),
         )
 
-    def chunks(self) -> Iterator["Items"]:
-        """All items in order, as many at a time as a network runs fastest."""
+    @property
+    def chunk(self) -> int:
+        """How many items at a time a network runs fastest."""
         size = sum(t[0].numel() * t.element_size() for t in tensors(self.inputs))
-        return self.batches(min(MOST, max(FEWEST, CHUNK // max(1, size))))
+        return min(MOST, max(FEWEST, CHUNK // max(1, size)))
+
+    def chunks(self) -> Iterator["Items"]:
+        """All items in order, ``chunk`` at a time."""
+        return self.batches(self.chunk)
 
     def batches(self, size: int) -> Iterator["Items"]:
         """All items in order, ``size`` at a time."""

@@ -23,13 +23,13 @@ from ..spaces import (
     nearest,
 )
 from ..spaces.tracing import arguments, trace
+from .answering import answers_of
 from .checks import check, check_request, check_values
 from .data import Items, Splits, split, tensors
 from .distill import CPU, Asked, Epoch
 from .mixed import is_native
 from .modules import with_modules
 from .outputs import OutputKind, kind_of
-from .parity import run_module
 from .prune import importance, lay_out
 from .reconstruct import Moments, input_moments
 from .spelled_out import spelled_out
@@ -160,7 +160,7 @@ class Prepared:
     def _answers(self, items: Items, name: str) -> Tensor:
         """The teacher's answers to ``items`` of data set ``name``; BadInput if some are not
         finite, from which nothing could be learnt."""
-        answers = run_module(self.teacher, items)
+        answers = answers_of(self.teacher, self.network, self.example, items)
         odd = ~answers.isfinite().reshape(len(answers), -1).all(1)
         if odd.any():
             raise BadInput(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..compressors.answering import torch_threads
 from ..kernels import DeviceProfile, LatencyPredictor
 from ..kernels.cores import cores
 from ..spaces import BadInput
@@ -49,7 +50,6 @@ from .ready import (
     facts_of,
     ready,
     teacher_answers,
-    torch_threads,
     trained_in_bfloat16,
 )
 from .record import NOT_FOR_GOOD, Entry, Record, at_work, ends

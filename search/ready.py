@@ -1,9 +1,8 @@
 """From a spec to a prepared task, its space and its teacher's figures; nothing is trained."""
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from ..compressors import Prepared, Schedule, compress, prepare
+from ..compressors.answering import torch_threads
 from ..compressors.bfloat16 import in_bfloat16
 from ..compressors.checks import checked_metric
 from ..compressors.data import Items, tensors
@@ -263,14 +263,3 @@ def trained_in_bfloat16(spec: Spec, prepared: Prepared, students: Sequence[str])
     """Those of ``students`` that are to train so, tried with the threads of the workers."""
     with torch_threads(max(1, int(spec.resources.cpus))):
         return in_bfloat16(prepared, students, spec.resources.gpus > 0)
-
-
-@contextlib.contextmanager
-def torch_threads(number: int) -> Iterator[None]:
-    """Torch on so many threads, for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

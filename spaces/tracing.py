@@ -243,12 +243,12 @@ class _Shapes(fx.Interpreter):
         self.changes += changed
         same = [given for given in n.all_input_nodes if self.env[given] is result]
         told = any(value is False for value in (*n.args, *n.kwargs.values()))
-        if same and told and n.op == "call_function" and not changed and not _is_torchs(n.target):
+        if same and told and n.op == "call_function" and not changed and not is_torchs(n.target):
             self.idle[n] = self.idle.get(same[0], same[0])
         return result
 
 
-def _is_torchs(function: Any) -> bool:
+def is_torchs(function: Any) -> bool:
     """Whether ``function`` is PyTorch's or Python's own, about which more is known."""
     library = (getattr(function, "__module__", None) or "torch").partition(".")[0]
     return library in ("torch", "_operator", "builtins", "math")
