@@ -52,7 +52,7 @@ from .ready import (
     teacher_answers,
     trained_in_bfloat16,
 )
-from .record import NOT_FOR_GOOD, Entry, Record, at_work, ends
+from .record import NOT_FOR_GOOD, Entry, Record, at_work
 from .report import FILES as REPORT
 from .run_files import PROFILE, RESULT, SPEC
 from .spec import Spec
@@ -63,6 +63,7 @@ from .store import (
 from .strategies import source
 from .tracking import TRACKED, MemoryTracker, Status, Tracker, tracked_at
 from .tracking_process import TrackerProcess
+from .trial import Trial
 from .tuning import run_trials
 from .warm import WarmStart
 from .workers import KEPT, Job, trainable
@@ -154,8 +155,7 @@ class _Search:
         self.earlier_s = _worked(entries)
         self.notes: list[str] = []
         self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
-        self.left = _left(entries)
-        self.waiting = _waiting(entries)
+        self.waiting: dict[int, str] = {}  # trials that may go on from a checkpoint: their digests
         self.profile = profile
         self.spent_s = next(reversed(at_work(entries)), 0.0)
         self.preparation = Preparation(
@@ -320,20 +320,20 @@ class _Search:
             proposals, price, limits, self.record, budget, listen=[listen, look, self._tidy],
             look_ahead=True, reprice=reprice, front_alone=self.nothing_left,
         )  # fmt: skip
+        self.waiting = _waiting(self.controller)
         return self.controller
 
     def _tidy(self, entry: dict[str, Any]) -> None:
         """Removes the checkpoints of trials that ended for good, or are unlikely to go on."""
         gone: list[str] = []
         if entry["kind"] == "result" and entry["rung"] in KEPT:
-            self.left.add(entry["trial"])
             passed = self.waiting.keys() - self.controller.waiting()  # others may be ahead now
             gone = [self.waiting.pop(number) for number in passed]
         elif entry["kind"] == "again":
             self.waiting.pop(entry["trial"], None)
         elif entry["kind"] != "end" or entry["reason"] in NOT_FOR_GOOD:
             return
-        elif entry["reason"] == "stopped" and entry["trial"] not in self.left:
+        elif entry["reason"] == "stopped" and not _left(self.controller.trials[entry["trial"]]):
             return  # if it goes on it has its first, perhaps before a slow storage removes any
         elif entry.get("ahead"):
             self.waiting[entry["trial"]] = entry["digest"]
@@ -400,15 +400,15 @@ class _Search:
             )
 
 
-def _left(entries: Sequence[Entry]) -> set[int]:
-    """The trials that left a checkpoint."""
-    return {e["trial"] for e in entries if e["kind"] == "result" and e["rung"] in KEPT}
+def _left(trial: Trial) -> bool:
+    """Whether ``trial`` left a checkpoint."""
+    return not trial.results.keys().isdisjoint(KEPT)
 
 
-def _waiting(entries: Sequence[Entry]) -> dict[int, str]:
+def _waiting(controller: Controller) -> dict[int, str]:
     """By trial the digest of each policy that stopped where it may go on from a checkpoint."""
-    left = _left(entries)
-    return {n: e["digest"] for n, e in ends(entries).items() if e.get("ahead") and n in left}
+    may = (controller.trials[number] for number in controller.waiting())
+    return {trial.number: trial.policy.digest for trial in may if _left(trial)}
 
 
 def _worked(entries: Sequence[Entry]) -> float:

@@ -167,11 +167,11 @@ def test_a_trial_that_more_time_lets_go_on_keeps_its_checkpoint(
     controller: Any = SimpleNamespace(trials={}, elapsed=lambda: 0.0, fatal=None)
     search: Any = object.__new__(driver._Search)
     search.storage, search.janitor, search.waiting = storage, ThreadPoolExecutor(1), {}
-    search.left = set(range(len(reasons)))
+    search.controller = controller
 
     def run_trials(*_: Any, **__: Any) -> None:
         for number, reason in enumerate(reasons):
-            controller.trials[number] = SimpleNamespace(ended=reason)
+            controller.trials[number] = SimpleNamespace(ended=reason, results={"short": {}})
             search._tidy({"kind": "end", "trial": number, "reason": reason, "digest": reason})
 
     monkeypatch.setattr(driver, "run_trials", run_trials)
