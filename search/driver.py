@@ -32,6 +32,7 @@ from .opening import (
     class_of,
     is_done,
     kept,
+    known_sizes,
     lasting,
     opening_entry,
     priced_alike,
@@ -177,8 +178,10 @@ class _Search:
         if new_limits and not self.local and self.place.there:
             check_limits(self.ready, limits, price)
         self.predictor = self._predictor(teacher_ms)
+        header["predicted_by"] = "timing" if self.predictor is None else "profile"
         if self.predictor is not None:
-            price = predicted(self.ready.prepared, self.predictor, limits)
+            sizes = known_sizes(header, self.record)
+            price = predicted(self.ready.prepared, self.predictor, limits, sizes)
             if new_limits and not self.local and not self.place.there:
                 check_limits(self.ready, limits, price)
         elif changed_target(header, self.record):
@@ -187,7 +190,6 @@ class _Search:
                 "what is known cannot be priced for it; name one as target.profile (`flyweight "
                 "profile` makes it), or begin a new search with another --out"
             )
-        header["predicted_by"] = "timing" if self.predictor is None else "profile"
         if self.predictor is not None and self.spec.target.profile is not None:
             header["profile"] = key_of(Path(self.spec.target.profile).read_bytes())
         reprice = self.predictor is not None and not priced_alike(header, self.record)
