@@ -68,7 +68,7 @@ def make_space(prepared: Prepared, spec: Spec) -> Space:
 @dataclass(frozen=True)
 class Ready:
     """A search that could begin. teacher: its artifact; metric, metric_test: its figures.
-    doubt: what is odd about them, in words."""
+    doubt: what is odd about them, or of the model stays as it is, in words."""
 
     spec: Spec
     prepared: Prepared
@@ -186,7 +186,8 @@ def ready(spec: Spec) -> Ready:
             f"{metric:.3g}: next to nothing would be asked of it; of a metric of 0 to 1, 1% is "
             "max_drop: 0.01"
         )
-    doubts = filter(None, (_doubt(task, answers, splits.selection, metric), untested))
+    whole = (start.whole for start in prepared.starts.values())
+    doubts = filter(None, (_doubt(task, answers, splits.selection, metric), untested, *whole))
     return Ready(spec, prepared, space, model, metric, test, " ".join(doubts) or None)
 
 
