@@ -397,8 +397,8 @@ class _Search:
         missing = tracker.finish(status, [file for file in files if file.is_file()], patience)
         if missing.reason:
             self.notes.append(
-                f"MLflow lacks {missing.entries} entries ({missing.reason}); the record has them "
-                f"all: `flyweight deliver {self.run_dir}` when the server is back"
+                f"MLflow lacks up to {missing.entries} entries ({missing.reason}); the record has "
+                f"them all: `flyweight deliver {self.run_dir}` when the server is back"
             )
 
 
