@@ -24,6 +24,11 @@ FEWEST, MOST = 8, 32  # items
 # of that with 8,192 (on one within 8%), for a tenth of the time.
 CALIBRATION = 512
 
+FINITE = {  # what may be done where they are not
+    "inputs": "fill in what is missing",
+    "targets": "mark what is unknown by a number that loss and metric leave out",
+}
+
 
 def at_once(network: Network, most: int, room: int) -> int:
     """How many items, ``most`` at the most, run together so that the largest value of ``network``
@@ -77,10 +82,15 @@ class Items:
             tree_map(lambda t: t.to(device), self.targets),
         )
 
-    def chunks(self) -> Iterator["Items"]:
-        """All items in order, as many at a time as a network runs fastest."""
+    @property
+    def chunk(self) -> int:
+        """How many items at a time a network runs fastest."""
         size = sum(t[0].numel() * t.element_size() for t in tensors(self.inputs))
-        return self.batches(min(MOST, max(FEWEST, CHUNK // max(1, size))))
+        return min(MOST, max(FEWEST, CHUNK // max(1, size)))
+
+    def chunks(self) -> Iterator["Items"]:
+        """All items in order, ``chunk`` at a time."""
+        return self.batches(self.chunk)
 
     def batches(self, size: int) -> Iterator["Items"]:
         """All items in order, ``size`` at a time."""
@@ -116,7 +126,8 @@ def stack(dataset: Dataset, name: str) -> Items:
                 odd = ~torch.isfinite(tensor).reshape(len(tensor), -1).all(1)
                 rows = odd.nonzero().flatten().tolist()
                 raise BadInput(
-                    f"task: {name} has {what} that are NaN or infinite: items {rows[:5]}"
+                    f"task: {name} has {what} that are NaN or infinite: items {rows[:5]}; leave "
+                    f"such items out, or {FINITE[what]}"
                 )
     return Items(tree_map(lambda t: t, inputs), targets)
 

@@ -23,16 +23,16 @@ from ..spaces import (
     nearest,
 )
 from ..spaces.tracing import arguments, trace
+from .answering import answers_of
 from .checks import check, check_request, check_values
 from .data import Items, Splits, split, tensors
 from .distill import CPU, Asked, Epoch
 from .mixed import is_native
 from .modules import with_modules
 from .outputs import OutputKind, kind_of
-from .parity import run_module
 from .prune import importance, lay_out
 from .reconstruct import Moments, input_moments
-from .spelled_out import spelled_out
+from .spelled_out import kept_whole, spelled_out
 from .task import Task, describe
 from .unwrapped import unwrapped
 
@@ -53,10 +53,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Start:
-    """What a student starts from: the teacher, or another network of the task; and its trace."""
+    """What a student starts from: the teacher, or another network of the task; and its trace.
+    whole: what of it stays as it is though it has weights, and why, in words."""
 
     model: nn.Module
     network: Network
+    whole: str | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Prepared:
     def _answers(self, items: Items, name: str) -> Tensor:
         """The teacher's answers to ``items`` of data set ``name``; BadInput if some are not
         finite, from which nothing could be learnt."""
-        answers = run_module(self.teacher, items)
+        answers = answers_of(self.teacher, self.network, self.example, items)
         odd = ~answers.isfinite().reshape(len(answers), -1).all(1)
         if odd.any():
             raise BadInput(
@@ -258,7 +260,7 @@ def _start(model: nn.Module, example: Any) -> Start:
     except Exception:  # if it is not the layout, tracing will say what it is
         lay_out(model, torch.contiguous_format)
     try:
-        start = _traced(with_modules(spelled_out(model, example), example), model, example)
+        start = _traced(model, example)
         start.model.requires_grad_(False)  # not before: it says what the user trains
         return start
     except Untraceable as error:
@@ -267,14 +269,17 @@ def _start(model: nn.Module, example: Any) -> Start:
         raise Untraceable(f"{error}{hint if doubles else ''}") from error
 
 
-def _traced(spelled: nn.Module, model: nn.Module, example: Any) -> Start:
-    """``spelled``, traced; ``model`` itself where only that can be: a mask may be beyond it."""
+def _traced(model: nn.Module, example: Any) -> Start:
+    """``model``, spelled out and traced; itself where only that can be: a mask may be beyond it."""
+    spelled, why = spelled_out(model, example)
+    plain = with_modules(spelled, example)
     try:
-        return Start(spelled, trace(spelled, example))
-    except Untraceable:
-        if spelled is model:
+        return Start(plain, trace(plain, example), kept_whole(plain, why))
+    except Untraceable as error:
+        if plain is model:
             raise
-    return Start(model, trace(model, example))
+        why = why or str(error)
+    return Start(model, trace(model, example), kept_whole(model, why))
 
 
 def _ask(task: Task, method: str) -> Any:

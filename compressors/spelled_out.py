@@ -15,13 +15,15 @@ from torch.nn import functional as F
 from ..spaces.tracing import arguments
 
 TOLERANCE = 1e-4  # share of the largest answer: other orders of the same sums
+NAMED = 3  # modules, where many are told of
+ADVICE = "its forward must call them on batches, and read none of their weights"
 
 
-def spelled_out(model: nn.Module, example: Any) -> nn.Module:
+def spelled_out(model: nn.Module, example: Any) -> tuple[nn.Module, str | None]:
     """``model`` with its MultiheadAttention and Transformer modules spelled out, a copy; ``model``
-    itself where there are none or where it would not compute the same."""
+    itself where there are none or where it would not compute the same, and why not, in words."""
     if not any(type(module) in SPELLED and _is_plain(module) for module in model.modules()):
-        return model
+        return model, None
     spelled = _spelled(copy.deepcopy(model)).eval()
     args, kwargs = arguments(copy.deepcopy(example))
     with torch.no_grad():
@@ -29,9 +31,23 @@ def spelled_out(model: nn.Module, example: Any) -> nn.Module:
             expected, found = model(*args, **kwargs), spelled(*args, **kwargs)
             most = TOLERANCE * expected.abs().max().item() + TOLERANCE
             same = torch.allclose(found, expected, rtol=0, atol=most)
-        except Exception:  # say, one request without a batch: theirs takes it, ours does not
-            return model
-    return spelled if same else model
+        except Exception as error:  # say, one request without a batch: theirs takes it, ours not
+            return model, f"the model fails ({type(error).__name__}: {error}); {ADVICE}"
+    return (spelled, None) if same else (model, f"the model answers otherwise; {ADVICE}")
+
+
+def kept_whole(model: nn.Module, why: str | None) -> str | None:
+    """Which modules of ``model`` are not spelled out, in words; None if all are. why: with them
+    spelled out, what happens."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if type(module) in SPELLED and not any(name.startswith(f"{other}.") for other in names):
+            names.append(name)
+    if not names:
+        return None
+    some = ", ".join(map(repr, names[:NAMED])) + (" ..." if len(names) > NAMED else "")
+    why = f"with layers in its place {why}" if why else "it adds to its keys and values"
+    return f"nothing in PyTorch's {some} can be pruned or quantized: {why}"
 
 
 def _spelled(module: nn.Module) -> nn.Module:

@@ -421,7 +421,7 @@ class Controller:
                 places.drop(trial.number)
         self._finder.tell(partial(self.proposals.fail, trial.policy))
         entry = {"kind": "end", **self._name(trial), "reason": reason, "error": error}
-        if reason == "stopped" and trial.number in self._places[trial.last_rung].ahead():
+        if reason == "stopped" and trial.number in self.waiting():
             entry["ahead"] = True  # it may yet go on
         self._append(entry)
 

@@ -61,8 +61,8 @@ def _deliver(run_dir: Path, entries: list[Entry], place: tuple[Any, ...], ended:
     missing = tracker.finish(status, present, DELIVERED_S if run_id else 0.0)
     if missing.reason or run_id is None:
         raise FlyweightError(
-            f"MLflow lacks {missing.entries} entries: {missing.reason}; the record keeps them, try "
-            "again later"
+            f"MLflow lacks up to {missing.entries} entries: {missing.reason}; the record keeps "
+            "them, try again later"
         )
     return run_id
 

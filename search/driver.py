@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..compressors.answering import torch_threads
 from ..kernels import DeviceProfile, LatencyPredictor
 from ..kernels.cores import cores
 from ..spaces import BadInput
@@ -31,6 +32,7 @@ from .opening import (
     class_of,
     is_done,
     kept,
+    known_sizes,
     lasting,
     opening_entry,
     priced_alike,
@@ -49,10 +51,9 @@ from .ready import (
     facts_of,
     ready,
     teacher_answers,
-    torch_threads,
     trained_in_bfloat16,
 )
-from .record import NOT_FOR_GOOD, Entry, Record, at_work, ends
+from .record import NOT_FOR_GOOD, Entry, Record, at_work
 from .report import FILES as REPORT
 from .run_files import PROFILE, RESULT, SPEC
 from .spec import Spec
@@ -63,6 +64,7 @@ from .store import (
 from .strategies import source
 from .tracking import TRACKED, MemoryTracker, Status, Tracker, tracked_at
 from .tracking_process import TrackerProcess
+from .trial import Trial
 from .tuning import run_trials
 from .warm import WarmStart
 from .workers import KEPT, Job, trainable
@@ -154,8 +156,7 @@ class _Search:
         self.earlier_s = _worked(entries)
         self.notes: list[str] = []
         self.janitor = ThreadPoolExecutor(1, "flyweight-janitor")  # a storage may be slow
-        self.left = _left(entries)
-        self.waiting = _waiting(entries)
+        self.waiting: dict[int, str] = {}  # trials that may go on from a checkpoint: their digests
         self.profile = profile
         self.spent_s = next(reversed(at_work(entries)), 0.0)
         self.preparation = Preparation(
@@ -177,8 +178,10 @@ class _Search:
         if new_limits and not self.local and self.place.there:
             check_limits(self.ready, limits, price)
         self.predictor = self._predictor(teacher_ms)
+        header["predicted_by"] = "timing" if self.predictor is None else "profile"
         if self.predictor is not None:
-            price = predicted(self.ready.prepared, self.predictor, limits)
+            sizes = known_sizes(header, self.record)
+            price = predicted(self.ready.prepared, self.predictor, limits, sizes)
             if new_limits and not self.local and not self.place.there:
                 check_limits(self.ready, limits, price)
         elif changed_target(header, self.record):
@@ -187,7 +190,6 @@ class _Search:
                 "what is known cannot be priced for it; name one as target.profile (`flyweight "
                 "profile` makes it), or begin a new search with another --out"
             )
-        header["predicted_by"] = "timing" if self.predictor is None else "profile"
         if self.predictor is not None and self.spec.target.profile is not None:
             header["profile"] = key_of(Path(self.spec.target.profile).read_bytes())
         reprice = self.predictor is not None and not priced_alike(header, self.record)
@@ -320,20 +322,20 @@ class _Search:
             proposals, price, limits, self.record, budget, listen=[listen, look, self._tidy],
             look_ahead=True, reprice=reprice, front_alone=self.nothing_left,
         )  # fmt: skip
+        self.waiting = _waiting(self.controller)
         return self.controller
 
     def _tidy(self, entry: dict[str, Any]) -> None:
         """Removes the checkpoints of trials that ended for good, or are unlikely to go on."""
         gone: list[str] = []
         if entry["kind"] == "result" and entry["rung"] in KEPT:
-            self.left.add(entry["trial"])
             passed = self.waiting.keys() - self.controller.waiting()  # others may be ahead now
             gone = [self.waiting.pop(number) for number in passed]
         elif entry["kind"] == "again":
             self.waiting.pop(entry["trial"], None)
         elif entry["kind"] != "end" or entry["reason"] in NOT_FOR_GOOD:
             return
-        elif entry["reason"] == "stopped" and entry["trial"] not in self.left:
+        elif entry["reason"] == "stopped" and not _left(self.controller.trials[entry["trial"]]):
             return  # if it goes on it has its first, perhaps before a slow storage removes any
         elif entry.get("ahead"):
             self.waiting[entry["trial"]] = entry["digest"]
@@ -395,20 +397,20 @@ class _Search:
         missing = tracker.finish(status, [file for file in files if file.is_file()], patience)
         if missing.reason:
             self.notes.append(
-                f"MLflow lacks {missing.entries} entries ({missing.reason}); the record has them "
-                f"all: `flyweight deliver {self.run_dir}` when the server is back"
+                f"MLflow lacks up to {missing.entries} entries ({missing.reason}); the record has "
+                f"them all: `flyweight deliver {self.run_dir}` when the server is back"
             )
 
 
-def _left(entries: Sequence[Entry]) -> set[int]:
-    """The trials that left a checkpoint."""
-    return {e["trial"] for e in entries if e["kind"] == "result" and e["rung"] in KEPT}
+def _left(trial: Trial) -> bool:
+    """Whether ``trial`` left a checkpoint."""
+    return not trial.results.keys().isdisjoint(KEPT)
 
 
-def _waiting(entries: Sequence[Entry]) -> dict[int, str]:
+def _waiting(controller: Controller) -> dict[int, str]:
     """By trial the digest of each policy that stopped where it may go on from a checkpoint."""
-    left = _left(entries)
-    return {n: e["digest"] for n, e in ends(entries).items() if e.get("ahead") and n in left}
+    may = (controller.trials[number] for number in controller.waiting())
+    return {trial.number: trial.policy.digest for trial in may if _left(trial)}
 
 
 def _worked(entries: Sequence[Entry]) -> float:

@@ -35,9 +35,8 @@ BACK = {
     "capabilities": "search for a target with the kernels of then",
 }
 # What prices and limits hang on. profile: a digest of it.
-PRICED_BY = (
-    "flyweight", "versions", "target", "teacher", "objective", "predicted_by", "profile"
-)  # fmt: skip
+SIZED_BY = ("flyweight", "versions", "target", "teacher", "objective", "predicted_by")
+PRICED_BY = (*SIZED_BY, "profile")
 FREE_BYTES = 200_000_000  # what a run directory may come to need
 
 
@@ -253,6 +252,19 @@ def priced_alike(entry: dict[str, Any], record: Record) -> bool:
     was one."""
     earlier = _sessions(record)
     return not earlier or all(earlier[-1].get(name) == entry.get(name) for name in PRICED_BY)
+
+
+def known_sizes(entry: dict[str, Any], record: Record) -> dict[str, tuple[int, int]]:
+    """By digest the sizes of each policy that ``record`` has a price of, in bytes, if a search that
+    begins with ``entry`` works them out as all its sessions did. A profile says nothing of them."""
+    for session in _sessions(record):
+        if any(session.get(name) != entry.get(name) for name in SIZED_BY):
+            return {}
+    return {
+        e["digest"]: (e["size_bytes"], e["compressed_bytes"])
+        for e in record.entries()
+        if e["kind"] in ("begin", "rejected") and "size_bytes" in e  # not every one has a price
+    }
 
 
 def is_done(record: Record, trials: int, budget_s: float | None) -> bool:

@@ -1,7 +1,7 @@
 """What a policy costs on the target before it is trained: timed, or predicted from a profile."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ..compressors import Prepared, untrained
 from ..kernels import LatencyPredictor
@@ -29,15 +29,22 @@ def timed(prepared: Prepared, place: Place | Meter, pace: float = 1.0) -> Pricin
     return price
 
 
-def predicted(prepared: Prepared, predictor: LatencyPredictor, limits: Limits) -> Pricing:
+def predicted(
+    prepared: Prepared,
+    predictor: LatencyPredictor,
+    limits: Limits,
+    sizes: Mapping[str, tuple[int, int]],
+) -> Pricing:
     """By the predictor, without building anything unless sizes are limited: then they are those of
-    the policy untrained, else those of its weights."""
+    the policy untrained, else those of its weights. sizes: by digest those that are known."""
 
     def price(policy: Policy) -> Price:
         plan = prepared.plan(policy)
         low, middle, high = predictor.predict([plan])[0].tolist()
         if not math.isfinite(high):
             raise Impossible("the runtime died of networks with work that this policy has")
+        if known := sizes.get(policy.digest):
+            return Price((low, middle, high), *known)
         if limits.size_bytes is None and limits.compressed_bytes is None:
             return Price((low, middle, high), plan.weight_bytes, plan.weight_bytes)
         model = untrained(prepared, policy)

@@ -1,9 +1,8 @@
 """From a spec to a prepared task, its space and its teacher's figures; nothing is trained."""
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from ..compressors import Prepared, Schedule, compress, prepare
+from ..compressors.answering import torch_threads
 from ..compressors.bfloat16 import in_bfloat16
 from ..compressors.checks import checked_metric
 from ..compressors.data import Items, tensors
@@ -68,7 +68,7 @@ def make_space(prepared: Prepared, spec: Spec) -> Space:
 @dataclass(frozen=True)
 class Ready:
     """A search that could begin. teacher: its artifact; metric, metric_test: its figures.
-    doubt: what is odd about them, in words."""
+    doubt: what is odd about them, or of the model stays as it is, in words."""
 
     spec: Spec
     prepared: Prepared
@@ -186,7 +186,8 @@ def ready(spec: Spec) -> Ready:
             f"{metric:.3g}: next to nothing would be asked of it; of a metric of 0 to 1, 1% is "
             "max_drop: 0.01"
         )
-    doubts = filter(None, (_doubt(task, answers, splits.selection, metric), untested))
+    whole = (start.whole for start in prepared.starts.values())
+    doubts = filter(None, (_doubt(task, answers, splits.selection, metric), untested, *whole))
     return Ready(spec, prepared, space, model, metric, test, " ".join(doubts) or None)
 
 
@@ -263,14 +264,3 @@ def trained_in_bfloat16(spec: Spec, prepared: Prepared, students: Sequence[str])
     """Those of ``students`` that are to train so, tried with the threads of the workers."""
     with torch_threads(max(1, int(spec.resources.cpus))):
         return in_bfloat16(prepared, students, spec.resources.gpus > 0)
-
-
-@contextlib.contextmanager
-def torch_threads(number: int) -> Iterator[None]:
-    """Torch on so many threads, for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -44,7 +44,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Undelivered:
-    """How many entries did not arrive, and why (None: everything did, the files too)."""
+    """How many entries did not arrive, as far as is known, and why (None: everything did, the files
+    too). Those of earlier sessions, which are given again, may be there."""
 
     entries: int = 0
     reason: str | None = None
@@ -129,6 +130,7 @@ class MlflowTracker:
 
     uri: of the server or the database. artifact_location: of an experiment that has to be created
     (None: the server's default). search_id: letters, digits and ``._:-``, unique for the search.
+    delivered: is told how many entries more have arrived.
     """
 
     def __init__(
@@ -140,12 +142,14 @@ class MlflowTracker:
         *,
         capacity: int = 50_000,
         linger_s: float = 1.0,
+        delivered: Callable[[int], None] = lambda _: None,
     ) -> None:
         if not re.fullmatch(r"[\w.:-]+", search_id, re.ASCII):
             raise BadInput(f"search_id is of letters, digits and ._:- but got {search_id!r}")
         self._where = (uri, experiment, artifact_location, search_id)
         self._capacity = capacity
         self._linger_s = linger_s
+        self._delivered = delivered
         self._delay_s = _FIRST_DELAY_S
         self._runs: Runs | None = None
 
@@ -321,6 +325,8 @@ class MlflowTracker:
             else:
                 self._recover()
             self._changed.notify_all()
+        if not refused:
+            self._delivered(count)
 
     def _until_it_works(self, step: Callable[[], T]) -> T | None:
         from .mlflow_runs import may_pass

@@ -5,7 +5,7 @@ driver's interpreter Ray Tune and Optuna would wait for it. And should it crash,
 
 What goes in and out are lines of JSON: first how to reach MLflow, then ``{"entry": ...}`` and
 ``{"finish": ...}``; back come ``{"run_id": ...}`` (null: the server does not answer yet),
-``{"warning": ...}``, ``{"undelivered": ...}``.
+``{"delivered": ...}`` (how many entries more), ``{"warning": ...}``, ``{"undelivered": ...}``.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class TrackerProcess:
         self._changed = threading.Condition()  # guards all that follows
         self._run_id: str | None = None
         self._tried = False  # the server has answered, or failed to
-        self._given = 0
+        self._under_way = 0  # entries given, and not known to have arrived
         self._late = 0
         self._ending = False
         self._answer: Undelivered | None = None
@@ -83,7 +83,7 @@ class TrackerProcess:
             if self._ending:
                 self._late += 1
             else:
-                self._given += 1
+                self._under_way += 1
                 self._outbox.put({"entry": entry})
 
     def finish(
@@ -95,7 +95,8 @@ class TrackerProcess:
                 self._outbox.put({"finish": [status, [str(f) for f in files], timeout_s]})
                 self._outbox.put(None)
             self._changed.wait_for(lambda: self._over, timeout_s + GRACE_S)
-            answer = self._answer or Undelivered(self._given, _DIED if self._gone else NOT_IN_TIME)
+            why = _DIED if self._gone else NOT_IN_TIME
+            answer = self._answer or Undelivered(self._under_way, why)
             late = self._late
         # One that may be making a database is left to itself: it ends soon.
         if self._run_id is not None or self._over:
@@ -137,6 +138,7 @@ class TrackerProcess:
         with self._changed:
             if "run_id" in message:
                 self._run_id, self._tried = message["run_id"], True
+            self._under_way -= message.get("delivered", 0)
             if "undelivered" in message:
                 self._answer = Undelivered(*message["undelivered"])
             self._changed.notify_all()
@@ -161,7 +163,7 @@ def _main() -> None:
         return  # the driver was killed before it said anything
     begin = json.loads(opening)
     with locked(begin["lock"]):
-        _follow(MlflowTracker(*begin["open"]))
+        _follow(MlflowTracker(*begin["open"], delivered=lambda count: _say(delivered=count)))
 
 
 def _follow(tracker: MlflowTracker) -> None:

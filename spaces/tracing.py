@@ -1,5 +1,6 @@
 """Traces a module into a ``Network``: its operations, its layers, and what of them can go."""
 
+import builtins
 import copy
 import inspect
 import math
@@ -67,22 +68,38 @@ def trace_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     """``model`` in eval mode as an fx graph with weights of its own, whose nodes carry their shapes
     and change nothing in place.
 
-    Functions that a library keeps whole for torch.fx (``fx.wrap``) are looked into where that can
-    be: of the attention of torchvision's Swin nothing could be pruned else.
+    Functions that a library keeps whole for torch.fx (``fx.wrap``) are looked into where the model
+    calls some and that can be: of the attention of torchvision's Swin nothing could be pruned else.
     """
     kept = fx._symbolic_trace._wrapped_fns_to_patch
-    if foreign := {key: held for key, held in kept.items() if not _is_torchs_own(held)}:
-        for key in foreign:
-            del kept[key]
-        try:
-            graph = _traced_graph(model, example)
-            _compare(graph, _bind(model, example)[0], model, example)
-            return graph
-        except Untraceable:
-            pass
-        finally:
-            kept.update(foreign)
-    return _traced_graph(model, example)
+    foreign = {key: held for key, held in kept.items() if not _is_torchs_own(held)}
+    try:
+        graph = _traced_graph(model, example)
+    except Untraceable:
+        if foreign and (inside := _looked_into(model, example, foreign)):
+            return inside
+        raise
+    whole = [held.get(name, getattr(builtins, name, None)) for (_, name), held in foreign.items()]
+    if any(node.target is function for node in graph.graph.nodes for function in whole):
+        return _looked_into(model, example, foreign) or graph
+    return graph
+
+
+def _looked_into(
+    model: nn.Module, example: Any, foreign: Mapping[tuple[int, str], dict[str, Any]]
+) -> fx.GraphModule | None:
+    """``model`` traced also into the functions ``foreign``, if it still answers as it does."""
+    kept = fx._symbolic_trace._wrapped_fns_to_patch
+    for key in foreign:
+        del kept[key]
+    try:
+        graph = _traced_graph(model, example)
+        _compare(graph, _bind(model, example)[0], model, example)
+    except Untraceable:
+        return None
+    finally:
+        kept.update(foreign)
+    return graph
 
 
 def _is_torchs_own(module: Mapping[str, Any]) -> bool:
@@ -226,12 +243,12 @@ class _Shapes(fx.Interpreter):
         self.changes += changed
         same = [given for given in n.all_input_nodes if self.env[given] is result]
         told = any(value is False for value in (*n.args, *n.kwargs.values()))
-        if same and told and n.op == "call_function" and not changed and not _is_torchs(n.target):
+        if same and told and n.op == "call_function" and not changed and not is_torchs(n.target):
             self.idle[n] = self.idle.get(same[0], same[0])
         return result
 
 
-def _is_torchs(function: Any) -> bool:
+def is_torchs(function: Any) -> bool:
     """Whether ``function`` is PyTorch's or Python's own, about which more is known."""
     library = (getattr(function, "__module__", None) or "torch").partition(".")[0]
     return library in ("torch", "_operator", "builtins", "math")

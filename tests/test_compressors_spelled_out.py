@@ -90,6 +90,7 @@ def test_it_computes_the_same_and_its_heads_and_layers_are_found(kind: str) -> N
     network = prepared.network
     heads = [g for g in network.groups.values() if g.multiple_of == WIDTH // 4]
     assert heads
+    assert prepared.starts["pruned"].whole is None
     assert not any("MultiheadAttention" in type(m).__name__ for m in prepared.teacher.modules())
     policy = Policy(
         prune=Prune(width={heads[0].name: heads[0].width // 2}),
@@ -100,9 +101,40 @@ def test_it_computes_the_same_and_its_heads_and_layers_are_found(kind: str) -> N
 
 def test_what_would_not_be_the_same_stays() -> None:
     model = Net("zero").eval()
-    assert spelled_out(model, words(1)) is model
+    assert spelled_out(model, words(1)) == (model, None)
     plain = nn.Sequential(nn.Linear(3, 3))
-    assert spelled_out(plain, torch.rand(1, 3)) is plain
+    assert spelled_out(plain, torch.rand(1, 3)) == (plain, None)
+
+
+class Reads(Net):
+    """Uses a weight of its attention's by itself."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) + self.body.in_proj_weight.sum()  # type: ignore[no-any-return]
+
+
+class Masks(Net):
+    """Makes a mask of truths in its forward, whose type a trace does not know."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        hidden = (x[0] @ x[0].T > 9).logical_and(self.mask[:STEPS, :STEPS])
+        return self.head((x + self.body(x, x, x, attn_mask=hidden)[0]).mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Net("zero"), "it adds to its keys and values"),
+        (Reads("attention"), "no attribute 'in_proj_weight'); its forward must call them"),
+        (Masks("attention"), "an attention mask must be a buffer"),
+    ],
+)
+def test_why_an_attention_stays_whole_is_told(model: nn.Module, why: str) -> None:
+    prepared = prepare(task(model.eval()), make_runtime("onnxruntime", 1), Schedule(1, 0.5, 16))
+    told = str(prepared.starts["pruned"].whole)
+    assert "nothing in PyTorch's 'body' can be pruned or quantized: " in told
+    assert why in told
 
 
 class Translator(nn.Module):

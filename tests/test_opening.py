@@ -6,19 +6,29 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from flyweight.search import driver
-from flyweight.search.limits import limits_of
+from flyweight.search import driver, pricing
+from flyweight.search.finder import Price
+from flyweight.search.limits import Limits, limits_of
 from flyweight.search.meter import Device
-from flyweight.search.opening import check_same, is_done, lasting, opening_entry, priced_alike
+from flyweight.search.opening import (
+    check_same,
+    is_done,
+    known_sizes,
+    lasting,
+    opening_entry,
+    priced_alike,
+)
+from flyweight.search.pricing import predicted
 from flyweight.search.progress import Progress
 from flyweight.search.ready import ready
 from flyweight.search.record import MemoryRecord
 from flyweight.search.spec import Resources, Search, load_spec
 from flyweight.search.storage import Storage
 from flyweight.search.store import checkpoint_folder
-from flyweight.spaces import BadInput
+from flyweight.spaces import BadInput, Policy, Prune
 
 TASK = """
 import torch
@@ -120,6 +130,35 @@ def test_what_is_priced_as_before_is_told_from_what_is_not(tmp_path: Path) -> No
     assert not priced_alike(known | {"objective": {"max_drop": 2}}, record)
 
 
+def test_sizes_that_are_known_are_not_worked_out_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a resume whose device profile alone is another: the models would have to be built."""
+    first = opened(tmp_path, MemoryRecord()) | {"predicted_by": "profile", "profile": "one"}
+    one, other = Policy(prune=Prune({"a": 8})), Policy()
+    price = {"latency_ms": [1.0, 2.0, 3.0], "size_bytes": 700, "compressed_bytes": 500}
+    record = MemoryRecord([
+        first,
+        {"kind": "rejected", "digest": other.digest, "reason": "it is impossible"},
+        {"kind": "begin", "trial": 0, "digest": one.digest} | price,
+        {"kind": "result", "digest": one.digest} | price | {"size_bytes": 1},
+    ])  # fmt: skip
+    assert known_sizes(first | {"profile": "other"}, record) == {one.digest: (700, 500)}
+    assert not known_sizes(first | {"objective": {"size_bytes": 9}}, record)
+    record.append(first | {"objective": {"size_bytes": 9}})
+    assert not known_sizes(first, record)  # those of another session may be in between
+
+    built: list[Policy] = []
+    monkeypatch.setattr(pricing, "untrained", lambda _, policy: built.append(policy) or b"model")
+    prepared: Any = SimpleNamespace(plan=lambda policy: policy)
+    predictor: Any = SimpleNamespace(predict=lambda _: torch.tensor([[4.0, 5.0, 6.0]]))
+    limits = Limits(90.0, size_bytes=800)
+    priced = predicted(prepared, predictor, limits, {one.digest: (700, 500)})
+    assert priced(one) == Price((4.0, 5.0, 6.0), 700, 500)
+    assert priced(other).size_bytes == len(b"model")
+    assert built == [other]
+
+
 @pytest.mark.parametrize(
     ("reason", "done"),
     [("finished", True), ("stopped", True), ("interrupted", False), ("deadline", False)],
@@ -167,11 +206,11 @@ def test_a_trial_that_more_time_lets_go_on_keeps_its_checkpoint(
     controller: Any = SimpleNamespace(trials={}, elapsed=lambda: 0.0, fatal=None)
     search: Any = object.__new__(driver._Search)
     search.storage, search.janitor, search.waiting = storage, ThreadPoolExecutor(1), {}
-    search.left = set(range(len(reasons)))
+    search.controller = controller
 
     def run_trials(*_: Any, **__: Any) -> None:
         for number, reason in enumerate(reasons):
-            controller.trials[number] = SimpleNamespace(ended=reason)
+            controller.trials[number] = SimpleNamespace(ended=reason, results={"short": {}})
             search._tidy({"kind": "end", "trial": number, "reason": reason, "digest": reason})
 
     monkeypatch.setattr(driver, "run_trials", run_trials)

@@ -157,7 +157,7 @@ def test_to_rebuild_an_artifact_the_teacher_is_asked_once(
         asked[id(items)] += 1
         return run_module(model, items)
 
-    monkeypatch.setattr("flyweight.compressors.prepared.run_module", counted)
+    monkeypatch.setattr("flyweight.compressors.answering.run_module", counted)
     for part in ("prepared.is_native", "bfloat16.is_native", "bfloat16.Step.is_faster"):
         monkeypatch.setattr(f"flyweight.compressors.{part}", lambda _: True)
     found = replay(tmp_path / "policy.json", path, "recalibrate", tmp_path / "out")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from flyweight.search.ready import ready, torch_threads
+from flyweight.search.ready import ready
 from flyweight.search.spec import load_spec
 from flyweight.spaces import BadInput
 
@@ -128,10 +128,3 @@ def test_a_metric_that_is_none_on_selection_is_refused(tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(TASK.replace("return 0.97", drawn + seen))
     with pytest.raises(BadInput, match="metric must be one finite number, but got nan on val"):
         ready(load_spec(spec))
-
-
-def test_threads_are_torch_s_for_a_while() -> None:
-    before = torch.get_num_threads()
-    with torch_threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before

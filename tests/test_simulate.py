@@ -573,22 +573,21 @@ def test_checkpoints_are_kept_for_who_may_go_on(
     clock, record, work = Clock(), MemoryRecord(), Work(toy)
     search: Any = object.__new__(driver._Search)
     search.storage, search.janitor = Storage(tmp_path), ThreadPoolExecutor(1)
-    went_on: list[bool] = []  # with its checkpoint, of those who had stopped and were ahead
+    went_on: list[bool] = []  # with its checkpoint, of those who had stopped
 
     def evaluate(policy: Policy, rung: str) -> tuple[Entry | None, float]:
         search.janitor.submit(int).result()  # what it had to remove is gone
         place = tmp_path / checkpoint_folder(policy.digest)
         own = [e for e in record.entries() if e.get("digest") == policy.digest]
-        if rung == "full" and any(e.get("ahead") for e in own[-2:]):
+        if rung == "full" and own[-1]["kind"] == "again":
             went_on.append(place.is_dir())
         elif rung == "short":
             place.mkdir(parents=True)
         return work(policy, rung)
 
     for trials in (100, 200) if resumed else (200,):
-        search.left = driver._left(record.entries())
-        search.waiting = driver._waiting(record.entries())
         search.controller = controller(toy, record, clock, trials=trials, listen=[search._tidy])
+        search.waiting = driver._waiting(search.controller)
         simulate(search.controller, evaluate, 4, clock)
     search.janitor.shutdown()
     kept = {place.name for place in (tmp_path / checkpoint_folder()).iterdir()}
@@ -606,7 +605,7 @@ def test_a_slow_storage_removes_no_checkpoint_of_who_went_on_since(
     clock, record, work = Clock(), MemoryRecord(), Work(toy)
     late: list[str] = []  # whose are to be removed
     search: Any = object.__new__(driver._Search)
-    search.left, search.waiting, search.storage = set(), {}, Storage(tmp_path)
+    search.waiting, search.storage = {}, Storage(tmp_path)
     search.janitor = SimpleNamespace(submit=lambda _, __, digest: late.append(digest))
     went_on = []  # of those who had stopped before they had a checkpoint
 

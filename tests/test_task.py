@@ -1,5 +1,6 @@
 """The task: loading it, and every rule it is held to before anything is spent."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,12 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"test": Data()}, "test is empty"),
     (
         {"train": poisoned(4, float("nan"))},
-        r"train has inputs that are NaN or infinite: items \[4\]",
+        r"train has inputs that are NaN or infinite: items \[4\]; leave such items out, or fill in",
+    ),
+    (
+        {"train": Data((x, math.nan if i == 3 else float(y)) for i, (x, y) in enumerate(items()))},
+        r"train has targets that are NaN or infinite: items \[3\]; leave such items out, or mark "
+        "what is unknown by a number that loss and metric leave out",
     ),
     ({"val": poisoned(5, float("inf"))}, r"val has inputs that are NaN or infinite: items \[5\]"),
     (

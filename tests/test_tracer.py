@@ -177,6 +177,44 @@ def test_functions_that_cannot_be_looked_into_are_kept_whole() -> None:
     torch.testing.assert_close(trace_graph(model, example)(example), model(example))
 
 
+def test_a_model_that_calls_nothing_kept_whole_is_traced_as_if_no_library_did() -> None:
+    """It is not run for a comparison, which only what is looked into needs."""
+    runs: list[int] = []
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            runs.append(1)
+            return F.relu(self.a(x))
+
+    trace_graph(Counts().eval(), torch.rand(1, 6))  # other tests of this file wrapped functions
+    assert len(runs) == 1
+
+
+def width_of(x: Tensor) -> int:
+    return x.shape[1]
+
+
+torch.fx.wrap("width_of")
+
+
+def test_what_runs_may_hang_on_what_a_library_keeps_whole() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x) if width_of(x) == 16 else x
+
+    model, example = Asks().eval(), torch.rand(1, 6)
+    torch.testing.assert_close(trace_graph(model, example)(example), model(example))
+
+
 class Writes(nn.Module):
     """Writes ``what`` to ``where`` of a tensor that is made from numbers."""
 

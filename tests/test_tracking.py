@@ -515,6 +515,17 @@ class TestProcess(TrackerContract):
         assert left == Undelivered(len(RECORD), "the process that writes to MLflow died")
         assert "goes on without it" in caplog.text
 
+    def test_what_arrived_before_the_process_died_is_not_lacking(
+        self, tracker: TrackerProcess
+    ) -> None:
+        for entry in RECORD:
+            tracker.record(entry)
+        with tracker._changed:
+            assert tracker._changed.wait_for(lambda: tracker._under_way == 0, LONG_S)
+        tracker._process.kill()
+        tracker.record(result(0, time=2000.0))
+        assert tracker.finish("FINISHED", timeout_s=LONG_S).entries == 1
+
     def test_a_process_that_hangs_is_given_up(self, tracker: TrackerProcess) -> None:
         tracker._process.send_signal(signal.SIGSTOP)
         for _ in range(1_000):  # more than a pipe holds
