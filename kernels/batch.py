@@ -158,9 +158,10 @@ class Batch:
         def kernels(placed: Iterable[_Placed]) -> list[Kernel]:
             return [self._kernel(one, i, known) for one in placed if one.rows & policy]
 
-        (one,) = (one for one in alternatives if one.rows & policy)
+        one = next(one for one in alternatives if one.rows & policy)
         quantized = self._quantized.get(one.run[-1].name, 0) & policy > 0
-        return pieces_of(*kernels([one]), kernels(one.makers), kernels(one.readers), quantized)
+        own = self._kernel(one, i, known)
+        return pieces_of(own, kernels(one.makers), kernels(one.readers), quantized)
 
     def _kernel(self, one: _Placed, i: int, known: Known) -> Kernel:
         """What ``one`` is in the i-th policy."""
