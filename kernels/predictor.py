@@ -148,7 +148,7 @@ class LatencyPredictor:
         half = self._deviations * deviation
         out = self._pace * np.maximum(np.stack([mean - half, mean, mean + half], 1), 0)
         if self._unavailable:
-            deadly = [self._dies_of(s) for s in pieces]
+            deadly = [any(map(self._dies_of, both)) for both in pieces]
             out[np.array([False, *deadly])[numbers].any(1)] = np.inf
         return out
 

@@ -70,7 +70,7 @@ class BatchPredictor:
         return out
 
     def _numbers(self, points: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[policies, pieces]: the pieces of policies of one student and the same blocks."""
+        """[policies, kernels]: the work of policies of one student and the same blocks."""
         student, network = self._network(points[0])
         names = self._names[student]
         widths = {group: names["width", group] for group in network.groups}

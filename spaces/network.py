@@ -198,10 +198,10 @@ class Network:
             return value
 
         ops = tuple(
-            replace(op, inputs=tuple(left(v) for v in op.inputs))
-            for op in self.ops
-            if op.name not in instead
-        )
+            op if instead.keys().isdisjoint(op.inputs)
+            else replace(op, inputs=tuple(left(v) for v in op.inputs))
+            for op in self.ops if op.name not in instead
+        )  # fmt: skip
         alive = reachable(ops)
         ops = tuple(op for op in ops if op.name in alive)
         layers = {name: layer for name, layer in self.layers.items() if layer.op in alive}
