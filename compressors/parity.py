@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ..kernels import Runtime, Session
 from ..spaces import Impossible
 from .data import Items, tensors
-from .freeze import FrozenQuantizer
+from .freeze import Rounding
 from .outputs import CLASSES, OutputKind
 from .prune import call, in_order
 
@@ -116,7 +116,7 @@ def _run_noisy(frozen: fx.GraphModule, items: Items) -> Tensor:
 
     with ExitStack() as hooks:
         for module in frozen.modules():
-            if isinstance(module, FrozenQuantizer):
+            if isinstance(module, Rounding):
                 hooks.enter_context(module.register_forward_pre_hook(disturb))
         return run_module(frozen, items)
 

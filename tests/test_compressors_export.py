@@ -1,6 +1,7 @@
 """From a quantized student to the runtime: frozen twin, artifact, parity."""
 
 import copy
+import platform
 import random
 from types import ModuleType
 from typing import Any
@@ -127,11 +128,14 @@ def test_int8_in_the_runtime_equals_the_student(
     graph, frozen = student(shaken(model), example, layers, runtime)
     artifact = to_onnx(frozen, example)
     items = items_of(example, 500)
-    answers = run_module(graph, items)
-    assert torch.allclose(run_module(frozen, items), answers, atol=1e-6)
-    found = compare(answers, run_session(runtime.load(artifact), items))
-    assert found.agreement >= 0.995
-    assert found.mean_steps < 0.2
+    theirs = run_session(runtime.load(artifact), items)
+    for answers in (run_module(graph, items), run_module(frozen, items)):
+        found = compare(answers, theirs)
+        assert found.agreement >= 0.995
+        assert found.mean_steps < 0.2
+    # Average pools of integers ("dense") are the runtime's own affair.
+    if (runtime.name, platform.machine()) == ("onnxruntime", "x86_64") and name != "dense":
+        assert torch.equal(answers, theirs)
     if name != "grouped":
         count = sum(len(own) for own in networks.traced(name).uses.values())
         # one layer used thrice, each time with a norm: OpenVINO makes a float convolution of both
@@ -213,7 +217,7 @@ def test_the_resnet_runs_in_int8_as_a_whole(resnet: ModuleType, runtime: Runtime
     check_parity(
         frozen, artifact, run_session(runtime.load(artifact), items), items, "int8", runtime
     )
-    assert torch.allclose(run_module(graph, items), run_module(frozen, items), atol=1e-5)
+    assert compare(run_module(graph, items), run_module(frozen, items)).mean_steps < 0.2
 
 
 @pytest.mark.parametrize("name", ["plain", "separable"])
