@@ -51,7 +51,8 @@ class FrozenQuantizer(nn.Module):
         if torch.onnx.is_in_onnx_export():
             q = onnx_op("QuantizeLinear", (x, self.scale, self.zero), torch.uint8, x)
             return onnx_op("DequantizeLinear", (q, self.scale, self.zero), x.dtype, x)
-        steps = self.rounding(x / self.scale)  # not times 1 / scale: that rounds once more
+        # Not times 1 / scale: that rounds once more.
+        steps: Tensor = self.rounding(x / self.scale)
         return steps.clamp_(-float(self.zero), 255 - float(self.zero)).mul_(self.scale)
 
 
@@ -96,9 +97,11 @@ class FrozenLayer(nn.Module):
         if bias is not None and self.bias_scale.any():
             bias = quantized.bias_integers().clamp(-(2**31), 2**31 - 1).to(torch.int32)
         self.register_buffer("bias", bias)
-        at_once = rounder is not None and (bias is None or bias.dtype == torch.int32)
+        output_scale = None
+        if rounder is not None and (bias is None or bias.dtype == torch.int32):
+            output_scale = rounder.scale.detach().clone()
         self.register_buffer("input_scale", source.scale.detach().clone())
-        self.register_buffer("output_scale", rounder.scale.detach().clone() if at_once else None)
+        self.register_buffer("output_scale", output_scale)
         # The largest sum there can be, of inputs as far from their zero as they can be.
         farthest = max(int(source.zero), 255 - int(source.zero))
         largest = farthest * integers.abs().flatten(1).sum(1).max()
@@ -121,8 +124,8 @@ class FrozenLayer(nn.Module):
             sums += bias.to(self.wide).reshape(column)
         sums, step = sums.float(), self.input_scale * self.weight_scale
         if self.output_scale is not None:
-            sums *= (step / self.output_scale).reshape(column)
-            return self.rounding(sums).mul_(self.output_scale)
+            rounded: Tensor = self.rounding(sums.mul_((step / self.output_scale).reshape(column)))
+            return rounded.mul_(self.output_scale)
         sums *= step.reshape(column)
         return sums if bias is None or bias.dtype == torch.int32 else sums + bias
 
@@ -150,7 +153,8 @@ class FrozenAdd(nn.Module):
             integers = torch.round(x / self.scales[i]) + self.zeros[i]
             # A product of such is exact in float64, so only the sum is rounded, once.
             total = (integers.double() * ratios[i].double() + total.double()).float()
-        return (self.rounding(total) - self.zeros[2]) * self.scales[2]
+        rounded: Tensor = self.rounding(total)
+        return (rounded - self.zeros[2]) * self.scales[2]
 
 
 def freeze(student: fx.GraphModule) -> fx.GraphModule:
