@@ -1,5 +1,6 @@
 """Parity: does the runtime compute what the student computes? Asked of every artifact."""
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ MEAN_STEPS = 1.0
 # The relative error with which a runtime may compute what is then rounded. Float32 sums of a
 # thousand products, in another order, with exp and erf approximated, were off by up to 2e-6.
 NOISE = 1e-5
+CHANCE = 2.0  # standard errors by which two networks that are equally disturbed may differ
 DEPARTED = 1e-3  # share of a value's elements that are off by more than a rounding flip
 
 
@@ -82,8 +84,8 @@ def check_parity(
     """Compares the answers of ``model`` in ``runtime`` to ``items`` with those of ``frozen``.
 
     They may differ as ``AGREEMENT[precision]`` and ``MEAN_STEPS`` allow, and by as much as
-    ``frozen`` differs from itself under ``NOISE``: one rounding flip can change a deep network's
-    answer.
+    ``frozen`` differs from itself under ``NOISE`` (a runtime that rounds otherwise than
+    ``frozen`` does: one flip can change a deep network's answer), give or take ``CHANCE``.
     Raises Impossible, naming the first value at which the runtime departs, if it is more.
     """
     count = min(INPUTS, len(items))
@@ -95,7 +97,9 @@ def check_parity(
     if found.agreement >= allowed and found.mean_steps <= MEAN_STEPS:
         return found
     noise = compare(own, _run_noisy(frozen, some), kind)
-    allowed, steps = min(allowed, noise.agreement), max(MEAN_STEPS, noise.mean_steps)
+    doubt = CHANCE * math.sqrt(2 * noise.agreement * (1 - noise.agreement) / count)
+    allowed = min(allowed, noise.agreement - doubt)
+    steps = max(MEAN_STEPS, (1 + CHANCE / math.sqrt(count)) * noise.mean_steps)
     if found.agreement >= allowed and found.mean_steps <= steps:
         return found
     raise Impossible(

@@ -3,6 +3,7 @@
 import copy
 import platform
 import random
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,7 @@ from flyweight.compressors.export import _torch_onnx, to_onnx
 from flyweight.compressors.freeze import FrozenLayer, FrozenQuantizer, freeze
 from flyweight.compressors.parity import (
     MEAN_STEPS,
+    _run_noisy,
     check_parity,
     compare,
     feed,
@@ -348,6 +350,25 @@ def test_parity_allows_what_float32_cannot_tell(runtime: Runtime) -> None:
     with pytest.raises(Impossible, match="parity"):
         check_parity(frozen, artifact, answers.roll(1, 1), items, "int8", runtime)
     assert not any(module._forward_pre_hooks for module in frozen.modules())
+
+
+def test_parity_knows_that_noise_is_one_draw_of_many(runtime: Runtime) -> None:
+    torch.manual_seed(0)
+    model, example = nn.Sequential(nn.Linear(8, 3, bias=False)).eval(), torch.rand(1, 8)
+    _, frozen = student(model, example, ["0"], runtime)
+    artifact = to_onnx(frozen, example)
+    scale = next(m for m in frozen.modules() if isinstance(m, FrozenQuantizer)).scale
+    between = torch.randint(-2, 2, (60, 8)) + 0.5
+    items = Items(between * scale, torch.zeros(60))
+    nudge = torch.where(between.abs() < 1, 1e-6, -1e-6)  # each is rounded the other way
+    own = run_module(frozen, items)
+    other = run_module(frozen, Items(items.inputs * (1 + nudge), items.targets))
+    by_chance = compare(own, _run_noisy(frozen, items)).mean_steps
+    for moved, allowed in ((45, True), (60, False)):
+        answers = torch.cat((other[:moved], own[moved:]))
+        assert compare(own, answers).mean_steps > by_chance
+        with nullcontext() if allowed else pytest.raises(Impossible, match="mean deviation"):
+            check_parity(frozen, artifact, answers, items, "int8", runtime)
 
 
 def test_a_runtime_that_errs_only_at_the_end_is_located_there(
