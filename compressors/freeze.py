@@ -1,9 +1,10 @@
 """The frozen twin of a student: integer weights and biases, the arithmetic of the runtime.
 
-In PyTorch it computes what ONNX Runtime computes on x86, to the last bit as long as everything is
-in integers: sums of products that floats hold exactly, and one rounding where the kernel rounds
-(MlasRequantizeOutput and MlasQLinearAdd). That matters because a rounding flip grows: one in a
-million values off by one step after the first layer of MobileNetV2 was every second at its last.
+In PyTorch it computes what ONNX Runtime computes on x86, to the last bit where a value comes of
+integers and becomes integers: layers and sums (its MlasRequantizeOutput and MlasQLinearAdd). That
+matters because a rounding flip grows: one in a million values off by one step after the first layer
+of MobileNetV2 was every second at its last. Averages and what is computed in floats come near, and
+so does a layer that is used in several places whose outputs have different scales.
 Under ``torch.onnx.export`` it writes QuantizeLinear and DequantizeLinear, which ONNX Runtime,
 OpenVINO and TensorRT fuse.
 """
@@ -17,7 +18,8 @@ from torch import Tensor, fx, nn
 from ..spaces.operations import CLAMPS, KINDS, TRANSPARENT, callee
 from .quantize import ActivationQuantizer, QuantizedLayer, apply_layer
 
-EXACT = 2**24  # integers below it are floats of 32 bits, and so are their sums
+EXACT = 2**24  # integers up to it are floats of 32 bits
+DIGIT = 16  # weights whose sums may be beyond it are multiplied digit by digit
 
 
 def onnx_op(
@@ -28,11 +30,11 @@ def onnx_op(
 
 
 class Rounding(nn.Module):
-    """Rounds to the nearest integer, to the even one of two. A module, so that it can be watched
-    and disturbed."""
+    """Rounds to the nearest integer, to the even one of two, and takes the zero point off. A
+    module, so that it can be disturbed."""
 
-    def forward(self, steps: Tensor) -> Tensor:
-        return torch.round(steps)
+    def forward(self, steps: Tensor, zero: Tensor | float) -> Tensor:
+        return torch.round(steps) - zero
 
 
 class FrozenQuantizer(nn.Module):
@@ -52,8 +54,9 @@ class FrozenQuantizer(nn.Module):
             q = onnx_op("QuantizeLinear", (x, self.scale, self.zero), torch.uint8, x)
             return onnx_op("DequantizeLinear", (q, self.scale, self.zero), x.dtype, x)
         # Not times 1 / scale: that rounds once more.
-        steps: Tensor = self.rounding(x / self.scale)
-        return steps.clamp_(-float(self.zero), 255 - float(self.zero)).mul_(self.scale)
+        steps: Tensor = self.rounding(x / self.scale, 0.0)
+        zero = self.zero.to(x.dtype)
+        return steps.clamp_(-zero, 255 - zero).mul_(self.scale)
 
 
 class FrozenLayer(nn.Module):
@@ -102,10 +105,7 @@ class FrozenLayer(nn.Module):
             output_scale = rounder.scale.detach().clone()
         self.register_buffer("input_scale", source.scale.detach().clone())
         self.register_buffer("output_scale", output_scale)
-        # The largest sum there can be, of inputs as far from their zero as they can be.
-        farthest = max(int(source.zero), 255 - int(source.zero))
-        largest = farthest * integers.abs().flatten(1).sum(1).max()
-        self.wide = torch.float32 if largest < EXACT else torch.float64
+        self.zero = int(source.zero)
         self.rounding = Rounding()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,22 +117,47 @@ class FrozenLayer(nn.Module):
                 parts = (bias, self.bias_scale, self.bias_zero)
                 bias = onnx_op("DequantizeLinear", parts, x.dtype, bias, axis=0)
             return apply_layer(self.shell, x, weight, bias)
-        steps = torch.round(x / self.input_scale).to(self.wide)  # integers, as x was rounded
-        sums = apply_layer(self.shell, steps, self.weight.to(self.wide), None)
+        integers = torch.round(x / self.input_scale)  # less their zero point
+        sums = self._sums(integers)
         column = (-1,) if isinstance(self.shell, nn.Linear) else (-1, *[1] * (sums.ndim - 2))
         if bias is not None and bias.dtype == torch.int32:
-            sums += bias.to(self.wide).reshape(column)
+            if self._largest(self.weight) + bias.abs().max() > EXACT:
+                sums = sums.double()
+            sums += bias.to(sums.dtype).reshape(column)
         sums, step = sums.float(), self.input_scale * self.weight_scale
         if self.output_scale is not None:
-            rounded: Tensor = self.rounding(sums.mul_((step / self.output_scale).reshape(column)))
+            steps = sums.mul_((step / self.output_scale).reshape(column))
+            rounded: Tensor = self.rounding(steps, 0.0)
             return rounded.mul_(self.output_scale)
         sums *= step.reshape(column)
         return sums if bias is None or bias.dtype == torch.int32 else sums + bias
 
+    def _sums(self, integers: Tensor) -> Tensor:
+        """The products' exact sums, of a type that holds them."""
+        if self._largest(self.weight) <= EXACT:
+            return apply_layer(self.shell, integers.float(), self.weight.float(), None)
+        high = torch.floor((self.weight.float() + DIGIT / 2) / DIGIT)
+        digits = (self.weight - DIGIT * high, high)
+        exact = all(self._largest(digit) <= EXACT for digit in digits)
+        dtype = torch.float32 if exact else torch.float64  # in which convolutions take ages
+        low, high = (
+            apply_layer(self.shell, integers.to(dtype), digit.to(dtype), None).double()
+            for digit in digits
+        )
+        return high.mul_(DIGIT).add_(low)
+
+    def _largest(self, weight: Tensor) -> float:
+        """The largest sum of inputs times ``weight`` there can be on the way to the whole one."""
+        rows = weight.float().flatten(1)
+        above, below = rows.clamp_min(0).sum(1), rows.clamp_max(0).sum(1).neg()
+        most = 255 - self.zero  # that an input can be above its zero point
+        ends = (most * above + self.zero * below, self.zero * above + most * below)
+        return max(end.max().item() for end in ends)
+
 
 class FrozenAdd(nn.Module):
-    """The sum of two rounded values, rounded at once: as the runtime's kernel does it, with two
-    fused multiply-adds of the integers."""
+    """The sum of two rounded values, rounded at once, as the runtime's kernel does it: fused
+    multiply-adds of the integers, each of which rounds once."""
 
     scales: Tensor  # [3], of both and of the sum
     zeros: Tensor  # [3] float32
@@ -146,15 +171,17 @@ class FrozenAdd(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export():
             return a + b
-        ratios = self.scales[:2] / self.scales[2]
-        first, second = (ratios * self.zeros[:2]).unbind()
-        total: Tensor = self.zeros[2] - (first + second)
-        for i, x in ((1, b), (0, a)):
-            integers = torch.round(x / self.scales[i]) + self.zeros[i]
-            # A product of such is exact in float64, so only the sum is rounded, once.
-            total = (integers.double() * ratios[i].double() + total.double()).float()
-        rounded: Tensor = self.rounding(total)
-        return (rounded - self.zeros[2]) * self.scales[2]
+        (ratio_a, ratio_b), (zero_a, zero_b, zero) = self.scales[:2] / self.scales[2], self.zeros
+        total = zero - _fused(ratio_a, zero_a, ratio_b * zero_b)
+        total = _fused(ratio_b, torch.round(b / self.scales[1]) + zero_b, total)
+        total = _fused(ratio_a, torch.round(a / self.scales[0]) + zero_a, total)
+        rounded: Tensor = self.rounding(total, zero)
+        return rounded.mul_(self.scales[2])
+
+
+def _fused(ratio: Tensor, integers: Tensor, added: Tensor) -> Tensor:
+    """ratio * integers + added, float32, rounded once: float64 holds the product."""
+    return (ratio.double() * integers.double() + added.double()).float()
 
 
 def freeze(student: fx.GraphModule) -> fx.GraphModule:
@@ -178,8 +205,11 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
     frozen = copy.deepcopy(student, instead)
     for node in frozen.graph.nodes:
         if node.name in sums:
-            node.op, node.target = "call_module", f"sum_{node.name}"
-            frozen.add_submodule(node.target, sums[node.name])
+            name = f"sum_{node.name}"
+            while hasattr(frozen, name):
+                name += "_"
+            frozen.add_submodule(name, sums[node.name])
+            node.op, node.target = "call_module", name
     frozen.recompile()
     return frozen.eval().requires_grad_(False)
 
@@ -188,14 +218,24 @@ def _sums(student: fx.GraphModule) -> dict[str, FrozenAdd]:
     """By the name of its node: every sum that the runtime does in integers."""
     found = {}
     for node in student.graph.nodes:
-        rounder = _rounder(student, [node]) if KINDS.get(callee(student, node)) == "add" else None
-        if rounder is None or node.kwargs:
+        if KINDS.get(callee(student, node)) != "add" or len(node.args) != 2 or node.kwargs:
             continue
-        called = [callee(student, value) for value in node.all_input_nodes]
-        if called == [ActivationQuantizer, ActivationQuantizer]:
-            inputs: list[Any] = [student.get_submodule(str(v.target)) for v in node.args]
-            found[node.name] = FrozenAdd(*inputs, rounder)
+        quantizers = [
+            *(_quantizer(student, value) for value in node.args),
+            _rounder(student, [node]),
+        ]
+        if None not in quantizers:
+            found[node.name] = FrozenAdd(*quantizers)
     return found
+
+
+def _quantizer(graph: fx.GraphModule, value: Any) -> Any:
+    """The ActivationQuantizer that makes ``value``, an argument of a node; None if none does."""
+    while isinstance(value, fx.Node) and callee(graph, value) in TRANSPARENT:
+        value = value.all_input_nodes[0]
+    if isinstance(value, fx.Node) and callee(graph, value) is ActivationQuantizer:
+        return graph.get_submodule(str(value.target))
+    return None
 
 
 def _rounder(graph: fx.GraphModule, nodes: list[fx.Node]) -> ActivationQuantizer | None:

@@ -64,12 +64,16 @@ def run_module(module: torch.nn.Module, items: Items) -> Tensor:
 
 def compare(student: Tensor, runtime: Tensor, kind: OutputKind = CLASSES) -> Parity:
     """How far ``runtime`` departs from ``student``; both [N, ...] and of ``kind``."""
+    same, deviation = _by_item(student, runtime, kind)
+    return Parity(same.mean().item(), deviation.mean().item(), deviation.max().item(), len(student))
+
+
+def _by_item(student: Tensor, runtime: Tensor, kind: OutputKind) -> tuple[Tensor, Tensor]:
+    """[N, predictions an item] 1 where they are equal; [N, numbers an item] deviation in steps."""
     step = max((student.max() - student.min()).item(), 1e-12) / 255
+    same = kind.same(student, runtime, step).double()
     deviation = (student - runtime).abs() / step
-    same = kind.same(student, runtime, step)
-    return Parity(
-        same.double().mean().item(), deviation.mean().item(), deviation.max().item(), len(student)
-    )
+    return same.reshape(len(same), -1), deviation.reshape(len(deviation), -1)
 
 
 def check_parity(
@@ -96,10 +100,9 @@ def check_parity(
     allowed = min(AGREEMENT[precision], 1 - 1.5 / count)
     if found.agreement >= allowed and found.mean_steps <= MEAN_STEPS:
         return found
-    noise = compare(own, _run_noisy(frozen, some), kind)
-    doubt = CHANCE * math.sqrt(2 * noise.agreement * (1 - noise.agreement) / count)
-    allowed = min(allowed, noise.agreement - doubt)
-    steps = max(MEAN_STEPS, (1 + CHANCE / math.sqrt(count)) * noise.mean_steps)
+    same, deviation = (x.double().mean(1) for x in _by_item(own, _run_noisy(frozen, some), kind))
+    allowed = min(allowed, (same.mean() - _chance(same)).item())
+    steps = max(MEAN_STEPS, (deviation.mean() + _chance(deviation)).item())
     if found.agreement >= allowed and found.mean_steps <= steps:
         return found
     raise Impossible(
@@ -110,13 +113,19 @@ def check_parity(
     )
 
 
+def _chance(items: Tensor) -> Tensor:
+    """By how much the means of two draws of ``items`` [N] may differ."""
+    return CHANCE * items.std(correction=0) * math.sqrt(2 / len(items))
+
+
 def _run_noisy(frozen: fx.GraphModule, items: Items) -> Tensor:
     """The answers of ``frozen`` when everything that it rounds is off by ``NOISE``, [N, ...]."""
     generator = torch.Generator().manual_seed(0)
 
-    def disturb(_: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        (x,) = inputs
-        return (x * (1 + NOISE * torch.randn(x.shape, generator=generator)),)
+    def disturb(_: torch.nn.Module, inputs: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        steps, zero = inputs
+        noise = NOISE * torch.randn(steps.shape, generator=generator)
+        return steps + (steps - zero) * noise, zero
 
     with ExitStack() as hooks:
         for module in frozen.modules():
