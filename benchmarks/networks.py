@@ -4,6 +4,7 @@ HAR's data must be made first (examples/har/README.md); MiniLM and the networks 
 other packages (examples/rotten_tomatoes/README.md, examples/imagenet/README.md).
 """
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -11,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
-from flyweight.compressors import ClassificationTask, Prepared, load_task
+from flyweight.compressors import Candidate, ClassificationTask, Prepared, load_task
+from flyweight.compressors.compress import quantize
 from flyweight.compressors.data import CALIBRATION, Items
+from flyweight.compressors.export import to_onnx
+from flyweight.compressors.freeze import freeze
 from flyweight.compressors.parity import INPUTS
+from flyweight.compressors.prune import lay_out
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -59,6 +65,14 @@ def drawn(prepared: Prepared, seed: int) -> Prepared:
     picks = torch.randperm(len(train), generator=generator)[:CALIBRATION]
     splits = dataclasses.replace(prepared.splits, calibration=train.take(picks))
     return dataclasses.replace(prepared, splits=splits)
+
+
+def twin(prepared: Prepared, candidate: Candidate) -> fx.GraphModule:
+    """The frozen twin of an artifact that ``compress`` made without training."""
+    student = lay_out(copy.deepcopy(candidate.student), torch.channels_last)  # as it was then
+    frozen = freeze(quantize(prepared, candidate.policy, candidate.plan, student))
+    assert to_onnx(frozen, prepared.example) == candidate.model
+    return frozen
 
 
 def joined(parts: list[Items]) -> Items:

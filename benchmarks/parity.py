@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from common import OUT, write
 from executed import float_layers, int8_layers
-from networks import NETWORKS, joined
+from networks import NETWORKS, joined, twin
 from torch import fx
 
 from flyweight.compressors import Schedule, compress, prepare
-from flyweight.compressors.compress import quantize
-from flyweight.compressors.freeze import freeze
 from flyweight.compressors.observe import ACTIVATION_RANGES
 from flyweight.compressors.parity import AGREEMENT, INPUTS, compare, run_module, run_session
 from flyweight.kernels import make_runtime
@@ -65,7 +63,7 @@ def measure(
                 chosen = dataclasses.replace(policy.quantize, calibration=how)
                 policy = dataclasses.replace(policy, quantize=chosen)
             found = compress(ready, policy, "recalibrate")
-            frozen = freeze(quantize(ready, policy, found.plan, found.student))
+            frozen = twin(ready, found)
             student = run_module(frozen, items)
             seen = compare(student, run_session(runtime.load(found.model), items))
             row = {**dataclasses.asdict(seen), "least": AGREEMENT[precision]}

@@ -31,7 +31,7 @@ import onnx
 import torch
 from common import versions, write
 from executed import float_layers, int8_layers
-from networks import EXAMPLES, NETWORKS, joined
+from networks import EXAMPLES, NETWORKS, joined, twin
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
@@ -41,7 +41,6 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from flyweight.compressors import Candidate, Prepared, Schedule, compress, prepare
-from flyweight.compressors.compress import quantize
 from flyweight.compressors.data import CALIBRATION, Items
 from flyweight.compressors.distill import kl_divergence
 from flyweight.compressors.export import to_onnx
@@ -202,8 +201,7 @@ def measure(
             best = best_flyweight(drawn, ours)
             chosen["flyweight"].append(best.policy.quantize.calibration)
             if "int8" not in same:
-                student = freeze(quantize(drawn, best.policy, best.plan, best.student))
-                same["int8"] = parity(prepared, student, best.model)
+                same["int8"] = parity(prepared, twin(drawn, best), best.model)
             return best.model
 
         def onnxruntime(some: Items = some) -> bytes:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from .freeze import FrozenAdd
 from .onnx_attention import ATTENTION
 from .onnx_composed import COMPOSED
 from .onnx_file import NotCovered, Operation, Writer
@@ -153,7 +154,7 @@ OPERATIONS: dict[Any, Operation] = {
     **dict.fromkeys((torch.rsqrt, "rsqrt"), _rsqrt),
     **dict.fromkeys((torch.abs, "abs"), _unary("Abs")),
     **dict.fromkeys((operator.neg, torch.neg, "neg"), _unary("Neg")),
-    **dict.fromkeys((operator.add, torch.add, "add"), _binary("Add")),
+    **dict.fromkeys((operator.add, torch.add, "add", FrozenAdd), _binary("Add")),
     **dict.fromkeys((operator.sub, torch.sub, "sub", torch.subtract, "subtract"), _binary("Sub")),
     **dict.fromkeys((operator.mul, torch.mul, "mul", torch.multiply, "multiply"), _binary("Mul")),
     **dict.fromkeys((operator.truediv, torch.div, "div", torch.divide, "divide"), _binary("Div")),

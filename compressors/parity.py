@@ -1,5 +1,6 @@
 """Parity: does the runtime compute what the student computes? Asked of every artifact."""
 
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 from ..kernels import Runtime, Session
 from ..spaces import Impossible
 from .data import Items, tensors
-from .freeze import FrozenQuantizer
+from .freeze import Rounding
 from .outputs import CLASSES, OutputKind
 from .prune import call, in_order
 
@@ -24,6 +25,7 @@ MEAN_STEPS = 1.0
 # The relative error with which a runtime may compute what is then rounded. Float32 sums of a
 # thousand products, in another order, with exp and erf approximated, were off by up to 2e-6.
 NOISE = 1e-5
+CHANCE = 2.0  # standard errors by which two networks that are equally disturbed may differ
 DEPARTED = 1e-3  # share of a value's elements that are off by more than a rounding flip
 
 
@@ -62,12 +64,16 @@ def run_module(module: torch.nn.Module, items: Items) -> Tensor:
 
 def compare(student: Tensor, runtime: Tensor, kind: OutputKind = CLASSES) -> Parity:
     """How far ``runtime`` departs from ``student``; both [N, ...] and of ``kind``."""
+    same, deviation = _by_item(student, runtime, kind)
+    return Parity(same.mean().item(), deviation.mean().item(), deviation.max().item(), len(student))
+
+
+def _by_item(student: Tensor, runtime: Tensor, kind: OutputKind) -> tuple[Tensor, Tensor]:
+    """[N, predictions an item] 1 where they are equal; [N, numbers an item] deviation in steps."""
     step = max((student.max() - student.min()).item(), 1e-12) / 255
+    same = kind.same(student, runtime, step).double()
     deviation = (student - runtime).abs() / step
-    same = kind.same(student, runtime, step)
-    return Parity(
-        same.double().mean().item(), deviation.mean().item(), deviation.max().item(), len(student)
-    )
+    return same.reshape(len(same), -1), deviation.reshape(len(deviation), -1)
 
 
 def check_parity(
@@ -82,8 +88,8 @@ def check_parity(
     """Compares the answers of ``model`` in ``runtime`` to ``items`` with those of ``frozen``.
 
     They may differ as ``AGREEMENT[precision]`` and ``MEAN_STEPS`` allow, and by as much as
-    ``frozen`` differs from itself under ``NOISE``: one rounding flip can change a deep network's
-    answer.
+    ``frozen`` differs from itself under ``NOISE`` (a runtime that rounds otherwise than
+    ``frozen`` does: one flip can change a deep network's answer), give or take ``CHANCE``.
     Raises Impossible, naming the first value at which the runtime departs, if it is more.
     """
     count = min(INPUTS, len(items))
@@ -94,8 +100,9 @@ def check_parity(
     allowed = min(AGREEMENT[precision], 1 - 1.5 / count)
     if found.agreement >= allowed and found.mean_steps <= MEAN_STEPS:
         return found
-    noise = compare(own, _run_noisy(frozen, some), kind)
-    allowed, steps = min(allowed, noise.agreement), max(MEAN_STEPS, noise.mean_steps)
+    same, deviation = (x.double().mean(1) for x in _by_item(own, _run_noisy(frozen, some), kind))
+    allowed = min(allowed, (same.mean() - _chance(same)).item())
+    steps = max(MEAN_STEPS, (deviation.mean() + _chance(deviation)).item())
     if found.agreement >= allowed and found.mean_steps <= steps:
         return found
     raise Impossible(
@@ -106,17 +113,23 @@ def check_parity(
     )
 
 
+def _chance(items: Tensor) -> Tensor:
+    """By how much the means of two draws of ``items`` [N] may differ."""
+    return CHANCE * items.std(correction=0) * math.sqrt(2 / len(items))
+
+
 def _run_noisy(frozen: fx.GraphModule, items: Items) -> Tensor:
     """The answers of ``frozen`` when everything that it rounds is off by ``NOISE``, [N, ...]."""
     generator = torch.Generator().manual_seed(0)
 
-    def disturb(_: torch.nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        (x,) = inputs
-        return (x * (1 + NOISE * torch.randn(x.shape, generator=generator)),)
+    def disturb(_: torch.nn.Module, inputs: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        steps, zero = inputs
+        noise = NOISE * torch.randn(steps.shape, generator=generator)
+        return steps + (steps - zero) * noise, zero
 
     with ExitStack() as hooks:
         for module in frozen.modules():
-            if isinstance(module, FrozenQuantizer):
+            if isinstance(module, Rounding):
                 hooks.enter_context(module.register_forward_pre_hook(disturb))
         return run_module(frozen, items)
 

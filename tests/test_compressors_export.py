@@ -1,7 +1,9 @@
 """From a quantized student to the runtime: frozen twin, artifact, parity."""
 
 import copy
+import platform
 import random
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +18,7 @@ from flyweight.compressors.export import _torch_onnx, to_onnx
 from flyweight.compressors.freeze import FrozenLayer, FrozenQuantizer, freeze
 from flyweight.compressors.parity import (
     MEAN_STEPS,
+    _run_noisy,
     check_parity,
     compare,
     feed,
@@ -118,6 +121,21 @@ def test_the_artifact_computes_what_the_model_computes(
     assert to_onnx(frozen, example) == artifact
 
 
+# Of all else something is computed in floats, or an average.
+IN_INTEGERS = [
+    "plain",
+    "mlp",
+    "separable",
+    "concat",
+    "quiet",
+    "preactivation",
+    "two",
+    "fixed",
+    "siamese",
+    "inplace",
+]
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_int8_in_the_runtime_equals_the_student(
     networks: ModuleType, runtime: Runtime, name: str
@@ -127,11 +145,13 @@ def test_int8_in_the_runtime_equals_the_student(
     graph, frozen = student(shaken(model), example, layers, runtime)
     artifact = to_onnx(frozen, example)
     items = items_of(example, 500)
-    answers = run_module(graph, items)
-    assert torch.allclose(run_module(frozen, items), answers, atol=1e-6)
-    found = compare(answers, run_session(runtime.load(artifact), items))
-    assert found.agreement >= 0.995
-    assert found.mean_steps < 0.2
+    theirs = run_session(runtime.load(artifact), items)
+    for answers in (run_module(graph, items), run_module(frozen, items)):
+        found = compare(answers, theirs)
+        assert found.agreement >= 0.995
+        assert found.mean_steps < 0.2
+    if (runtime.name, platform.machine()) == ("onnxruntime", "x86_64") and name in IN_INTEGERS:
+        assert torch.equal(run_module(frozen, items), theirs)
     if name != "grouped":
         count = sum(len(own) for own in networks.traced(name).uses.values())
         # one layer used thrice, each time with a norm: OpenVINO makes a float convolution of both
@@ -213,7 +233,7 @@ def test_the_resnet_runs_in_int8_as_a_whole(resnet: ModuleType, runtime: Runtime
     check_parity(
         frozen, artifact, run_session(runtime.load(artifact), items), items, "int8", runtime
     )
-    assert torch.allclose(run_module(graph, items), run_module(frozen, items), atol=1e-5)
+    assert compare(run_module(graph, items), run_module(frozen, items)).mean_steps < 0.2
 
 
 @pytest.mark.parametrize("name", ["plain", "separable"])
@@ -344,6 +364,27 @@ def test_parity_allows_what_float32_cannot_tell(runtime: Runtime) -> None:
     with pytest.raises(Impossible, match="parity"):
         check_parity(frozen, artifact, answers.roll(1, 1), items, "int8", runtime)
     assert not any(module._forward_pre_hooks for module in frozen.modules())
+
+
+def test_parity_knows_that_noise_is_one_draw_of_many(runtime: Runtime) -> None:
+    torch.manual_seed(0)
+    model, example = nn.Sequential(nn.Linear(8, 3, bias=False)).eval(), torch.rand(1, 8)
+    _, frozen = student(model, example, ["0"], runtime)
+    artifact = to_onnx(frozen, example)
+    scale = next(m for m in frozen.modules() if isinstance(m, FrozenQuantizer)).scale
+    between = torch.randint(-2, 2, (60, 8)) + 0.5
+    items = Items(between * scale, torch.zeros(60))
+    nudge = torch.where(between.abs() < 1, 1e-6, -1e-6)  # each is rounded the other way
+    own = run_module(frozen, items)
+    other = run_module(frozen, Items(items.inputs * (1 + nudge), items.targets))
+    noise = compare(own, _run_noisy(frozen, items))
+    for moved, allowed in ((45, True), (60, False)):
+        answers = torch.cat((other[:moved], own[moved:]))
+        found = compare(own, answers)
+        assert found.mean_steps > noise.mean_steps > MEAN_STEPS
+        assert found.agreement >= noise.agreement or not allowed
+        with nullcontext() if allowed else pytest.raises(Impossible, match="parity"):
+            check_parity(frozen, artifact, answers, items, "int8", runtime)
 
 
 def test_a_runtime_that_errs_only_at_the_end_is_located_there(
