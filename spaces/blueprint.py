@@ -191,7 +191,7 @@ class Decisions:
 
     def _work_out(self, alone: Mapping[str, Rows]) -> None:
         self.runs = self._fuse(alone)
-        self._carriers = [(r, rows) for r, rows in self.runs if _carries(r, self._capabilities)]
+        self._carriers = [(r, rows) for r, rows in self.runs if self._carries(r)]
         self.quantized = {value: rows for value, rows in self._quantize().items() if rows}
 
     def in_int8(self, run: Run, rows: Rows) -> Rows:
@@ -199,10 +199,21 @@ class Decisions:
         head, end = run[0], run[-1]
         if head.module in self._int8:
             return rows & self._int8[head.module]
-        if not _carries(run, self._capabilities):
+        if not self._carries(run):
             return 0
         read = _values(self._network, head)  # none of the parts that a split gives
         return rows & _all(self.quantized, (*read, end.name)) if read else 0
+
+    def _carries(self, run: Run) -> bool:
+        """Whether the kernel of ``run`` has no weights and is to run in int8 where it can.
+
+        Sums of sums stay in float: were each rounded, the errors would add up along the stream.
+        """
+        head = run[0]
+        if head.kind == "add":
+            in_int8 = "add" in self._capabilities.int8_ops
+            return in_int8 and head.name not in self._network.sums_of_sums
+        return head.kind in (*_PASSES, "concat")
 
     def scales(self) -> dict[str, str]:
         """Of the first policy: for each quantized value the first value, in execution order, of
@@ -344,13 +355,6 @@ def _ends_in_int8(network: Network, run: Run, capabilities: Capabilities) -> boo
         acts = [end, *(network.op[reader] for reader in network.consumers[end.name])]
         return any(op.kind == "act" for op in acts)
     return head.kind in capabilities.output_quantized
-
-
-def _carries(run: Run, capabilities: Capabilities) -> bool:
-    """Whether the kernel of ``run`` has no weights and still can run in int8."""
-    if run[0].kind == "add":
-        return "add" in capabilities.int8_ops
-    return run[0].kind in (*_PASSES, "concat")
 
 
 def _values(network: Network, head: Op) -> list[str]:

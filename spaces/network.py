@@ -168,6 +168,14 @@ class Network:
                 out = {name: norm for name, norm in out.items() if norm != op.module}
         return out
 
+    @cached_property
+    def sums_of_sums(self) -> frozenset[str]:
+        """Adds that read what another one makes, and those: a stream that nothing clips, as
+        through the narrow ends of inverted residuals."""
+        adds = {op.name for op in self.ops if op.kind == "add"}
+        pairs = ((v, op.name) for op in self.ops if op.name in adds for v in op.inputs if v in adds)
+        return frozenset(name for pair in pairs for name in pair)
+
     def channels(self, value: str, widths: Mapping[str, int]) -> int:
         """Channels of ``value`` when the groups have ``widths`` (those not named are full)."""
         total = 0

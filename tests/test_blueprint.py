@@ -311,23 +311,37 @@ def test_a_linear_layer_ends_in_int8_only_with_an_activation(traced: Traced) -> 
     assert int8(traced("mlp"), "a", target=ends_open).quantized == {"x": "x"}
 
 
-def test_a_chain_of_adds_runs_in_int8_as_a_whole() -> None:
-    class Chain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = (nn.Conv2d(3, 8, 1) for _ in range(3))
-            self.d = nn.Conv2d(8, 2, 1)
+class Chain(nn.Module):
+    """Two sums, with a ReLU between them where ``clipped``."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.d(self.a(x) + self.b(x) + self.c(x))
+    def __init__(self, clipped: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 8, 1) for _ in range(3))
+        self.d, self.clipped = nn.Conv2d(8, 2, 1), clipped
 
-    network = trace(Chain(), torch.rand(1, 3, 4, 4))
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) + self.b(x)
+        return self.d((torch.relu(y) if self.clipped else y) + self.c(x))  # type: ignore[no-any-return]
+
+
+def test_a_chain_of_clipped_adds_runs_in_int8_as_a_whole() -> None:
+    network = trace(Chain(clipped=True), torch.rand(1, 3, 4, 4))
     plan = int8(network)
-    assert plan.quantized == {v: v for v in ("x", "a", "b", "c", "add", "add_1")}
+    assert plan.quantized == {v: v for v in ("x", "a", "b", "c", "relu", "add_1")}
     assert precisions(plan) == dict.fromkeys(("a", "b", "c", "d", "add", "add_1"), "int8")
     mixed = int8(network, "a", "b", "d")  # c is in float, so the second sum is
     assert mixed.quantized == {v: v for v in ("x", "a", "b", "add_1")}
     assert precisions(mixed)["add"] == precisions(mixed)["add_1"] == "fp32"
+
+
+def test_sums_of_sums_stay_in_float_and_are_rounded_for_layers_alone() -> None:
+    network = trace(Chain(clipped=False), torch.rand(1, 3, 4, 4))
+    plan = int8(network)
+    assert network.sums_of_sums == {"add", "add_1"}
+    assert plan.quantized == {v: v for v in ("x", "a", "b", "c", "add_1")}
+    assert precisions(plan) == dict.fromkeys("abcd", "int8") | {"add": "fp32", "add_1": "fp32"}
+    assert plan.rounded["add_1"] == ("d",)
+    assert plan.rounded["a"] == ("add",)
 
 
 @pytest.mark.parametrize("name", NAMES)
