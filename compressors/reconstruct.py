@@ -11,7 +11,7 @@ C = E[X^T X]. C belongs to the teacher and is measured once; a policy costs one 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from .prune import call
 
 RIDGE = 1e-3  # lambda, as a share of the mean variance: rank-deficient inputs stay harmless
 LARGEST = 4_608  # inputs of a layer (channels x kernel) whose covariance is kept: 85 MB
+GRADIENTS_ROOM = 1 << 30  # bytes of all values of the items whose gradients are taken at once
 ROOM = 256 << 20  # bytes of input rows at once: of 64 channels at 512 x 512 an image has 604 MB
 
 
@@ -38,18 +39,32 @@ class Moments:
     covariance: Tensor
 
 
-@torch.no_grad()
 def input_moments(model: nn.Module, network: Network, items: Items) -> dict[str, Moments]:
-    """Moments of the inputs of every layer that can be reconstructed, over ``items``."""
+    """Moments of the inputs of every layer that can be reconstructed, over ``items``.
+
+    Of sequences without the positions that no answer depends on, as those that a mask hides: more
+    than half of the words of a review may be padding, and fitting to it costs the others.
+    """
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}
+    sequences: list[tuple[str, Any, Tensor]] = []  # inputs, until it is known what depends on them
+
+    @torch.no_grad()
+    def add(name: str, module: Any, x: Tensor) -> None:
+        for part in torch.split(x, _images(module, x)):
+            rows = input_rows(module, part)  # [G, rows, F]
+            count, total, square = sums.get(name, (0, 0.0, 0.0))
+            square = square + rows.mT @ rows
+            sums[name] = (count + rows.shape[1], total + rows.sum(1), square)
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            for part in torch.split(inputs[0], _images(module, inputs[0])):
-                rows = input_rows(module, part)  # [G, rows, F]
-                count, total, square = sums.get(name, (0, 0.0, 0.0))
-                square = square + rows.mT @ rows
-                sums[name] = (count + rows.shape[1], total + rows.sum(1), square)
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+            x, *others = inputs
+            if not isinstance(module, nn.Linear) or x.ndim < 3:
+                add(name, module, x)
+                return inputs
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            sequences.append((name, module, x))
+            return x, *others
 
         return hook
 
@@ -58,13 +73,44 @@ def input_moments(model: nn.Module, network: Network, items: Items) -> dict[str,
         for name in network.layers:
             if _solvable(modules[name]):
                 hooks.enter_context(modules[name].register_forward_pre_hook(watch(name)))
-        for batch in items.chunks():
-            call(model, batch.inputs)
-    found = {}
+        gradients = any(op.kind == "linear" and len(op.shape) > 2 for op in network.ops)
+        for batch in items.batches(_at_once(network, items) if gradients else items.chunk):
+            with torch.set_grad_enabled(gradients):
+                answers = call(model, batch.inputs)
+            found = _gradients(answers, [x for _, _, x in sequences])
+            for (name, module, x), gradient in zip(sequences, found, strict=True):
+                rows = x.detach().flatten(0, -2)
+                if gradient is not None:
+                    rows = rows[gradient.flatten(0, -2).any(1)]
+                if len(rows):
+                    add(name, module, rows)
+            del answers, found
+            sequences.clear()
+    moments = {}
     for name, (count, total, square) in sums.items():
         mean = total / count
-        found[name] = Moments(mean, square / count - mean[:, :, None] * mean[:, None])
-    return found
+        moments[name] = Moments(mean, square / count - mean[:, :, None] * mean[:, None])
+    return moments
+
+
+def _at_once(network: Network, items: Items) -> int:
+    """How many items have room for all their values, which gradients need."""
+    each = 4 * sum(math.prod(op.shape) for op in network.ops)
+    return max(1, min(items.chunk, GRADIENTS_ROOM // max(1, each)))
+
+
+def _gradients(answers: Tensor, values: list[Tensor]) -> Sequence[Tensor | None]:
+    """For each of ``values`` a gradient that is 0 where ``answers`` do not depend on it; None where
+    that cannot be told."""
+    if not values or not answers.requires_grad:
+        return [None] * len(values)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        mixed = torch.randn_like(answers)  # no plain sum: that of probabilities is always 1
+    try:
+        return torch.autograd.grad(answers, values, mixed, allow_unused=True)
+    except RuntimeError:  # say, a value that is needed is changed in place
+        return [None] * len(values)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from flyweight.compressors import ClassificationTask, Schedule, prepare, reconstruct
@@ -58,6 +58,40 @@ def test_moments_are_taken_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert sizes == [2, 2, 2, 2, 8]
     for name in whole:
         assert torch.allclose(found[name].covariance, whole[name].covariance, atol=1e-5)
+
+
+class Masked(nn.Module):
+    """Words of which the first is answered by, and those are looked at that the mask shows."""
+
+    def __init__(self, frozen: bool = False) -> None:
+        super().__init__()
+        self.value, self.head, self.frozen = nn.Linear(4, 8), nn.Linear(8, 3), frozen
+
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        if self.frozen:
+            words = words.detach()
+        hidden = torch.relu(self.value(words)).masked_fill(mask[..., None] == 0, 0.0)
+        if self.frozen:
+            hidden = hidden.detach()
+        return torch.softmax(self.head(hidden.sum(1)), 1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_words_that_a_mask_hides_do_not_count(frozen: bool) -> None:
+    torch.manual_seed(0)
+    model, words = Masked(frozen).eval(), torch.randn(40, 6, 4)
+    mask = (torch.arange(6) < torch.randint(1, 6, (40, 1))).float()
+    words = torch.where(mask[..., None] > 0, words, 100.0)
+    items = Items((words, mask), torch.zeros(40))
+    network = trace(model, (words[:1], mask[:1]))
+    found = input_moments(model, network, items)["value"]
+    rows = words[mask > 0] if not frozen else words.flatten(0, 1)  # who detaches says nothing
+    assert torch.allclose(found.mean[0], rows.mean(0), atol=1e-4)
+    assert torch.allclose(found.covariance[0], rows.T.cov(correction=0), rtol=1e-3, atol=1e-3)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.requires_grad_(False)  # as a search has it
+    again = input_moments(model, network, items)["value"]
+    assert torch.equal(again.covariance, found.covariance)
 
 
 def test_as_many_items_run_at_once_as_their_largest_value_leaves_room_for() -> None:
