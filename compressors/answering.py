@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as everywhere
 
 from ..spaces import Network
 from ..spaces.tracing import is_torchs, trace_graph
@@ -14,7 +15,8 @@ from .data import Items, at_once
 from .parity import run_module
 from .prune import call
 
-ROOM = 1 << 30  # bytes of the largest values of all batches that run at a time
+# Bytes of the largest values of all batches that run at a time; all values are four times as much.
+ROOM = 256 << 20
 
 
 @contextlib.contextmanager
@@ -36,9 +38,9 @@ def answers_of(model: nn.Module, network: Network, example: Any, items: Items) -
     on two cores with five other busy processes 2,000 images took the Fashion-MNIST ResNet 3.9 s so
     (up to 42), by batch 0.85; alone 5,000 took 0.66 and 0.64.
     """
-    threads, size = torch.get_num_threads(), items.chunk
-    together = threads * size
-    if threads > 1 and len(items) > size and at_once(network, together, ROOM) == together:
+    size = items.chunk
+    threads = at_once(network, torch.get_num_threads() * size, ROOM) // size
+    if threads > 1 and len(items) > size:
         with torch_threads(1):
             graph = _without_state(model, example)
             if graph is not None and _is_same(graph, model, items.first(size)):
@@ -51,6 +53,8 @@ def _without_state(model: nn.Module, example: Any) -> fx.GraphModule | None:
     calls what may keep something meanwhile, as a user's forward may."""
     graph = trace_graph(model, example)
     if any(module._forward_hooks or module._forward_pre_hooks for module in graph.modules()):
+        return None
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return None
     called = (node.target for node in graph.graph.nodes if node.op == "call_function")
     return graph if all(map(is_torchs, called)) else None

@@ -22,7 +22,7 @@ from ..spaces import (
     blueprint,
     nearest,
 )
-from ..spaces.tracing import arguments, trace
+from ..spaces.tracing import arguments, trace, trace_graph
 from .answering import answers_of
 from .checks import check, check_request, check_values
 from .data import Items, Splits, split, tensors
@@ -144,9 +144,8 @@ class Prepared:
         """Moments of the inputs of what ``student`` starts from: the same for every policy."""
         if student not in self._moments:
             start = self.starts[student]
-            self._moments[student] = input_moments(
-                start.model, start.network, self.splits.calibration
-            )
+            graph = trace_graph(start.model, self.example).requires_grad_(False)
+            self._moments[student] = input_moments(graph, start.network, self.splits.calibration)
         return self._moments[student]
 
     @functools.cached_property

@@ -42,8 +42,9 @@ class Moments:
 def input_moments(model: nn.Module, network: Network, items: Items) -> dict[str, Moments]:
     """Moments of the inputs of every layer that can be reconstructed, over ``items``.
 
-    Of sequences without the positions that no answer depends on, as those that a mask hides: more
-    than half of the words of a review may be padding, and fitting to it costs the others.
+    model: changes nothing in place and keeps nothing, as a traced one does. Of sequences without
+    the positions that no answer depends on, as those that a mask hides: more than half of the words
+    of a review may be padding, and fitting to it costs the others.
     """
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}
     sequences: list[tuple[str, Any, Tensor]] = []  # inputs, until it is known what depends on them
@@ -77,15 +78,13 @@ def input_moments(model: nn.Module, network: Network, items: Items) -> dict[str,
         for batch in items.batches(_at_once(network, items) if gradients else items.chunk):
             with torch.set_grad_enabled(gradients):
                 answers = call(model, batch.inputs)
-            found = _gradients(answers, [x for _, _, x in sequences])
-            for (name, module, x), gradient in zip(sequences, found, strict=True):
-                rows = x.detach().flatten(0, -2)
-                if gradient is not None:
-                    rows = rows[gradient.flatten(0, -2).any(1)]
-                if len(rows):
-                    add(name, module, rows)
-            del answers, found
+            given = list(sequences)
             sequences.clear()
+            found = _gradients(answers, [x for _, _, x in given])
+            for (name, module, x), gradient in zip(given, found, strict=True):
+                rows = x.detach()
+                add(name, module, rows if gradient is None else rows[_shown(gradient)])
+            del answers, given, found
     moments = {}
     for name, (count, total, square) in sums.items():
         mean = total / count
@@ -104,13 +103,20 @@ def _gradients(answers: Tensor, values: list[Tensor]) -> Sequence[Tensor | None]
     that cannot be told."""
     if not values or not answers.requires_grad:
         return [None] * len(values)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        mixed = torch.randn_like(answers)  # no plain sum: that of probabilities is always 1
+    # No plain sum: that of probabilities is always 1.
+    mixed = torch.randn(answers.shape, generator=torch.Generator().manual_seed(0))
     try:
-        return torch.autograd.grad(answers, values, mixed, allow_unused=True)
-    except RuntimeError:  # say, a value that is needed is changed in place
+        return torch.autograd.grad(answers, values, mixed.to(answers.dtype), allow_unused=True)
+    except Exception:  # say, a function with a gradient of the user's own
         return [None] * len(values)
+
+
+def _shown(gradient: Tensor) -> Tensor:
+    """Which positions of a sequence [N, ..., F] count. All of an item without any gradient: its
+    answer is rounded or clipped, which says nothing of its inputs."""
+    shown = gradient.any(-1)
+    items = shown.flatten(1).any(1)
+    return shown | ~items.reshape(-1, *[1] * (shown.ndim - 1))
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ def kept_whole(model: nn.Module, why: str | None) -> str | None:
         return None
     some = ", ".join(map(repr, names[:NAMED])) + (" ..." if len(names) > NAMED else "")
     why = f"with layers in its place {why}" if why else "it adds to its keys and values"
-    return f"nothing in PyTorch's {some} can be pruned or quantized: {why}"
+    return f"Nothing in PyTorch's {some} can be pruned or quantized: {why}."
 
 
 def _spelled(module: nn.Module) -> nn.Module:

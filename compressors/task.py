@@ -74,7 +74,18 @@ class ClassificationTask:
         return F.cross_entropy(output, target)
 
     def metric(self, output: Tensor, target: Tensor) -> float:  # [N, C], [N]
-        return 100.0 * (output.argmax(1) == target).double().mean().item()
+        if output.shape[1] == 1:
+            raise ValueError(
+                "one score an item has no largest: give two, or write metric(), such as "
+                "100.0 * ((output[:, 0] > 0) == (target > 0.5)).double().mean().item()"
+            )
+        found = output.argmax(1)
+        if found.shape != target.shape:
+            raise ValueError(
+                f"targets are to be numbers of classes, {list(found.shape)}, but are "
+                f"{list(target.shape)}: of one-hot ones give .argmax()"
+            )
+        return 100.0 * (found == target).double().mean().item()
 
 
 def metric_of(task: Any, output: Tensor, target: Any) -> float:

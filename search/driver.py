@@ -396,9 +396,10 @@ class _Search:
         patience = FINISH_S if tracker.run_id else AWAY_S
         missing = tracker.finish(status, [file for file in files if file.is_file()], patience)
         if missing.reason:
+            lacks = f"up to {missing.entries} entries" if missing.entries else "files or the end"
             self.notes.append(
-                f"MLflow lacks up to {missing.entries} entries ({missing.reason}); the record has "
-                f"them all: `flyweight deliver {self.run_dir}` when the server is back"
+                f"MLflow lacks {lacks} ({missing.reason}); the run has all: "
+                f"`flyweight deliver {self.run_dir}` when the server is back"
             )
 
 

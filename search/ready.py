@@ -186,7 +186,7 @@ def ready(spec: Spec) -> Ready:
             f"{metric:.3g}: next to nothing would be asked of it; of a metric of 0 to 1, 1% is "
             "max_drop: 0.01"
         )
-    whole = (start.whole for start in prepared.starts.values())
+    whole = dict.fromkeys(start.whole for start in prepared.starts.values())
     doubts = filter(None, (_doubt(task, answers, splits.selection, metric), untested, *whole))
     return Ready(spec, prepared, space, model, metric, test, " ".join(doubts) or None)
 

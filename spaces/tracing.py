@@ -111,8 +111,9 @@ def _traced_graph(model: nn.Module, example: Any) -> fx.GraphModule:
     try:
         graph = _symbolic(model, bound, defaults)
     except Exception as error:
+        reason = str(error) or f"{type(error).__name__} with {_shapes(bound)}"  # a bare assert
         raise Untraceable(
-            f"the model cannot be traced at {_where(error)}: {error}{_advice(error)}"
+            f"the model cannot be traced at {_where(error)}: {reason}{_advice(error)}"
         ) from error
     if any(node.op == "call_method" and node.target == "numpy" for node in graph.graph.nodes):
         raise Untraceable(f"the model calls .numpy() in its forward{NUMPY}")
@@ -250,6 +251,8 @@ class _Shapes(fx.Interpreter):
 
 def is_torchs(function: Any) -> bool:
     """Whether ``function`` is PyTorch's or Python's own, about which more is known."""
+    if isinstance(function, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return str(function).startswith("aten.")  # a library may add operations of its own
     library = (getattr(function, "__module__", None) or "torch").partition(".")[0]
     return library in ("torch", "_operator", "builtins", "math")
 
@@ -329,6 +332,12 @@ def _drop_defaults(graph: fx.GraphModule, is_default: list[bool]) -> None:
             checks = list(holder.users)
             for node in [*(u for n in checks for u in list(n.users)), *checks, holder]:
                 graph.graph.erase_node(node)
+
+
+def _shapes(inputs: list[torch.Tensor]) -> str:
+    """The shapes of ``inputs``, in words."""
+    shapes = " and ".join(str(list(x.shape)) for x in inputs)
+    return f"an input of {shapes}, of which the first axis is the batch"
 
 
 def _where(error: BaseException) -> str:

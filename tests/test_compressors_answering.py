@@ -106,10 +106,16 @@ def test_what_may_keep_something_meanwhile_runs_alone(kind: type[nn.Module]) -> 
     assert torch.equal(found, run_module(model, of(x)))
 
 
-def test_what_would_take_too_much_memory_at_a_time_runs_alone(
+def test_so_many_batches_run_at_a_time_as_memory_has_room_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(answering, "ROOM", 3 * MOST * 8 * 4)  # three batches of the widest value
-    monkeypatch.setattr(answering, "_by_batch", lambda *_: pytest.fail("batches ran at a time"))
+    taken = []
+    by_batch = answering._by_batch
+    monkeypatch.setattr(
+        answering, "_by_batch", lambda *given: (taken.append(given[-1]), by_batch(*given))[1]
+    )
     model, x = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).eval(), torch.rand(6 * MOST, 6)
-    assert torch.equal(answered(model, x, 4), run_module(model, of(x)))
+    for room in (1, 3, 9):  # batches of the widest value
+        monkeypatch.setattr(answering, "ROOM", room * MOST * 8 * 4)
+        assert torch.equal(answered(model, x, 4), run_module(model, of(x)))
+    assert taken == [3, 4]

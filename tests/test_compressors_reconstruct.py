@@ -1,5 +1,6 @@
 """Reconstruction and statistics: of all that data are, with what can take it, in bounded memory."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -88,10 +89,66 @@ def test_words_that_a_mask_hides_do_not_count(frozen: bool) -> None:
     rows = words[mask > 0] if not frozen else words.flatten(0, 1)  # who detaches says nothing
     assert torch.allclose(found.mean[0], rows.mean(0), atol=1e-4)
     assert torch.allclose(found.covariance[0], rows.T.cov(correction=0), rtol=1e-3, atol=1e-3)
-    assert all(parameter.grad is None for parameter in model.parameters())
     model.requires_grad_(False)  # as a search has it
     again = input_moments(model, network, items)["value"]
     assert torch.equal(again.covariance, found.covariance)
+
+
+def test_an_item_whose_answer_is_rounded_counts_as_a_whole() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3), nn.Hardsigmoid()).eval()
+    x = 20 * torch.randn(30, 6, 4)  # most are clipped
+    found = input_moments(model, trace(model, x[:1]), Items(x, torch.zeros(30)))["0"]
+    clipped = (model(x).detach() % 1 == 0).all(2)
+    counted = x[~clipped | clipped.all(1, keepdim=True)]
+    assert torch.allclose(found.mean[0], counted.mean(0), atol=1e-4)
+    rounded = input_moments(_Rounding(), trace(_Rounding(), x[:1]), Items(x, torch.zeros(30)))
+    assert torch.allclose(rounded["layer"].mean[0], x.flatten(0, 1).mean(0), atol=1e-4)
+
+
+class _Rounding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.round(self.head(self.layer(x)))
+
+
+class Careless(nn.Module):
+    """Changes values in place, keeps one, and has layers under inference mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 8]
+        with torch.inference_mode():
+            x = self.a(x)
+        x = x + 1
+        x += torch.relu_(self.b(x))
+        self.kept = torch.softmax(x, 1)
+        first, second = x.chunk(2, -1)
+        first *= 0.5
+        return self.head(torch.cat((first, second), -1)).mean(1)
+
+
+def test_a_careless_forward_is_measured_as_it_runs_and_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(64, 6, 8), torch.randint(0, 3, (64,)))
+    model = Careless().eval()
+    seen: list[Tensor] = []
+    ready = prepare(
+        ClassificationTask(model, data, data), make_runtime("onnxruntime", 1), Schedule()
+    )
+    found = ready.input_moments("pruned")["b"]
+    hook = model.b.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    with torch.no_grad():
+        model(ready.splits.calibration.inputs)
+    hook.remove()
+    assert torch.allclose(found.mean[0], seen[0].flatten(0, 1).mean(0), atol=1e-5)
+    copy.deepcopy(model)  # which cannot be done to a value with a gradient
 
 
 def test_as_many_items_run_at_once_as_their_largest_value_leaves_room_for() -> None:

@@ -133,7 +133,7 @@ class Masks(Net):
 def test_why_an_attention_stays_whole_is_told(model: nn.Module, why: str) -> None:
     prepared = prepare(task(model.eval()), make_runtime("onnxruntime", 1), Schedule(1, 0.5, 16))
     told = str(prepared.starts["pruned"].whole)
-    assert "nothing in PyTorch's 'body' can be pruned or quantized: " in told
+    assert "Nothing in PyTorch's 'body' can be pruned or quantized: " in told
     assert why in told
 
 

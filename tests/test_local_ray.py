@@ -1,6 +1,8 @@
 """Signals of a search, and a Ray that does not start."""
 
+import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +20,20 @@ def test_ctrl_c_is_given_back_by_what_takes_it() -> None:
     with ctrl_c_given_back():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as Ray Tune does, with a handler of its own
     assert signal.getsignal(signal.SIGINT) is mine
+
+
+def test_sigterm_ends_what_a_script_runs_in_the_background() -> None:
+    def ended() -> None:
+        with terminable():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell has it there
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ended()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_outside_the_main_thread_signals_are_left_alone() -> None:

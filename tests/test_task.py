@@ -293,6 +293,16 @@ def test_a_broken_task_is_refused_with_the_rule_it_breaks(
         prepare(Mine(**broken), make_runtime("onnxruntime", 1), Schedule())
 
 
+def test_what_accuracy_is_not_of_is_refused() -> None:
+    task = Mine()
+    with pytest.raises(ValueError, match=r"one score an item .* write metric\(\)"):
+        ClassificationTask.metric(task, torch.rand(5, 1), torch.zeros(5))
+    with pytest.raises(ValueError, match=r"\[5\], but are \[5, 3\]: of one-hot"):
+        ClassificationTask.metric(task, torch.rand(5, 3), torch.zeros(5, 3))
+    pixels = torch.rand(5, 3, 2, 2)
+    assert ClassificationTask.metric(task, pixels, pixels.argmax(1)) == 100
+
+
 def test_a_label_that_the_loss_ignores_is_taken() -> None:
     train = Data([*items(), (torch.rand(6), -100)])
     prepare(Mine(train=train), make_runtime("onnxruntime", 1), Schedule())

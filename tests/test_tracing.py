@@ -1034,3 +1034,19 @@ class Guarded(Small):
 def test_a_layer_of_a_subclass_that_looks_at_its_input_is_traced() -> None:
     model, x = Guarded().eval(), torch.rand(6, 4)
     torch.testing.assert_close(trace_graph(model, x[:1])(x), model(x))
+
+
+class Asserts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 4
+        return self.layer(x)
+
+
+def test_a_bare_assertion_is_told_with_the_shape_that_it_was_about() -> None:
+    told = r"assert x.ndim == 4'\): AssertionError with an input of \[1, 8, 8\], of which the first"
+    with pytest.raises(Untraceable, match=told):
+        trace(Asserts().eval(), torch.rand(1, 8, 8))
