@@ -1042,11 +1042,12 @@ class Asserts(nn.Module):
         self.layer = nn.Conv2d(1, 2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        assert x.ndim == 4
+        if x.ndim != 4:
+            raise AssertionError  # pytest would give a plain one words
         return self.layer(x)
 
 
 def test_a_bare_assertion_is_told_with_the_shape_that_it_was_about() -> None:
-    told = r"assert x.ndim == 4'\): AssertionError with an input of \[1, 8, 8\], of which the first"
+    told = r"'\): AssertionError with an input of \[1, 8, 8\], of which the first axis is the batch"
     with pytest.raises(Untraceable, match=told):
         trace(Asserts().eval(), torch.rand(1, 8, 8))
