@@ -42,7 +42,7 @@ BATCH = 128  # items that statistics are recomputed from at once: the largest ba
 IMAGES = 256  # of 224 x 224 for MobileNetV2, for training and validation each
 # The steps of compress, by the names under which its module calls them.
 PARTS = (
-    "blueprint", "remove", "reconstruct_", "recompute_statistics", "fold_norms",
+    "remove", "reconstruct_", "recompute_statistics", "fold_norms",
     "insert_quantizers", "equalize", "calibrate", "correct_", "settle_biases", "freeze", "to_onnx",
     "_answers",
 )  # fmt: skip
