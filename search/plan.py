@@ -157,7 +157,7 @@ def _kept(space: Space, policy: Policy) -> float:
 
 def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     """The plan for people."""
-    console = console or Console()
+    console = console or Console(emoji=False)
     teacher, space = plan["teacher"], plan["space"]
     on_test = teacher["metric_test"]
     test = "" if on_test is None else f" ({metric_value(on_test)} on test)"
