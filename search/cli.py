@@ -79,7 +79,7 @@ def plan(spec: Path, as_json: bool) -> int:
 
     from .plan import make_plan, print_plan
 
-    found = make_plan(spec, Console(stderr=True))
+    found = make_plan(spec, Console(stderr=True, emoji=False))
     click.echo(json.dumps(found, indent=2)) if as_json else print_plan(found)
     return 0 if found["reachable"] else 1
 
@@ -108,7 +108,7 @@ def search(
     from .progress import closing_sentence, closing_table
     from .spec import load_spec
 
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, emoji=False)
     # Ray prints by itself that a worker died.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         outcome = run(
@@ -180,7 +180,7 @@ def profile(
 
     made = run(
         spec, out, like=like, runtime=runtime, threads=threads, networks=networks, minutes=minutes,
-        seed=seed, console=Console(stderr=True),
+        seed=seed, console=Console(stderr=True, emoji=False),
     )  # fmt: skip
     click.echo(f"Wrote {out}: {len(made.timed)} networks on device {made.fingerprint}")
     try:
@@ -377,7 +377,7 @@ def measure(run_dir: Path, as_json: bool) -> None:
     from .measure import measure as run
     from .progress import closing_sentence, closing_table
 
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, emoji=False)
     found = run(run_dir, console.print)
     for note in found.notes:
         console.print(f"Note: {note}", markup=False)

@@ -31,7 +31,8 @@ def notes_of_end(controller: Controller, nothing_left: bool) -> list[str]:
         if len(controller.trials) >= trials:
             notes.append(
                 f"All {trials} trials were tried, but {left}: to use them, raise search.trials and "
-                "go on with --resume"
+                "go on with --resume, or search anew with more rungs.full_epochs, so that each "
+                "trial trains longer"
             )
         else:
             notes.append(

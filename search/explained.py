@@ -64,7 +64,7 @@ def explained(found: Found) -> Explained:
 
 def print_explanation(found: Found, console: Console | None = None) -> None:
     """The explanation on a terminal."""
-    console, why = console or Console(), explained(found)
+    console, why = console or Console(emoji=False), explained(found)
     print_sheet(why.kernels, console)
     print_sheet(why.kinds, console)
     console.print(f"{why.headline}.", highlight=False, soft_wrap=True)

@@ -49,7 +49,7 @@ def print_fragile(policy_path: Path, console: Console | None = None) -> None:
     run = run_of(policy_path)
     harms = read_harms(run) if run else None
     if run is not None and harms is not None:
-        console, policy = console or Console(), read_policy(policy_path).to_dict()
+        console, policy = console or Console(emoji=False), read_policy(policy_path).to_dict()
         for sheet in (groups_sheet(harms, policy), layers_sheet(harms, policy)):
             print_sheet(sheet, console)
         if said := how_judged(run):

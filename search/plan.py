@@ -33,7 +33,7 @@ from .store import compressed_bytes, read_policy, write_artifact
 from .whole import left_whole
 from .words import metric_value, milliseconds, size
 
-LISTED = 4  # names of what stays whole for one reason
+LISTED = 4  # names of what is not pruned for one reason
 SHOWN = 40  # groups, and layers of one choice of precisions; --json has all
 
 
@@ -90,6 +90,8 @@ def make_plan(spec_path: Path, console: Console | None = None) -> dict[str, Any]
         "cost": {
             "trials": spec.search.trials,
             "time_budget_s": spec.search.time_budget,
+            "full_epochs": spec.rungs.full_epochs,
+            "samples": len(found.prepared.splits.train),
             "samples_of_a_full_trial": round(
                 spec.rungs.full_epochs * len(found.prepared.splits.train)
             ),
@@ -155,7 +157,7 @@ def _kept(space: Space, policy: Policy) -> float:
 
 def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
     """The plan for people."""
-    console = console or Console()
+    console = console or Console(emoji=False)
     teacher, space = plan["teacher"], plan["space"]
     on_test = teacher["metric_test"]
     test = "" if on_test is None else f" ({metric_value(on_test)} on test)"
@@ -201,8 +203,10 @@ def print_plan(plan: dict[str, Any], console: Console | None = None) -> None:
         long = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.3g} min"
         budget = f" in about {long}, preparation included, and then the finalists"
     console.print(
-        f"Cost: up to {cost['trials']} trials{budget}; one that climbs to the top trains on "
-        f"{cost['samples_of_a_full_trial']:,} samples"
+        f"Cost: up to {cost['trials']} trials{budget}; a full trial trains {cost['full_epochs']:g} "
+        f"{'epoch' if cost['full_epochs'] == 1 else 'epochs'} of {cost['samples']:,} samples "
+        "(rungs.full_epochs)",
+        soft_wrap=True,
     )
 
 
@@ -237,7 +241,7 @@ def _print_whole(student: str, names: dict[str, str], console: Console) -> None:
     whose = "" if student == "pruned" else f" of student {student}"
     for reason, known in by_reason.items():
         rest = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
-        line = f"Left whole{whose}: {', '.join(known[:LISTED])}{rest} ({reason})"
+        line = f"Not pruned{whose}: {', '.join(known[:LISTED])}{rest} ({reason})"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

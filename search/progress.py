@@ -46,7 +46,7 @@ class Progress:
         objective: Mapping[str, Any] | None = None,
     ) -> None:
         self.summary = Summary(dict(teacher or {}), dict(objective or {}))
-        self._console = console or Console()
+        self._console = console or Console(emoji=False)
         self._trials, self._budget_s, self._clock = trials, budget_s, clock
         self.spent_s = 0.0  # of the budget, before the display begins
         self.ending = False  # Ctrl-C came

@@ -23,7 +23,7 @@ from flyweight.search.controller import (
     Price,
     failures,
 )
-from flyweight.search.ending import causes, fruitless, unreached
+from flyweight.search.ending import causes, fruitless, notes_of_end, unreached
 from flyweight.search.limits import Limits
 from flyweight.search.proposals import Proposals
 from flyweight.search.record import Entry, MemoryRecord, ends
@@ -437,6 +437,9 @@ def test_what_trials_leave_of_the_time_is_known() -> None:
         control = controller(seconds=1000.0, trials=trials, clock=clock)
         run(control, clock)
         assert control.unused_s() == pytest.approx(expected, rel=0.1)
+        notes = "\n".join(notes_of_end(control, nothing_left=False))
+        for name in ("search.trials", "rungs.full_epochs"):  # what would use it
+            assert (name in notes) == (expected > 0), notes
 
 
 def test_of_those_that_the_deadline_meets_before_any_finished_one_goes_on() -> None:

@@ -4,11 +4,16 @@ import os
 import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from rich.console import Console
+from torch import nn
 
+from flyweight.search.plan import make_plan
 from flyweight.search.spec import Objective, Spec
 
 NAMES = ("quickstart", "own-model")
@@ -33,6 +38,31 @@ def test_the_commands_of_a_page_run(root: Path, tmp_path: Path, name: str) -> No
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
             assert done.returncode == 0, f"{content}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_task_of_the_readme_plans_as_it_stands(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titled = {title: text for _, title, text in blocks((root / "README.md").read_text()) if title}
+    assert sorted(titled) == ["search.yaml", "task.py"]
+    for title, content in titled.items():
+        (tmp_path / title).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    wide = nn.Linear(64, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU()
+    net = nn.Sequential(*wide, nn.Linear(1024, 10))
+    torch.save(net.state_dict(), "weights.pt")
+    found = make_plan(Path("search.yaml"), Console(file=StringIO()))
+    assert found["cost"]["full_epochs"] == 20
+    assert [case["kind"] for case in found["cases"]][:1] == ["smallest"]
+    assert found["reachable"]
+
+
+def test_the_links_of_the_readme_lead_somewhere(root: Path) -> None:
+    text = (root / "README.md").read_text()
+    linked = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert linked
+    assert all((root / link).exists() for link in linked)
+    assert "`docs/" not in text.replace("pages of `docs/`", "")  # a page's name is a link
 
 
 def test_the_reference_has_every_default(root: Path) -> None:

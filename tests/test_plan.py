@@ -1,16 +1,19 @@
 """What a plan tells before anything is spent."""
 
 import json
+import re
 from collections import Counter
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
 from flyweight.compressors.parity import run_module
 from flyweight.search import counting
+from flyweight.search.cli import main
 from flyweight.search.limits import limits
 from flyweight.search.plan import idle, make_plan, print_plan, replay
 from flyweight.search.ready import per_item
@@ -83,6 +86,23 @@ def test_a_plan_says_where_a_limit_limits_nothing_and_that_it_still_works(
     assert found["reachable"]
     text = "Timing the teacher and the simplest policies, untrained"
     assert f"{text}\n{text}, 0:0" in said.getvalue()
+    assert "a full trial trains 2 epochs of 60 samples (rungs.full_epochs)" in shown.getvalue()
+    assert "Not pruned: 2 (its outputs are the answer)" in shown.getvalue()
+
+
+def test_names_are_no_emoji(tmp_path: Path) -> None:
+    path = write(tmp_path, max_drop=4, speedup=0.5)
+    (tmp_path / "heart.py").write_text(TASK.replace("Patterns", "Heart"))
+    path.write_text(path.read_text().replace("task.py:Patterns", "heart.py:Heart"))
+    said = CliRunner().invoke(main, ["plan", str(path)]).output
+    assert "Checking heart.py:Heart and" in said
+    assert "heart.py:Heart: metric" in said
+
+
+def test_no_console_of_the_search_makes_emoji_of_names(root: Path) -> None:
+    for path in (root / "search").glob("*.py"):
+        made = re.findall(r"\bConsole\((.*?)\)", path.read_text())
+        assert all("emoji=False" in arguments for arguments in made), path
 
 
 def test_a_drop_of_less_than_an_item_is_told(tmp_path: Path) -> None:

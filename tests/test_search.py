@@ -535,7 +535,7 @@ def test_a_plan_out_of_reach_is_code_1(starter: Path) -> None:
     done = flyweight("plan", small(starter, "far.yaml", objective=objective), cwd=starter)
     assert done.returncode == 1, done.stderr
     assert done.stdout.count("OUT OF REACH of this space") == 2
-    assert "Left whole: 12 (its outputs are the answer)" in done.stdout
+    assert "Not pruned: 12 (its outputs are the answer)" in done.stdout
     assert "Groups of channels that may be pruned" in done.stdout
     assert "Layers in fp32 or int8: 0, 3, 7, 12" in done.stdout
     assert flyweight("plan", small(starter, "near.yaml"), cwd=starter).returncode == 0
