@@ -25,6 +25,7 @@ from .limits import point
 from .registries import open_registry, remember_registry
 from .run_files import REQUEST, SPEC, TEACHER
 from .spec import Spec, absolute_uri, load_spec
+from .store import read_request
 from .summary import Summary, front_figures
 from .tracking import redact
 
@@ -93,8 +94,10 @@ def deploy(
     _check_task(spec, result["task"], spec_path is not None)
     artifact = read_chosen(run_dir, result, choose(run_dir, result, digest, max_latency_ms))
     registry = open_registry(name or kebab(artifact.task), alias, registry_uri(spec, tracking_uri))
-    # Before the work of verifying: a name that is taken, a server that is down.
+    # Before the work of verifying: a name that is taken, a server that is down, a file not there.
     registry.check(artifact.task, force)
+    if folder is not None:
+        read_request(run_dir)
     teacher = (result.get("teacher") or {}).get("metric")
     verified = verify(artifact, spec, teacher, Timing.of(run_dir, result, artifact))
     if not (same := verified.same_device):
@@ -103,7 +106,7 @@ def deploy(
             "measured here by `flyweight measure %s`", run_dir,
         )  # fmt: skip
     if folder is not None:
-        write_folder(folder, artifact)
+        write_folder(folder, artifact, run_dir / REQUEST)
     experiment = spec.tracking.experiment if spec.tracking else "flyweight"
     registered = registry.register(artifact, result.get("mlflow_run_id"), experiment)
     remember_registry(registry.name, registry.uri)  # for rollback and serve

@@ -26,6 +26,7 @@ from flyweight.search.cli import main
 from flyweight.search.deploy import Deployed, deploy
 from flyweight.search.folder import describe
 from flyweight.search.registries import remember_registry, rollback
+from flyweight.search.store import write_request
 from flyweight.spaces import BadInput, FlyweightError, Policy, Prune
 
 TASK = """
@@ -578,10 +579,14 @@ def test_the_folder_runs_with_nothing_but_a_runtime(run: Run, tmp_path: Path, ru
     folder, target = tmp_path / "edge", read_result(run.path)["target"]
     target |= {"runtime": runtime, "fingerprint": make_runtime(runtime, 1).fingerprint}
     run.change("result.json", target=target)
+    with pytest.raises(BadInput, match=r"request.npz, the request .* cannot be read"):
+        run.deploy(name=f"folder-{runtime}", folder=folder)
+    assert not folder.exists()
+    write_request(run.path, {"input": np.array([[0, 2, 1, 0], [3, 0, 0, 0]], np.float32)})
     deployed = run.deploy(name=f"folder-{runtime}", folder=folder)
     assert deployed.folder == folder
     assert deployed.same_device  # so the clean process ran it there
-    files = {"model.onnx", "policy.json", "io.json", "example.py"}
+    files = {"model.onnx", "policy.json", "io.json", "example.py", "request.npz"}
     assert {place.name for place in folder.iterdir()} == files
     io = json.loads((folder / "io.json").read_text())
     assert io["inputs"] == [{"name": "input", "dtype": "float32", "shape": [None, 4]}]
@@ -595,7 +600,8 @@ def test_the_folder_runs_with_nothing_but_a_runtime(run: Run, tmp_path: Path, ru
         [sys.executable, "-c", check], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("(5, 3) float32")
+    answer, *_ = done.stdout.splitlines()
+    assert answer == "(5, 3) float32 [0. 2. 1.]"  # of the run's own request, whose rows go round
     assert done.stdout.splitlines()[-1] == "set()"
     example = (folder / "example.py").read_text()
     assert f"import {runtime} as" in example
