@@ -561,10 +561,45 @@ def test_a_run_directory_without_an_address_asks_for_one(
     spec["tracking"]["uri"] = "http://***@mlflow.example"
     (run.path / "spec.yaml").write_text(yaml.safe_dump(spec))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(BadInput, match="--tracking-uri"):
-        run.deploy(tracking_uri=None)
+    for folder in (None, run.path / "edge"):  # it was tracked: not to register would be a surprise
+        with pytest.raises(BadInput, match="--tracking-uri"):
+            run.deploy(tracking_uri=None, folder=folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)
     assert run.deploy(name="asks", tracking_uri=None).version == "1"
+
+
+def test_a_search_without_tracking_gives_a_folder_without_a_registry(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = yaml.safe_load((run.path / "spec.yaml").read_text())
+    (run.path / "spec.yaml").write_text(yaml.safe_dump(spec | {"tracking": None}))
+    write_request(run.path, {"input": np.eye(4, dtype=np.float32)[:1]})
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    words, folder = ["deploy", str(run.path)], tmp_path / "edge"
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    model = run.path / "artifacts" / GOOD.digest / "model.onnx"
+    for named in ("give --tracking-uri or set MLFLOW_TRACKING_URI", str(model), "--folder DIR"):
+        assert named in done.output
+
+    words += ["--folder", str(folder)]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    first, verified, *_, wrote, last = done.output.splitlines()
+    assert first == f"tiny-net: {GOOD.digest[:12]}"
+    assert verified.startswith("Verified in a clean process: metric ")
+    assert wrote.startswith(f"Wrote {folder}: `python {folder}/example.py`")
+    assert last.startswith("Nothing was registered: ")
+    assert (folder / "model.onnx").read_bytes() == model.read_bytes()
+
+    done = CliRunner().invoke(main, [*words, "--tracking-uri", run.uri, "--name", "both"])
+    assert f"\nWrote {folder}: " in done.output
+    assert f"\nRegistered in {run.uri} as both, version 1, " in done.output
+    run.change(f"artifacts/{GOOD.digest}/metrics.json", metric=99.9)
+    shutil.rmtree(folder)
+    with pytest.raises(FlyweightError, match="nothing was registered"):
+        run.deploy(tracking_uri=None, folder=folder)
+    assert not folder.exists()
 
 
 def test_another_device_is_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:
