@@ -4,14 +4,11 @@ import json
 import shlex
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .cli_shared import JSON, RUN_DIR
-
-if TYPE_CHECKING:
-    from .deploy import Deployed
 
 REGISTRY = click.option(
     "--tracking-uri",
@@ -25,7 +22,8 @@ REGISTRY = click.option(
 @click.option("--digest", help="An artifact of the front (its first digits suffice).")
 @click.option("--max-latency-ms", type=float, help="The most accurate within this latency.")
 @click.option("--alias", default="champion", show_default=True)
-@click.option("--folder", type=click.Path(path_type=Path), help="Also write what a device needs.")
+@click.option("--folder", type=click.Path(path_type=Path),
+              help="Also write what a device needs; without tracking only this.")  # fmt: skip
 @click.option("--name", help="The registered model [default: the task's name].")
 @click.option("--tracking-uri", help="Another MLflow than the search's.")
 @click.option("--spec", type=click.Path(path_type=Path),
@@ -48,12 +46,12 @@ def deploy(
     if as_json:
         click.echo(json.dumps(vars(found), indent=2, default=str))
         return
-    before = (
-        "" if found.previous in (None, found.version) else f", in place of version {found.previous}"
-    )
-    click.echo(
-        f"{found.name} version {found.version} is {found.alias}{before}: {found.digest[:12]}"
-    )
+    standing = ""
+    if found.version is not None:
+        standing = f" version {found.version} is {found.alias}"
+        if found.previous not in (None, found.version):
+            standing += f", in place of version {found.previous}"
+    click.echo(f"{found.name}{standing}: {found.digest[:12]}")
     here = found.verified_latency_ms
     timed = f", {milliseconds(here)} ms" if here and found.same_device else ""
     click.echo(f"Verified in a clean process: metric {metric_value(found.metric)}{timed}")
@@ -69,7 +67,15 @@ def deploy(
             "It was measured on another device: its latency here is not known until "
             f"`flyweight measure {run_dir}` times it."
         )
-    registry, hidden = _registry(found), "***" in found.tracking_uri
+    if found.folder is not None:
+        example = shlex.quote(str(found.folder / "example.py"))
+        click.echo(f"Wrote {found.folder}: `python {example}` runs it without flyweight.")
+    if found.tracking_uri is None:
+        click.echo(
+            "Nothing was registered: the search was not tracked; with --tracking-uri it would be."
+        )
+        return
+    registry, hidden = _registry(found.name, found.tracking_uri), "***" in found.tracking_uri
     asks = ", with that address in full as --tracking-uri" if registry and hidden else ""
     click.echo(
         f"Registered in {found.tracking_uri} as {found.name}, version {found.version}, alias "
@@ -79,13 +85,13 @@ def deploy(
     click.echo(f"  {shlex.join(words if hidden else words + registry)}")
 
 
-def _registry(found: "Deployed") -> list[str]:
+def _registry(name: str, uri: str) -> list[str]:
     """The option that names the registry, where ``serve`` would look elsewhere."""
     from .registries import usual_uri
     from .tracking import redact
 
-    usual = redact(usual_uri(found.name) or "") == found.tracking_uri
-    return [] if usual else ["--tracking-uri", found.tracking_uri]
+    usual = redact(usual_uri(name) or "") == uri
+    return [] if usual else ["--tracking-uri", uri]
 
 
 @click.command()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .limits import point
 from .registries import open_registry, remember_registry
 from .run_files import REQUEST, SPEC, TEACHER
 from .spec import Spec, absolute_uri, load_spec
+from .store import read_request
 from .summary import Summary, front_figures
 from .tracking import redact
 
@@ -32,21 +33,26 @@ from .tracking import redact
 TOLERANCE = 0.05
 SLOWER = 1.5  # times what was measured, beside the teacher: a busy device is not as exact
 VERIFY_S = 3600.0
+NO_ADDRESS = (
+    "the search keeps no address of an MLflow server with which one could register; give "
+    "--tracking-uri or set MLFLOW_TRACKING_URI"
+)
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Deployed:
-    """What stands in the registry. metric: on selection validation, as verified here. latency_ms:
-    as measured by the search, None for an artifact off the front. verified_latency_ms: as timed
+    """What was verified, and stands in the registry; without one in ``folder`` alone, and version
+    and tracking_uri are None. metric: on selection validation, as verified here. latency_ms: as
+    measured by the search, None for an artifact off the front. verified_latency_ms: as timed
     here now, None where there was nothing to time it beside. misses: the limits of the search that
     it breaks, in words, as far as its figures are known. previous: the version that the alias named
     before. reused: the version existed. same_device: whether latency_ms holds here. tracking_uri:
     of the MLflow where it stands, without its password."""
 
     name: str
-    version: str
+    version: str | None
     alias: str
     digest: str
     metric: float
@@ -57,11 +63,11 @@ class Deployed:
     reused: bool
     same_device: bool
     folder: Path | None
-    tracking_uri: str
+    tracking_uri: str | None
 
     @property
     def uri(self) -> str:
-        """The model's address in MLflow."""
+        """The model's address in MLflow, where it is registered."""
         return f"models:/{self.name}@{self.alias}"
 
 
@@ -78,6 +84,7 @@ def deploy(
     spec_path: Path | None = None,
 ) -> Deployed:
     """Registers one artifact of a search under ``alias``, after verifying it in a clean process.
+    With ``folder`` a search that was not tracked needs no registry.
 
     The artifact is that of ``digest`` (a unique beginning is enough), else the most accurate of the
     front within ``max_latency_ms``, else the best. ``name``: of the registered model, by default
@@ -92,9 +99,18 @@ def deploy(
     spec = load_spec(spec_path or run_dir / SPEC)
     _check_task(spec, result["task"], spec_path is not None)
     artifact = read_chosen(run_dir, result, choose(run_dir, result, digest, max_latency_ms))
-    registry = open_registry(name or kebab(artifact.task), alias, registry_uri(spec, tracking_uri))
-    # Before the work of verifying: a name that is taken, a server that is down.
-    registry.check(artifact.task, force)
+    name, uri = name or kebab(artifact.task), registry_uri(spec, tracking_uri)
+    if uri is None and folder is None:
+        raise BadInput(
+            f"{NO_ADDRESS}. The model without one is {artifact.path}; --folder DIR verifies it and "
+            "writes what a device needs"
+        )
+    registry = None if uri is None else open_registry(name, alias, uri)
+    # Before the work of verifying: a name that is taken, a server that is down, a file not there.
+    if registry is not None:
+        registry.check(artifact.task, force)
+    if folder is not None:
+        read_request(run_dir)
     teacher = (result.get("teacher") or {}).get("metric")
     verified = verify(artifact, spec, teacher, Timing.of(run_dir, result, artifact))
     if not (same := verified.same_device):
@@ -103,16 +119,21 @@ def deploy(
             "measured here by `flyweight measure %s`", run_dir,
         )  # fmt: skip
     if folder is not None:
-        write_folder(folder, artifact)
+        write_folder(folder, artifact, run_dir / REQUEST)
+    deployed = Deployed(
+        name=name, version=None, alias=alias, digest=artifact.digest, metric=verified.metric,
+        latency_ms=artifact.latency_ms, verified_latency_ms=verified.latency_ms,
+        misses=_misses(artifact, result), previous=None, reused=False, same_device=same,
+        folder=folder, tracking_uri=None,
+    )  # fmt: skip
+    if registry is None:
+        return deployed
     experiment = spec.tracking.experiment if spec.tracking else "flyweight"
     registered = registry.register(artifact, result.get("mlflow_run_id"), experiment)
     remember_registry(registry.name, registry.uri)  # for rollback and serve
-    return Deployed(
-        name=registry.name, version=registered.version, alias=alias, digest=artifact.digest,
-        metric=verified.metric, latency_ms=artifact.latency_ms,
-        verified_latency_ms=verified.latency_ms, misses=_misses(artifact, result),
-        previous=registered.previous, reused=registered.reused, same_device=same, folder=folder,
-        tracking_uri=redact(absolute_uri(registry.uri, Path.cwd())),
+    return replace(
+        deployed, version=registered.version, previous=registered.previous,
+        reused=registered.reused, tracking_uri=redact(absolute_uri(registry.uri, Path.cwd())),
     )  # fmt: skip
 
 
@@ -134,17 +155,15 @@ def _misses(artifact: Artifact, result: dict[str, Any]) -> list[str]:
     return Summary(teacher, objective).misses(front_figures(row, teacher)) if teacher else []
 
 
-def registry_uri(spec: Spec, given: str | None) -> str:
-    """Where to register: as given, else where the search was tracked."""
+def registry_uri(spec: Spec, given: str | None) -> str | None:
+    """Where to register: as given, else where the search was tracked; None if it was not. Raises
+    BadInput if it was, at an address that is not known whole."""
     uri = given or (spec.tracking.uri if spec.tracking else None)
     if uri is None or "***" in uri:  # a run directory keeps no password
         uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        raise BadInput(
-            "the search keeps no address of an MLflow server with which one could register; give "
-            "--tracking-uri or set MLFLOW_TRACKING_URI"
-        )
-    return uri
+    if not uri and spec.tracking is not None:
+        raise BadInput(NO_ADDRESS)
+    return uri or None
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,9 @@ options = ort.SessionOptions()
 options.intra_op_num_threads = io["threads"]
 session = ort.InferenceSession(here / "model.onnx", options, providers=io["providers"])
 
-# Zeros in place of real inputs; an axis that is null in io.json is the batch.
-inputs = {
-    i["name"]: np.zeros([batch if size is None else size for size in i["shape"]], i["dtype"])
-    for i in io["inputs"]
-}
+# One request of the search's data, repeated or cut to BATCH rows.
+request = np.load(here / "request.npz")
+inputs = {name: np.resize(rows, (batch, *rows.shape[1:])) for name, rows in request.items()}
 (output,) = session.run(None, inputs)
 print(output.shape, output.dtype, output[0])
 '''
@@ -51,11 +49,9 @@ here = Path(__file__).parent
 io = json.loads((here / "io.json").read_text())
 batch = int(sys.argv[1]) if len(sys.argv) > 1 else 1
 
-# Zeros in place of real inputs; an axis that is null in io.json is the batch.
-inputs = {
-    i["name"]: np.zeros([batch if size is None else size for size in i["shape"]], i["dtype"])
-    for i in io["inputs"]
-}
+# One request of the search's data, repeated or cut to BATCH rows.
+request = np.load(here / "request.npz")
+inputs = {name: np.resize(rows, (batch, *rows.shape[1:])) for name, rows in request.items()}
 core = ov.Core()
 model = core.read_model(here / "model.onnx")
 model.reshape({name: array.shape for name, array in inputs.items()})  # a fixed batch is faster
@@ -98,8 +94,9 @@ def describe(model: bytes) -> dict[str, list[dict[str, Any]]]:
     return {"inputs": values(inputs), "outputs": values(graph.output)}
 
 
-def write_folder(folder: Path, artifact: Artifact) -> None:
-    """Writes model.onnx, policy.json, io.json and example.py. Raises FlyweightError."""
+def write_folder(folder: Path, artifact: Artifact, request: Path) -> None:
+    """Writes model.onnx, policy.json, io.json, example.py and the file ``request``, which the
+    example runs. Raises FlyweightError."""
     io = {
         **describe(artifact.model),
         "runtime": artifact.target["runtime"],
@@ -111,6 +108,7 @@ def write_folder(folder: Path, artifact: Artifact) -> None:
         write_whole(folder / "model.onnx", artifact.model)
         write_whole(folder / "policy.json", artifact.policy.read_bytes())
         write_json(folder / "io.json", io)
+        write_whole(folder / "request.npz", request.read_bytes())
         example = OPENVINO if artifact.target["runtime"] == "openvino" else ONNXRUNTIME
         write_whole(folder / "example.py", example.encode())
     except OSError as error:

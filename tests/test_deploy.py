@@ -26,6 +26,7 @@ from flyweight.search.cli import main
 from flyweight.search.deploy import Deployed, deploy
 from flyweight.search.folder import describe
 from flyweight.search.registries import remember_registry, rollback
+from flyweight.search.store import write_request
 from flyweight.spaces import BadInput, FlyweightError, Policy, Prune
 
 TASK = """
@@ -560,10 +561,45 @@ def test_a_run_directory_without_an_address_asks_for_one(
     spec["tracking"]["uri"] = "http://***@mlflow.example"
     (run.path / "spec.yaml").write_text(yaml.safe_dump(spec))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(BadInput, match="--tracking-uri"):
-        run.deploy(tracking_uri=None)
+    for folder in (None, run.path / "edge"):  # it was tracked: not to register would be a surprise
+        with pytest.raises(BadInput, match="--tracking-uri"):
+            run.deploy(tracking_uri=None, folder=folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)
     assert run.deploy(name="asks", tracking_uri=None).version == "1"
+
+
+def test_a_search_without_tracking_gives_a_folder_without_a_registry(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = yaml.safe_load((run.path / "spec.yaml").read_text())
+    (run.path / "spec.yaml").write_text(yaml.safe_dump(spec | {"tracking": None}))
+    write_request(run.path, {"input": np.eye(4, dtype=np.float32)[:1]})
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    words, folder = ["deploy", str(run.path)], tmp_path / "edge"
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    model = run.path / "artifacts" / GOOD.digest / "model.onnx"
+    for named in ("give --tracking-uri or set MLFLOW_TRACKING_URI", str(model), "--folder DIR"):
+        assert named in done.output
+
+    words += ["--folder", str(folder)]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    first, verified, *_, wrote, last = done.output.splitlines()
+    assert first == f"tiny-net: {GOOD.digest[:12]}"
+    assert verified.startswith("Verified in a clean process: metric ")
+    assert wrote.startswith(f"Wrote {folder}: `python {folder}/example.py`")
+    assert last.startswith("Nothing was registered: ")
+    assert (folder / "model.onnx").read_bytes() == model.read_bytes()
+
+    done = CliRunner().invoke(main, [*words, "--tracking-uri", run.uri, "--name", "both"])
+    assert f"\nWrote {folder}: " in done.output
+    assert f"\nRegistered in {run.uri} as both, version 1, " in done.output
+    run.change(f"artifacts/{GOOD.digest}/metrics.json", metric=99.9)
+    shutil.rmtree(folder)
+    with pytest.raises(FlyweightError, match="nothing was registered"):
+        run.deploy(tracking_uri=None, folder=folder)
+    assert not folder.exists()
 
 
 def test_another_device_is_told(run: Run, caplog: pytest.LogCaptureFixture) -> None:
@@ -578,10 +614,14 @@ def test_the_folder_runs_with_nothing_but_a_runtime(run: Run, tmp_path: Path, ru
     folder, target = tmp_path / "edge", read_result(run.path)["target"]
     target |= {"runtime": runtime, "fingerprint": make_runtime(runtime, 1).fingerprint}
     run.change("result.json", target=target)
+    with pytest.raises(BadInput, match=r"request.npz, the request .* cannot be read"):
+        run.deploy(name=f"folder-{runtime}", folder=folder)
+    assert not folder.exists()
+    write_request(run.path, {"input": np.array([[0, 2, 1, 0], [3, 0, 0, 0]], np.float32)})
     deployed = run.deploy(name=f"folder-{runtime}", folder=folder)
     assert deployed.folder == folder
     assert deployed.same_device  # so the clean process ran it there
-    files = {"model.onnx", "policy.json", "io.json", "example.py"}
+    files = {"model.onnx", "policy.json", "io.json", "example.py", "request.npz"}
     assert {place.name for place in folder.iterdir()} == files
     io = json.loads((folder / "io.json").read_text())
     assert io["inputs"] == [{"name": "input", "dtype": "float32", "shape": [None, 4]}]
@@ -595,7 +635,8 @@ def test_the_folder_runs_with_nothing_but_a_runtime(run: Run, tmp_path: Path, ru
         [sys.executable, "-c", check], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("(5, 3) float32")
+    answer, *_ = done.stdout.splitlines()
+    assert answer == "(5, 3) float32 [0. 2. 1.]"  # of the run's own request, whose rows go round
     assert done.stdout.splitlines()[-1] == "set()"
     example = (folder / "example.py").read_text()
     assert f"import {runtime} as" in example
