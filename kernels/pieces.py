@@ -19,7 +19,7 @@ from .signature import Signature
 Ints = NDArray[np.int64]
 
 ROWS_BYTES = 256 * 2**20  # of rows that are kept
-MOST = 2**17  # pieces, after which it is better to begin anew: about 100 MB with their signatures
+MOST = 2**17  # numbers, after which it is better to begin anew: about 100 MB with their signatures
 COLUMNS = 120  # of rows that are added at a time: those of all pieces of a network fit the cache
 COARSE = 2  # of the first of the PARTS forms have values in common
 ALL = tuple(range(len(PARTS)))
