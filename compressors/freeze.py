@@ -117,34 +117,46 @@ class FrozenLayer(nn.Module):
                 parts = (bias, self.bias_scale, self.bias_zero)
                 bias = onnx_op("DequantizeLinear", parts, x.dtype, bias, axis=0)
             return apply_layer(self.shell, x, weight, bias)
-        integers = torch.round(x / self.input_scale)  # less their zero point
-        sums = self._sums(integers)
-        column = (-1,) if isinstance(self.shell, nn.Linear) else (-1, *[1] * (sums.ndim - 2))
-        if bias is not None and bias.dtype == torch.int32:
-            if self._largest(self.weight) + bias.abs().max() > EXACT:
-                sums = sums.double()
-            sums += bias.to(sums.dtype).reshape(column)
-        sums, step = sums.float(), self.input_scale * self.weight_scale
+        sums = self._sums(torch.round(x / self.input_scale)).float()
+        step = self.input_scale * self.weight_scale
         if self.output_scale is not None:
-            steps = sums.mul_((step / self.output_scale).reshape(column))
+            steps = sums.mul_(self._by_channel(step / self.output_scale, sums))
             rounded: Tensor = self.rounding(steps, 0.0)
             return rounded.mul_(self.output_scale)
-        sums *= step.reshape(column)
+        sums *= self._by_channel(step, sums)
         return sums if bias is None or bias.dtype == torch.int32 else sums + bias
 
     def _sums(self, integers: Tensor) -> Tensor:
-        """The products' exact sums, of a type that holds them."""
-        if self._largest(self.weight) <= EXACT:
-            return apply_layer(self.shell, integers.float(), self.weight.float(), None)
+        """The exact sums of the products of ``integers``, inputs less their zero point, and of the
+        bias where it is one of integers; of a type that holds them."""
+        largest = self._largest(self.weight)
+        if largest <= EXACT:
+            sums = apply_layer(self.shell, integers.float(), self.weight.float(), None)
+        else:
+            sums = self._sums_by_digit(integers)
+        if self.bias is not None and self.bias.dtype == torch.int32:
+            if largest + self.bias.abs().max() > EXACT:
+                sums = sums.double()
+            sums += self._by_channel(self.bias.to(sums.dtype), sums)
+        return sums
+
+    def _sums_by_digit(self, integers: Tensor) -> Tensor:
+        """The products' exact sums, float64, in which convolutions themselves take ages."""
         high = torch.floor((self.weight.float() + DIGIT / 2) / DIGIT)
         digits = (self.weight - DIGIT * high, high)
         exact = all(self._largest(digit) <= EXACT for digit in digits)
-        dtype = torch.float32 if exact else torch.float64  # in which convolutions take ages
+        dtype = torch.float32 if exact else torch.float64
         low, high = (
             apply_layer(self.shell, integers.to(dtype), digit.to(dtype), None).double()
             for digit in digits
         )
         return high.mul_(DIGIT).add_(low)
+
+    def _by_channel(self, values: Tensor, outputs: Tensor) -> Tensor:
+        """``values`` [out_channels] as what goes with ``outputs``."""
+        if isinstance(self.shell, nn.Linear):
+            return values
+        return values.reshape(-1, *[1] * (outputs.ndim - 2))
 
     def _largest(self, weight: Tensor) -> float:
         """The largest sum of inputs times ``weight`` there can be on the way to the whole one."""
