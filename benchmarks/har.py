@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from common import write
 from executed import float_layers, int8_layers, optimized_kernels
+from networks import twin
 
 from flyweight.compressors import RUNGS, Candidate, Prepared, Schedule, compress, load_task, prepare
-from flyweight.compressors.compress import quantize
 from flyweight.compressors.data import Items, split, stack
-from flyweight.compressors.freeze import freeze
 from flyweight.compressors.parity import compare, feed, run_module, run_session
 from flyweight.kernels import disturbed, make_runtime, time_sessions
 from flyweight.spaces import Distill, Policy, Prune, Settings, Space
@@ -45,10 +44,8 @@ def policies(space: Space) -> dict[str, Policy]:
 
 def parity(prepared: Prepared, found: Candidate, items: Items) -> dict[str, float]:
     """How the runtime agrees with the frozen student on ``items``."""
-    plan = found.plan
-    frozen = freeze(quantize(prepared, found.policy, plan, found.student))
     answers = run_session(prepared.runtime.load(found.model), items)
-    seen = compare(run_module(frozen, items), answers)
+    seen = compare(run_module(twin(prepared, found), items), answers)
     return {"inputs": seen.inputs, "agreement": seen.agreement, "mean_steps": seen.mean_steps}
 
 

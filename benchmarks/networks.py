@@ -68,7 +68,7 @@ def drawn(prepared: Prepared, seed: int) -> Prepared:
 
 
 def twin(prepared: Prepared, candidate: Candidate) -> fx.GraphModule:
-    """The frozen twin of an artifact that ``compress`` made without training."""
+    """The frozen twin of an artifact of ``compress`` that was not trained with quantizers."""
     student = lay_out(copy.deepcopy(candidate.student), torch.channels_last)  # as it was then
     frozen = freeze(quantize(prepared, candidate.policy, candidate.plan, student))
     assert to_onnx(frozen, prepared.example) == candidate.model

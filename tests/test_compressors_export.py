@@ -121,19 +121,8 @@ def test_the_artifact_computes_what_the_model_computes(
     assert to_onnx(frozen, example) == artifact
 
 
-# Of all else something is computed in floats, or an average.
-IN_INTEGERS = [
-    "plain",
-    "mlp",
-    "separable",
-    "concat",
-    "quiet",
-    "preactivation",
-    "two",
-    "fixed",
-    "siamese",
-    "inplace",
-]
+# Something of theirs is computed in floats, an average, or by several scales.
+NEARLY = ("grouped", "gate", "sequence", "groupnorm", "recurrent", "dense")
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -150,7 +139,7 @@ def test_int8_in_the_runtime_equals_the_student(
         found = compare(answers, theirs)
         assert found.agreement >= 0.995
         assert found.mean_steps < 0.2
-    if (runtime.name, platform.machine()) == ("onnxruntime", "x86_64") and name in IN_INTEGERS:
+    if (runtime.name, platform.machine()) == ("onnxruntime", "x86_64") and name not in NEARLY:
         assert torch.equal(run_module(frozen, items), theirs)
     if name != "grouped":
         count = sum(len(own) for own in networks.traced(name).uses.values())
