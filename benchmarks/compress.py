@@ -43,7 +43,7 @@ IMAGES = 256  # of 224 x 224 for MobileNetV2, for training and validation each
 # The steps of compress, by the names under which its module calls them.
 PARTS = (
     "remove", "reconstruct_", "recompute_statistics", "fold_norms",
-    "insert_quantizers", "equalize", "calibrate", "correct_", "settle_biases", "freeze", "to_onnx",
+    "insert_quantizers", "equalize", "calibrate", "correct_", "settle", "freeze", "to_onnx",
     "_answers",
 )  # fmt: skip
 Clock = Callable[[], float]

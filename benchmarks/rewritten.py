@@ -144,13 +144,9 @@ class _Rewriting:
         if self._is_integer(value):
             return
         while self._only_rounded(value) and (maker := self._makers.get(value)):
-            pooled = maker.kind == "pool" and self._is_integer(maker.inputs[0])
-            if pooled or maker.kind in _MOVES or maker.detail in _MOVES:
-                self._moved.add(value)
-            if pooled:
-                return
-            if value not in self._moved:
+            if maker.kind not in _MOVES and maker.detail not in _MOVES:
                 break
+            self._moved.add(value)
             value = maker.inputs[0]
         self._rounded.add(value)
 
@@ -204,7 +200,7 @@ class _Rewriting:
                 operation="linear", precision="fp32", weights=kernel.channels[::-1],
                 act=self._act(kernel),
             )  # fmt: skip
-        elif kernel.kind in ("maxpool", "pool") and kernel.detail != "mean":
+        elif kernel.kind in ("maxpool", "pool"):
             self._others["MaxPool" if kernel.kind == "maxpool" else "GlobalAveragePool"] += 1
             whole = len(kernel.out_shape) == 4 and kernel.out_shape[1] % self._block == 0
             blocked = whole and (kernel.kind == "maxpool" or kernel.inputs[0] in self._blocked)

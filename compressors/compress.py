@@ -23,7 +23,7 @@ from .freeze import freeze
 from .parity import Parity, check_parity, run_session
 from .prepared import Prepared
 from .prune import kept_channels, lay_out, recompute_statistics, remove
-from .quantize import calibrate, fold_norms, insert_quantizers, settle_biases
+from .quantize import calibrate, fold_norms, insert_quantizers, settle
 from .reconstruct import reconstruct_
 from .renorm import fold_again, restore_norms
 from .sparsify import sparsify_
@@ -238,7 +238,7 @@ def _trained(
         if norms:  # in a few steps their running statistics do not get there
             renew_statistics(quantized, prepared, plan)
         fold_again(quantized, norms)
-        settle_biases(quantized, plan.network, plan)
+        settle(quantized, plan.network, plan)
     return _artifact(prepared, quantized), samples
 
 
@@ -310,7 +310,7 @@ def quantize(
     calibrate(quantized, items, how)
     if how == "fitted":
         correct_(quantized, items.first(at_once(plan.network, FITTED, FITTED_ROOM)))
-    settle_biases(quantized, plan.network, plan)
+    settle(quantized, plan.network, plan)
     return quantized
 
 

@@ -1,22 +1,23 @@
 """The frozen twin of a student: integer weights and biases, the arithmetic of the runtime.
 
 In PyTorch it computes what ONNX Runtime computes on x86, to the last bit where a value comes of
-integers and becomes integers: layers and sums (its MlasRequantizeOutput and MlasQLinearAdd). That
-matters because a rounding flip grows: one in a million values off by one step after the first layer
-of MobileNetV2 was every second at its last. Averages and what is computed in floats come near, and
-so does a layer that is used in several places whose outputs have different scales.
+integers and becomes integers: layers, sums and averages (its MlasRequantizeOutput and
+MlasQLinearAdd). That matters because a rounding flip grows: one in a million values off by one step
+after the first layer of MobileNetV2 was every second at its last. What is computed in floats comes
+near, and so does a layer that is used in several places whose outputs have different scales.
 Under ``torch.onnx.export`` it writes QuantizeLinear and DequantizeLinear, which ONNX Runtime,
 OpenVINO and TensorRT fuse.
 """
 
 import copy
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..spaces.operations import CLAMPS, KINDS, TRANSPARENT, callee
-from .quantize import ActivationQuantizer, QuantizedLayer, apply_layer
+from .quantize import ActivationQuantizer, Average, QuantizedLayer, apply_layer
 
 EXACT = 2**24  # integers up to it are floats of 32 bits
 DIGIT = 16  # weights whose sums may be beyond it are multiplied digit by digit
@@ -191,6 +192,27 @@ class FrozenAdd(nn.Module):
         return rounded.mul_(self.scales[2])
 
 
+class FrozenAverage(nn.Module):
+    """The average of a rounded value, rounded at once: the exact sum times one number, as the
+    runtime's kernel (MlasQLinearGlobalAveragePool) makes it."""
+
+    scales: Tensor  # [2], of the value and of the average
+
+    def __init__(self, average: Average, *quantizers: ActivationQuantizer) -> None:
+        super().__init__()
+        self.register_buffer("scales", torch.stack([q.scale.detach() for q in quantizers]))
+        self.average = average
+        self.rounding = Rounding()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():
+            return self.average(x)  # type: ignore[no-any-return]
+        count = math.prod(x.shape[2:])
+        sums = self.average(torch.round(x / self.scales[0]).double()).mul_(count).round_().float()
+        rounded: Tensor = self.rounding(sums * (self.scales[0] / (self.scales[1] * count)), 0.0)
+        return rounded.mul_(self.scales[1])
+
+
 def _fused(ratio: Tensor, integers: Tensor, added: Tensor) -> Tensor:
     """ratio * integers + added, float32, rounded once: float64 holds the product."""
     return (ratio.double() * integers.double() + added.double()).float()
@@ -210,34 +232,39 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
             value = value.all_input_nodes[0]
         source: Any = student.get_submodule(str(value.target))
         instead[id(layer)] = FrozenLayer(layer, source, _rounder(student, nodes))
-    sums = _sums(student)
+    whole = _whole(student)
     for module in student.modules():
         if isinstance(module, ActivationQuantizer):
             instead[id(module)] = FrozenQuantizer(module)
     frozen = copy.deepcopy(student, instead)
     for node in frozen.graph.nodes:
-        if node.name in sums:
-            name = f"sum_{node.name}"
+        if node.name in whole:
+            name = f"whole_{node.name}"
             while hasattr(frozen, name):
                 name += "_"
-            frozen.add_submodule(name, sums[node.name])
-            node.op, node.target = "call_module", name
+            frozen.add_submodule(name, whole[node.name])
+            values = tuple(arg for arg in node.args if isinstance(arg, fx.Node))
+            node.op, node.target, node.args, node.kwargs = "call_module", name, values, {}
     frozen.recompile()
     return frozen.eval().requires_grad_(False)
 
 
-def _sums(student: fx.GraphModule) -> dict[str, FrozenAdd]:
-    """By the name of its node: every sum that the runtime does in integers."""
-    found = {}
+def _whole(student: fx.GraphModule) -> dict[str, FrozenAdd | FrozenAverage]:
+    """By the name of its node: every sum and every average that the runtime does in integers."""
+    found: dict[str, FrozenAdd | FrozenAverage] = {}
     for node in student.graph.nodes:
-        if KINDS.get(callee(student, node)) != "add" or len(node.args) != 2 or node.kwargs:
+        called = callee(student, node)
+        add = KINDS.get(called) == "add" and len(node.args) == 2 and not node.kwargs
+        if not add and called is not Average:
             continue
-        quantizers = [
-            *(_quantizer(student, value) for value in node.args),
-            _rounder(student, [node]),
-        ]
-        if None not in quantizers:
+        quantizers = [*(_quantizer(student, v) for v in node.args), _rounder(student, [node])]
+        if None in quantizers:
+            continue
+        if add:
             found[node.name] = FrozenAdd(*quantizers)
+        else:
+            average: Any = student.get_submodule(str(node.target))
+            found[node.name] = FrozenAverage(average, *quantizers)
     return found
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..spaces.operations import PADS, zero_padding
+from ..spaces.operations import MEANS, PADS, averages_all, zero_padding
+from .freeze import FrozenAverage
 from .onnx_file import NotCovered, Operation, Writer
 from .onnx_layers import pad, pads_itself, passed, spatial
 
@@ -16,6 +17,9 @@ def _pool(kind: str) -> Operation:
     average = kind == "AveragePool"
 
     def write_pool(w: Writer, node: fx.Node, result: Tensor) -> None:
+        if average and averages_all(w.module, node, w.shape(node), result.shape):
+            _write_average(w, node, result)
+            return
         rank = result.ndim - 2
         size, step, padding, dilation, _, counts, rest = _pool_settings(w, node, average)
         size, step, padding, dilation = (
@@ -91,8 +95,20 @@ def _uneven(w: Writer, node: fx.Node, result: Tensor, kind: str) -> None:
         x = w.node("MatMul", [x, table] if axis == result.ndim - 1 else [table, x], name)
 
 
+def _write_average(w: Writer, node: fx.Node, result: Tensor) -> None:
+    """The average of all positions of each channel: runtimes know it by this name in int8 and with
+    channels in blocks, and not as a ReduceMean."""
+    flat, out = result.ndim == 2, w.names[node]
+    made = w.node("GlobalAveragePool", [w.value(node)], f"{out}:kept" if flat else out)
+    if flat:
+        w.node("Reshape", [made, w.numbers([0, -1])], out)
+
+
 def _reduce(kind: str) -> Operation:
     def write_reduce(w: Writer, node: fx.Node, result: Tensor) -> None:
+        if kind == "ReduceMean" and averages_all(w.module, node, w.shape(node), result.shape):
+            _write_average(w, node, result)
+            return
         dims, keep, _ = w.settings(node, dim=None, keepdim=False, dtype=None)
         name = w.value(node, dtype=result.dtype)
         w.node(kind, [name, w.numbers(axes(w, node, dims))], w.names[node], keepdims=int(keep))
@@ -229,7 +245,8 @@ POOLS: dict[Any, Operation] = {
         (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d),
         _adaptive("MaxPool"),
     ),
-    **dict.fromkeys((torch.mean, "mean"), _reduce("ReduceMean")),
+    **dict.fromkeys(MEANS, _reduce("ReduceMean")),
+    FrozenAverage: _write_average,
     **dict.fromkeys((torch.sum, "sum"), _reduce("ReduceSum")),
     **dict.fromkeys((torch.amax, "amax"), _reduce("ReduceMax")),
     **dict.fromkeys((torch.cumsum, "cumsum"), _cumsum),

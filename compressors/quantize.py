@@ -6,6 +6,7 @@ networks for efficient integer-arithmetic-only inference".
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from .observe import ACTIVATION_RANGES, Observer, weight_scale
 from .prune import call
 
 BIAS_LIMIT = 2.0**30  # half of what 32 bits hold: training may move a bias
+# A step of what is averaged, of the steps of the sum: ONNX Runtime's kernel refuses 2^-32 and less.
+FINEST = 2.0**-31
 
 
 class ActivationQuantizer(nn.Module):
@@ -39,6 +42,12 @@ class ActivationQuantizer(nn.Module):
         scale = max(high - low, 1e-8) / 255
         self.scale.fill_(scale)
         self.zero.fill_(min(max(round(-low / scale), 0), 255))
+
+    def coarsen(self, scale: float) -> None:
+        """Makes each step at least ``scale``."""
+        if self.scale < scale:
+            low = -self.zero.item() * self.scale.item()
+            self.set_range(low, low + 255 * scale)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
@@ -94,6 +103,18 @@ class QuantizedLayer(nn.Module):
         return apply_layer(self.layer, x, self.rounded_weight(), self.rounded_bias())
 
 
+class Average(nn.Module):
+    """The average of all positions of each channel, where the runtime makes it in int8. flat:
+    without the axes of the positions."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.flat = flat
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(tuple(range(2, x.ndim)), keepdim=not self.flat)
+
+
 def apply_layer(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What ``layer`` computes, with another weight and bias."""
     if isinstance(layer, nn.Linear):
@@ -135,6 +156,12 @@ def insert_quantizers(graph: fx.GraphModule, plan: Blueprint, calibration: str) 
             raise Impossible(f"layer {name!r}: int8 needs padding with zeros, not {mode}")
         graph.set_submodule(name, QuantizedLayer(layer, plan.weight_bits, calibration))
     nodes = {node.name: node for node in graph.graph.nodes}
+    for kernel in plan.kernels:
+        if kernel.kind == "pool" and kernel.precision == "int8":
+            name, pool = f"average_{kernel.name}", nodes[kernel.name]
+            graph.add_submodule(name, Average(flat=len(kernel.out_shape) == 2))
+            pool.op, pool.target, pool.kwargs = "call_module", name, {}
+            pool.args = (pool.all_input_nodes[0],)
     for value, scale in plan.quantized.items():
         target = quantizer_name(scale)
         if value == scale:
@@ -163,19 +190,33 @@ def _reads(node: fx.Node, plan: Blueprint, value: str) -> list[tuple[fx.Node, li
     return found
 
 
-def settle_biases(graph: fx.GraphModule, network: Network, plan: Blueprint) -> None:
-    """Rounds the biases of calibrated int8 layers as the runtime does, in place.
+def settle(graph: fx.GraphModule, network: Network, plan: Blueprint) -> None:
+    """Makes a calibrated graph what the runtime's kernels can compute, in place.
 
-    Not on sequences: there the runtime's kernel wants them in float (MatMulIntegerToFloat).
+    Scales of averages come near enough to those of what is averaged, and biases of int8 layers are
+    rounded. Not on sequences: there the runtime's kernel wants them in float
+    (MatMulIntegerToFloat).
     """
+    for kernel in plan.kernels:
+        if kernel.kind == "pool" and kernel.precision == "int8":
+            values = (kernel.inputs[0], kernel.output)
+            read, made = (_quantizer(graph, plan.quantized[value]) for value in values)
+            count = math.prod(kernel.in_shapes[0][2:])
+            # Steps of the sum over all positions are fine enough for the average.
+            made.coarsen(read.scale.item() / count)
+            read.coarsen(made.scale.item() * count * FINEST)
     for name, uses in network.uses.items():
         module = graph.get_submodule(name)
         sequences = all(op.kind == "linear" and len(op.shape) > 2 for op in uses)
         if isinstance(module, QuantizedLayer) and not sequences:
             # Wherever the layer runs its inputs share one scale.
-            scale = plan.quantized[uses[0].inputs[0]]
-            source: Any = graph.get_submodule(quantizer_name(scale))
+            source = _quantizer(graph, plan.quantized[uses[0].inputs[0]])
             module.settle_bias(source.scale)
+
+
+def _quantizer(graph: fx.GraphModule, scale: str) -> ActivationQuantizer:
+    found: Any = graph.get_submodule(quantizer_name(scale))
+    return found  # type: ignore[no-any-return]
 
 
 def quantizer_name(scale: str) -> str:

@@ -5,7 +5,7 @@ from .export import to_onnx
 from .freeze import freeze
 from .prepared import Prepared
 from .prune import shaped
-from .quantize import calibrate, fold_norms, insert_quantizers, settle_biases
+from .quantize import calibrate, fold_norms, insert_quantizers, settle
 from .sparsify import sparsify_
 
 ITEMS = 8  # enough for ranges that are not degenerate
@@ -26,5 +26,5 @@ def untrained(prepared: Prepared, policy: Policy) -> bytes:
     if plan.quantized:
         student = insert_quantizers(student, plan, "minmax")
         calibrate(student, prepared.splits.calibration.first(ITEMS), "minmax")
-        settle_biases(student, plan.network, plan)
+        settle(student, plan.network, plan)
     return to_onnx(freeze(student), prepared.example)

@@ -20,6 +20,8 @@ from .policy import Policy
 _BEHIND = {"conv": ("norm", "act"), "linear": ("norm", "act"), "norm": ("act",), "add": ("act",)}
 # Operations that move values without changing them: int8 passes through at the same scale.
 _PASSES = ("maxpool", "reshape")
+# What a runtime may compute in int8 on a scale of its own, without weights.
+_COMPUTES = ("add", "pool")
 
 
 @dataclass(frozen=True)
@@ -210,8 +212,8 @@ class Decisions:
         Sums of sums stay in float: were each rounded, the errors would add up along the stream.
         """
         head = run[0]
-        if head.kind == "add":
-            in_int8 = "add" in self._capabilities.int8_ops
+        if head.kind in _COMPUTES:
+            in_int8 = head.kind in self._capabilities.int8_ops
             return in_int8 and head.name not in self._network.sums_of_sums
         return head.kind in (*_PASSES, "concat")
 
@@ -281,7 +283,7 @@ class Decisions:
         ops = self._network.ops
         within = {op.name for op in ops if op.kind == "act" and op.detail in (act, "relu6")}
         for op in ops:
-            if op.kind in (*_PASSES, "concat") and within.issuperset(op.inputs):
+            if op.kind in (*_PASSES, "concat", "pool") and within.issuperset(op.inputs):
                 within.add(op.name)
         beyond = {v: 0 if v in within else rows for v, rows in self.quantized.items()}
         before = None
@@ -302,8 +304,9 @@ class Decisions:
 
         A value is quantized if an int8 layer reads it, or if an int8 layer makes it whose kernel
         exists only with a quantized output. An add whose inputs are all quantized runs in int8 too
-        where somebody reads its result in int8, and a concatenation likewise; an operation that
-        only moves values passes the scale on. The network's answer is never quantized.
+        where somebody reads its result in int8, a concatenation and the average of all positions
+        likewise; an operation that only moves values passes the scale on. The network's answer is
+        never quantized.
         """
         wanted: dict[str, Rows] = {op.name: 0 for op in self._network.ops}
         for run, rows in self.runs:
@@ -327,7 +330,7 @@ class Decisions:
         found = [
             ({*run[0].inputs, run[-1].name}, rows)
             for run, rows in self._carriers
-            if run[0].kind != "add"
+            if run[0].kind not in _COMPUTES
         ]
         # So do the inputs of a layer that runs several times: its bias is an integer in steps of
         # input scale x weight scale, and it has one bias.

@@ -19,15 +19,23 @@ CLAMPS: dict[Any, str] = {
     nn.ReLU: "relu", nn.ReLU6: "relu6", torch.relu: "relu",
     F.relu: "relu", F.relu6: "relu6", "relu": "relu",
 }  # fmt: skip
+MEANS = (torch.mean, "mean")
+WINDOWS = (nn.AvgPool1d, nn.AvgPool2d, F.avg_pool1d, F.avg_pool2d)
+SETTINGS: dict[Any, tuple[str, ...]] = {  # in the order of their arguments
+    **dict.fromkeys(MEANS, ("dim", "keepdim")),
+    **dict.fromkeys(WINDOWS, ("kernel_size", "stride", "padding", "ceil_mode",
+                              "count_include_pad", "divisor_override")),
+}  # fmt: skip
 KINDS: dict[Any, str] = {
     operator.add: "add", torch.add: "add", "add": "add",
     torch.cat: "concat", torch.concat: "concat", torch.concatenate: "concat",
-    nn.AdaptiveAvgPool1d: "pool", nn.AdaptiveAvgPool2d: "pool", nn.AvgPool2d: "pool",
-    nn.AvgPool1d: "pool", nn.MaxPool1d: "maxpool", nn.MaxPool2d: "maxpool",
-    F.adaptive_avg_pool1d: "pool", F.adaptive_avg_pool2d: "pool", F.avg_pool2d: "pool",
-    F.avg_pool1d: "pool", F.max_pool1d: "maxpool", F.max_pool2d: "maxpool",
+    nn.AdaptiveAvgPool1d: "pool", nn.AdaptiveAvgPool2d: "pool",
+    F.adaptive_avg_pool1d: "pool", F.adaptive_avg_pool2d: "pool",
+    nn.MaxPool1d: "maxpool", nn.MaxPool2d: "maxpool",
+    F.max_pool1d: "maxpool", F.max_pool2d: "maxpool",
     torch.max_pool1d: "maxpool", torch.max_pool2d: "maxpool",
-    torch.mean: "pool", "mean": "pool",
+    **dict.fromkeys(WINDOWS, "pool"),
+    **dict.fromkeys(MEANS, "pool"),
     nn.Flatten: "reshape", torch.flatten: "reshape", "flatten": "reshape",
     "reshape": "reshape", torch.reshape: "reshape",
 }  # fmt: skip
@@ -106,6 +114,32 @@ def zero_padding(graph: nn.Module, node: fx.Node, rank: int) -> list[int] | None
     return list(amounts) if len(amounts) <= 2 * (rank - 2) else None
 
 
+def averages_all(
+    graph: nn.Module, node: fx.Node, before: tuple[int, ...], after: tuple[int, ...]
+) -> bool:
+    """Whether ``node``, a pool of a value of shape ``before`` to one of shape ``after``, gives the
+    average of all positions of each channel."""
+    rank, called = len(before), callee(graph, node)
+    if rank < 3 or after not in (before[:2], (*before[:2], *[1] * (rank - 2))):
+        return False
+    given: dict[str, Any] = dict(zip(SETTINGS.get(called, ()), node.args[1:], strict=False))
+    module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+    given |= vars(module) if module else node.kwargs
+    if called in MEANS:
+        axes = [d % rank for d in _each(given.get("dim"), 1) if isinstance(d, int)]
+        # A mean that three axes keep is that of the features at a step, as a norm takes it off.
+        kept = rank == len(after) == 3 or given.get("dtype") is not None
+        return sorted(axes) == list(range(2, rank)) and not kept
+    if called in WINDOWS:
+        size, padding = (_each(given.get(n, 0), rank - 2) for n in ("kernel_size", "padding"))
+        return size == before[2:] and not any(padding) and not given.get("divisor_override")
+    return True
+
+
+def _each(setting: Any, axes: int) -> tuple[Any, ...]:
+    return tuple(setting) if isinstance(setting, list | tuple) else (setting,) * axes
+
+
 def _pads_layers(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Whether ``node`` pads for convolutions alone, which can pad as much themselves: a runtime
     makes it part of them, and zeros are exact on every scale."""
@@ -145,6 +179,9 @@ def _kind(graph: fx.GraphModule, node: fx.Node, called: Any, inputs: list[Op]) -
         return "other"  # a constant, a broadcast or a factor: no residual add
     if kind == "concat" and not _along_channels(node, inputs):
         return "other"
+    before = inputs[0].shape if inputs else ()
+    if kind == "pool" and not averages_all(graph, node, before, shape_of(node)):
+        return "avgpool"
     return kind
 
 

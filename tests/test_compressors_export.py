@@ -31,7 +31,7 @@ from flyweight.compressors.quantize import (
     calibrate,
     fold_norms,
     insert_quantizers,
-    settle_biases,
+    settle,
 )
 from flyweight.kernels import Runtime, make_runtime
 from flyweight.spaces import Impossible, Policy, Quantize, blueprint
@@ -67,7 +67,7 @@ def student(
     if int8:
         graph = insert_quantizers(graph, plan, "minmax")
         calibrate(graph, items_of(example, count), "minmax")
-        settle_biases(graph, network, plan)
+        settle(graph, network, plan)
     return graph, freeze(graph)
 
 

@@ -29,7 +29,7 @@ from flyweight.compressors.quantize import (
     calibrate,
     fold_norms,
     insert_quantizers,
-    settle_biases,
+    settle,
 )
 from flyweight.compressors.reconstruct import LARGEST, input_rows
 from flyweight.kernels import make_runtime
@@ -71,7 +71,7 @@ def rounded(folded: fx.GraphModule, network: Any, plan: Blueprint, items: Items,
     calibrate(graph, items, "minmax")
     if fit:
         correct_(graph, items)
-    settle_biases(graph, network, plan)
+    settle(graph, network, plan)
     return graph
 
 

@@ -8,15 +8,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
 from flyweight.compressors.data import Items
-from flyweight.compressors.freeze import FrozenAdd, FrozenLayer, freeze
+from flyweight.compressors.freeze import FrozenAdd, FrozenAverage, FrozenLayer, freeze
 from flyweight.compressors.parity import _run_noisy, run_module
-from flyweight.compressors.quantize import ActivationQuantizer, QuantizedLayer
+from flyweight.compressors.quantize import ActivationQuantizer, Average, QuantizedLayer
 
 scales = st.floats(2.0**-13, 0.5, width=32) | st.integers(1, 64).map(lambda k: k / 64)
 zeros = st.integers(0, 255)
@@ -98,6 +98,46 @@ def test_a_sum_is_that_of_the_runtimes_kernel(
     )
     ours = torch.round(FrozenAdd(*quantizers)(*values) / quantizers[2].scale) + third
     np.testing.assert_array_equal(ours.clamp(0, 255).numpy(), theirs)
+
+
+@x86
+@settings(deadline=None, max_examples=300)
+@given(
+    st.data(), scales, scales, zeros, zeros, st.integers(1, 70), st.integers(1, 3), st.booleans()
+)
+def test_an_average_is_that_of_the_runtimes_kernel(
+    data: st.DataObject,
+    a: float,
+    b: float,
+    first: int,
+    second: int,
+    rows: int,
+    columns: int,
+    last: bool,
+) -> None:
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    x = rng.integers(0, 256, (2, 17, rows, columns), np.uint8)
+    assume(2.0**-32 < a / (b * rows * columns) < 256)  # what the kernel takes
+    source, rounder = quantizer(a, first), quantizer(b, second)
+    constants = []
+    for name, one in (("x", source), ("y", rounder)):
+        constants.append(helper.make_tensor(f"{name}s", TensorProto.FLOAT, [], [one.scale.item()]))
+        constants.append(helper.make_tensor(f"{name}z", TensorProto.UINT8, [], [int(one.zero)]))
+    node = helper.make_node(
+        "QLinearGlobalAveragePool", ["x", "xs", "xz", "ys", "yz"], ["y"],
+        domain="com.microsoft", channels_last=int(last),
+    )  # fmt: skip
+    given = x.transpose(0, 2, 3, 1) if last else x
+    ends = [helper.make_tensor_value_info(n, TensorProto.UINT8, list("abcd")) for n in "xy"]
+    graph = helper.make_graph([node], "average", ends[:1], ends[1:], constants)
+    domains = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (theirs,) = session.run(None, {"x": np.ascontiguousarray(given)})
+    values = (torch.from_numpy(x).float() - first) * source.scale
+    averages = FrozenAverage(Average(flat=True), source, rounder)(values)
+    ours = torch.round(averages / rounder.scale) + second
+    np.testing.assert_array_equal(ours.clamp(0, 255).numpy(), theirs.reshape(2, 17))
 
 
 class Sums(nn.Module):

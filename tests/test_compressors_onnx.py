@@ -1,6 +1,7 @@
 """What is written as ONNX computes what PyTorch computes: each operation, then whole networks."""
 
 import copy
+import platform
 import random
 from collections.abc import Callable
 from types import ModuleType
@@ -18,7 +19,7 @@ from flyweight.compressors.data import Items, tree_map
 from flyweight.compressors.export import to_onnx
 from flyweight.compressors.freeze import freeze
 from flyweight.compressors.parity import compare, feed, run_module, run_session
-from flyweight.compressors.quantize import calibrate, fold_norms, insert_quantizers, settle_biases
+from flyweight.compressors.quantize import calibrate, fold_norms, insert_quantizers, settle
 from flyweight.kernels import Runtime, make_runtime
 from flyweight.spaces import Impossible, Policy, Quantize, blueprint
 from flyweight.spaces.tracing import arguments, trace, trace_graph
@@ -656,7 +657,7 @@ def quantized(
     graph = fold_norms(trace_graph(model, example), network)
     graph = insert_quantizers(graph, plan, "minmax")
     calibrate(graph, Items(drawn(example, 64), torch.zeros(64)), "minmax")
-    settle_biases(graph, network, plan)
+    settle(graph, network, plan)
     return graph, to_onnx(freeze(graph), example)
 
 
@@ -687,6 +688,72 @@ def test_convolutions_in_int8_pad_on_one_side(runtime: Runtime) -> None:
     found = compare(run_module(student, items), run_session(runtime.load(artifact), items))
     assert found.agreement >= 0.99
     assert found.mean_steps < 0.2
+
+
+@pytest.mark.parametrize("end", ["adaptive", "whole window", "mean", "mean, kept", "in a row"])
+def test_a_network_ends_in_int8_with_the_average_of_its_last_sum(
+    end: str, runtime: Runtime
+) -> None:
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+            self.pool = nn.AdaptiveAvgPool2d(1) if end == "adaptive" else nn.AvgPool2d((7, 9))
+            self.head = nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.a(x))
+            x = F.relu(x + self.b(x))
+            if end == "in a row":
+                return self.head(x.flatten(2).mean(-1))
+            kept = end == "mean, kept"
+            x = x.mean((-1, -2), keepdim=kept) if end.startswith("mean") else self.pool(x)
+            return self.head(x.flatten(1))
+
+    torch.manual_seed(0)
+    model, example = Ends().eval(), torch.randn(1, 3, 7, 9)
+    student, artifact = quantized(model, example, ["a", "b", "head"], runtime)
+    kernels = optimized_kernels(artifact)
+    kernels = {name: n for name, n in kernels.items() if name not in ("Transpose", "Reshape")}
+    assert kernels == {
+        "QuantizeLinear": 1, "QLinearConv": 2, "QLinearAdd": 1, "QLinearGlobalAveragePool": 1,
+        "QGemm": 1,
+    }  # fmt: skip
+    items = Items(drawn(example, 300), torch.zeros(300))
+    answers = run_session(runtime.load(artifact), items)
+    if platform.machine() == "x86_64":
+        assert torch.equal(run_module(freeze(student), items), answers)
+    assert compare(run_module(student, items), answers).agreement >= 0.99
+
+
+@pytest.mark.parametrize("shared", ["average", "averaged"])
+def test_an_average_of_nothing_runs_in_int8(shared: str, runtime: Runtime) -> None:
+    """ONNX Runtime's kernel refuses scales far apart. shared: what is on a scale with something."""
+
+    class Silent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(16, 8, 3)
+            self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(16, 5)
+            self.d, self.e = nn.Linear(8, 5), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = F.relu(self.a(x)), F.relu(self.b(x))
+            if shared == "average":
+                return self.head(torch.cat([self.pool(a), self.pool(b)], 1).flatten(1))
+            z = F.relu(self.c(torch.cat([a, b], 1)))
+            return self.d(self.pool(a).flatten(1)) + self.e(self.pool(z).flatten(1))
+
+    torch.manual_seed(0)
+    model, example = Silent().eval(), torch.randn(1, 3, 9, 9)
+    for layer, bias in ((model.a, -1e3), (model.b, 30.0)):
+        nn.init.constant_(layer.bias, bias)  # type: ignore[arg-type]
+    layers = ["a", "b", "head"] if shared == "average" else ["a", "b", "c", "d", "e"]
+    student, artifact = quantized(model, example, layers, runtime)
+    assert optimized_kernels(artifact)["QLinearGlobalAveragePool"] == 2
+    items = Items(drawn(example, 300), torch.zeros(300))
+    answers = run_session(runtime.load(artifact), items)
+    torch.testing.assert_close(run_module(student, items), answers, rtol=0, atol=0.05)
 
 
 def test_sums_read_what_was_made_in_float_as_it_was(runtime: Runtime) -> None:

@@ -27,7 +27,7 @@ from flyweight.compressors.quantize import (
     fold_norms,
     insert_quantizers,
     quantizer_name,
-    settle_biases,
+    settle,
 )
 from flyweight.spaces import Capabilities, Impossible, Policy, Quantize, blueprint
 from flyweight.spaces.tracing import trace_graph
@@ -151,7 +151,7 @@ def quantized(networks: ModuleType, name: str, capabilities: Capabilities, how: 
     folded = fold_norms(trace_graph(model, example), network)
     graph = insert_quantizers(folded, plan, how)
     calibrate(graph, items, how)
-    settle_biases(graph, network, plan)
+    settle(graph, network, plan)
     return graph, folded, plan, items
 
 
@@ -204,7 +204,7 @@ def test_biases_fit_however_small_the_weights_are(
     plan = blueprint(network, policy, capabilities)
     graph = insert_quantizers(trace_graph(model, example), plan, "minmax")
     calibrate(graph, Items(torch.randn(8, 3, 8, 8), torch.zeros(8)), "minmax")
-    settle_biases(graph, network, plan)
+    settle(graph, network, plan)
     layer: Any = graph.get_submodule("c2")
     assert layer.bias_integers().abs().max() <= 2**31 - 1
     assert layer.rounded_bias()[:2].tolist() == pytest.approx([5.0, 5.0], rel=1e-5)

@@ -14,7 +14,7 @@ from flyweight.compressors.quantize import (
     calibrate,
     fold_norms,
     insert_quantizers,
-    settle_biases,
+    settle,
 )
 from flyweight.compressors.renorm import fold_again, restore_norms
 from flyweight.spaces import Capabilities, Policy, Quantize, blueprint
@@ -40,7 +40,7 @@ def student(networks: ModuleType, name: str, capabilities: Capabilities) -> Any:
     graph = trace_graph(model, example)
     quantized = insert_quantizers(fold_norms(graph, network), plan, "minmax")
     calibrate(quantized, items, "minmax")
-    settle_biases(quantized, network, plan)
+    settle(quantized, network, plan)
     return graph, quantized, plan, items
 
 
@@ -54,7 +54,7 @@ def test_norms_come_and_go_without_a_trace(
     step = (before.max() - before.min()) / 255
     assert (quantized(items.inputs) - before).abs().mean() < step / 10
     fold_again(quantized, norms)
-    settle_biases(quantized, plan.network, plan)
+    settle(quantized, plan.network, plan)
     assert (quantized(items.inputs) - before).abs().mean() < step / 10
     for layer, kept in weights(quantized).items():
         assert (kept != integers[layer]).double().mean() < 1e-3  # a tie may fall to either side

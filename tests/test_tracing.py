@@ -397,6 +397,43 @@ def test_flattened_channels_keep_their_positions(traced: Traced) -> None:
     assert network.shape("flatten", {"c2": 8}) == (1, 32)
 
 
+@pytest.mark.parametrize(
+    ("kind", "pool"),
+    [
+        ("pool", nn.AdaptiveAvgPool2d(1)),
+        ("pool", lambda x: F.adaptive_avg_pool2d(x, (1, 1))),
+        ("pool", nn.AvgPool2d((6, 4))),
+        ("pool", lambda x: F.avg_pool2d(x, kernel_size=(6, 4))),
+        ("pool", lambda x: x.mean((2, 3))),
+        ("pool", lambda x: torch.mean(x, dim=[-1, -2], keepdim=True)),
+        ("pool", lambda x: x.flatten(2).mean(2)),
+        ("avgpool", nn.AdaptiveAvgPool2d((1, 2))),
+        ("avgpool", nn.AvgPool2d(4)),
+        ("avgpool", nn.AvgPool2d(6, padding=(0, 1))),
+        ("avgpool", lambda x: F.avg_pool2d(x, (6, 4), divisor_override=5)),
+        ("avgpool", lambda x: x.mean((1, 2))),
+        ("avgpool", lambda x: x.mean(3)),
+        ("avgpool", lambda x: x.mean((2, 3), dtype=torch.float32)),
+        ("avgpool", lambda x: x.flatten(2).mean(2, keepdim=True)),  # as a norm of features
+    ],
+)
+def test_an_average_is_one_of_all_positions_or_any_other(
+    kind: str, pool: Callable[[Tensor], Tensor]
+) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = nn.Conv2d(3, 6, 1)  # as many channels as rows
+            self.pool = pool if isinstance(pool, nn.Module) else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(pool(self.c(x)) if self.pool is None else self.pool(self.c(x)))
+
+    network = trace(Pooled(), torch.rand(1, 3, 6, 4))
+    (found,) = [op.kind for op in network.ops if "pool" in op.kind]
+    assert found == kind
+
+
 def test_concatenated_channels_follow_each_of_their_groups(traced: Traced) -> None:
     network = traced("concat")
     assert network.op["cat"].kind == "concat"
