@@ -25,7 +25,7 @@ from ..spaces.network import LAYER_KINDS, Op
 from .data import Items
 from .prune import in_order
 
-HOMOGENEOUS = ("act", "add", "pool", "avgpool", "maxpool", "reshape", "norm")
+HOMOGENEOUS = ("act", "add", "pool", "avgpool", "average", "maxpool", "reshape", "norm")
 CLIP = 6.0  # of ReLU6, which stays what it was only where no channel is scaled beyond it
 # Room for values larger than any seen: with 1.1 times what 64 crops showed, clipping made 44% of
 # the squared error of EfficientNet-Lite0's logits in int8 on other photographs.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..spaces.operations import CLAMPS, KINDS, TRANSPARENT, callee
-from .quantize import ActivationQuantizer, Average, QuantizedLayer, apply_layer
+from .quantize import ActivationQuantizer, Average, Averages, QuantizedLayer, apply_layer
 
 EXACT = 2**24  # integers up to it are floats of 32 bits
 DIGIT = 16  # weights whose sums may be beyond it are multiplied digit by digit
@@ -223,7 +223,7 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
     instead: dict[int, Any] = {}  # of copies
     calls: dict[str, list[fx.Node]] = {}
     for node in student.graph.nodes:
-        if callee(student, node) is QuantizedLayer:
+        if callee(student, node) in (QuantizedLayer, Averages):
             calls.setdefault(str(node.target), []).append(node)
     for name, nodes in calls.items():
         layer: Any = student.get_submodule(name)
@@ -231,7 +231,8 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
         while callee(student, value) is not ActivationQuantizer:  # behind what only moves values
             value = value.all_input_nodes[0]
         source: Any = student.get_submodule(str(value.target))
-        instead[id(layer)] = FrozenLayer(layer, source, _rounder(student, nodes))
+        whole = layer.layer() if isinstance(layer, Averages) else layer
+        instead[id(layer)] = FrozenLayer(whole, source, _rounder(student, nodes))
     whole = _whole(student)
     for module in student.modules():
         if isinstance(module, ActivationQuantizer):

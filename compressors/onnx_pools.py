@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..spaces.operations import MEANS, PADS, averages_all, zero_padding
+from ..spaces.operations import MEANS, PADS, window, zero_padding
 from .freeze import FrozenAverage
 from .onnx_file import NotCovered, Operation, Writer
 from .onnx_layers import pad, pads_itself, passed, spatial
@@ -17,7 +17,7 @@ def _pool(kind: str) -> Operation:
     average = kind == "AveragePool"
 
     def write_pool(w: Writer, node: fx.Node, result: Tensor) -> None:
-        if average and averages_all(w.module, node, w.shape(node), result.shape):
+        if average and _is_whole(w, node, result):
             _write_average(w, node, result)
             return
         rank = result.ndim - 2
@@ -95,6 +95,13 @@ def _uneven(w: Writer, node: fx.Node, result: Tensor, kind: str) -> None:
         x = w.node("MatMul", [x, table] if axis == result.ndim - 1 else [table, x], name)
 
 
+def _is_whole(w: Writer, node: fx.Node, result: Tensor) -> bool:
+    """Whether a pool or mean is that of all positions of each channel."""
+    before = tuple(w.shape(node))
+    found = window(w.module, node, before, tuple(result.shape))
+    return found is not None and found.covers(before)
+
+
 def _write_average(w: Writer, node: fx.Node, result: Tensor) -> None:
     """The average of all positions of each channel: runtimes know it by this name in int8 and with
     channels in blocks, and not as a ReduceMean."""
@@ -106,7 +113,7 @@ def _write_average(w: Writer, node: fx.Node, result: Tensor) -> None:
 
 def _reduce(kind: str) -> Operation:
     def write_reduce(w: Writer, node: fx.Node, result: Tensor) -> None:
-        if kind == "ReduceMean" and averages_all(w.module, node, w.shape(node), result.shape):
+        if kind == "ReduceMean" and _is_whole(w, node, result):
             _write_average(w, node, result)
             return
         dims, keep, _ = w.settings(node, dim=None, keepdim=False, dtype=None)

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ..spaces import Blueprint, Impossible, Network
+from ..spaces.blueprint import Kernel
+from ..spaces.operations import Window, window
 from .data import Items
 from .observe import ACTIVATION_RANGES, Observer, weight_scale
 from .prune import call
@@ -115,6 +118,33 @@ class Average(nn.Module):
         return x.mean(tuple(range(2, x.ndim)), keepdim=not self.flat)
 
 
+class Averages(nn.Module):
+    """The averages of a window, where the runtime makes them in int8."""
+
+    def __init__(self, channels: int, window: Window) -> None:
+        super().__init__()
+        self.channels, self.window = channels, window
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = self.window
+        pool: Any = (F.avg_pool1d, F.avg_pool2d)[len(window.size) - 1]
+        averages: Tensor = pool(x, window.size, window.stride, window.padding)
+        return averages * (math.prod(window.size) / window.count)
+
+    def layer(self) -> QuantizedLayer:
+        """The same as a depthwise convolution with the integers 1: ONNX Runtime's kernel for
+        averages takes several times as long (docs/benchmarks.md)."""
+        window, convolution = self.window, (nn.Conv1d, nn.Conv2d)[len(self.window.size) - 1]
+        depthwise: Any = convolution(
+            self.channels, self.channels, window.size, window.stride, window.padding,  # type: ignore[arg-type]
+            groups=self.channels, bias=False,
+        )  # fmt: skip
+        nn.init.constant_(depthwise.weight, 1 / window.count)
+        made = QuantizedLayer(depthwise, 8, "minmax")
+        made.scale.fill_(1 / window.count)
+        return made
+
+
 def apply_layer(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What ``layer`` computes, with another weight and bias."""
     if isinstance(layer, nn.Linear):
@@ -157,9 +187,9 @@ def insert_quantizers(graph: fx.GraphModule, plan: Blueprint, calibration: str) 
         graph.set_submodule(name, QuantizedLayer(layer, plan.weight_bits, calibration))
     nodes = {node.name: node for node in graph.graph.nodes}
     for kernel in plan.kernels:
-        if kernel.kind == "pool" and kernel.precision == "int8":
+        if kernel.kind in ("pool", "avgpool") and kernel.precision == "int8":
             name, pool = f"average_{kernel.name}", nodes[kernel.name]
-            graph.add_submodule(name, Average(flat=len(kernel.out_shape) == 2))
+            graph.add_submodule(name, _average(graph, pool, kernel))
             pool.op, pool.target, pool.kwargs = "call_module", name, {}
             pool.args = (pool.all_input_nodes[0],)
     for value, scale in plan.quantized.items():
@@ -172,6 +202,15 @@ def insert_quantizers(graph: fx.GraphModule, plan: Blueprint, calibration: str) 
             node.replace_all_uses_with(rounded, delete_user_cb=readers.__contains__)
     graph.recompile()
     return graph
+
+
+def _average(graph: fx.GraphModule, pool: fx.Node, kernel: Kernel) -> Average | Averages:
+    """What computes ``kernel``, an average in int8, that ``pool`` is."""
+    if kernel.kind == "pool":
+        return Average(flat=len(kernel.out_shape) == 2)
+    found = window(graph, pool, kernel.in_shapes[0], kernel.out_shape)
+    assert found is not None
+    return Averages(kernel.out_shape[1], found)
 
 
 def _reads(node: fx.Node, plan: Blueprint, value: str) -> list[tuple[fx.Node, list[fx.Node]]]:

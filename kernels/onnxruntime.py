@@ -78,7 +78,7 @@ class OnnxRuntime:
                 weight_bits=measured_weight_bits(self),
                 width_multiple=8,  # the blocked layout: 8 channels with AVX2, 16 with AVX-512
                 output_quantized=frozenset({"conv"}),
-                int8_ops=frozenset({"add", "pool"}),
+                int8_ops=frozenset({"add", "pool", "avgpool"}),
             )
         if self.provider == CUDA:  # not run on a GPU: runs Q/DQ in float around float convolutions
             return Capabilities(

@@ -21,7 +21,7 @@ _BEHIND = {"conv": ("norm", "act"), "linear": ("norm", "act"), "norm": ("act",),
 # Operations that move values without changing them: int8 passes through at the same scale.
 _PASSES = ("maxpool", "reshape")
 # What a runtime may compute in int8 on a scale of its own, without weights.
-_COMPUTES = ("add", "pool")
+_COMPUTES = ("add", "pool", "avgpool")
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,8 @@ class Decisions:
         ops = self._network.ops
         within = {op.name for op in ops if op.kind == "act" and op.detail in (act, "relu6")}
         for op in ops:
-            if op.kind in (*_PASSES, "concat", "pool") and within.issuperset(op.inputs):
+            passes = op.kind in (*_PASSES, "concat", "pool", "avgpool")
+            if passes and within.issuperset(op.inputs):
                 within.add(op.name)
         beyond = {v: 0 if v in within else rows for v, rows in self.quantized.items()}
         before = None
@@ -304,9 +305,8 @@ class Decisions:
 
         A value is quantized if an int8 layer reads it, or if an int8 layer makes it whose kernel
         exists only with a quantized output. An add whose inputs are all quantized runs in int8 too
-        where somebody reads its result in int8, a concatenation and the average of all positions
-        likewise; an operation that only moves values passes the scale on. The network's answer is
-        never quantized.
+        where somebody reads its result in int8, a concatenation and averages likewise; an operation
+        that only moves values passes the scale on. The network's answer is never quantized.
         """
         wanted: dict[str, Rows] = {op.name: 0 for op in self._network.ops}
         for run, rows in self.runs:

@@ -15,15 +15,15 @@ class Capabilities:
     act_output_quantized: kinds of layers for which that is so only behind a fused activation and
         with a two-dimensional output (ONNX Runtime: Gemm and Relu fuse in float before QGemm).
     int8_ops: operations without weights that have an int8 kernel (all inputs and the output int8):
-        "add", and "pool", the average of all positions. Averages of windows are none: ONNX
-        Runtime's kernel for them is slower than the float one (docs/benchmarks.md).
+        "add"; "pool", the average of all positions; "avgpool", those of equal windows, as a
+        depthwise convolution.
     """
 
     precisions: dict[str, tuple[str, ...]]
     weight_bits: int = 8
     width_multiple: int = 8
     output_quantized: frozenset[str] = frozenset({"conv"})
-    int8_ops: frozenset[str] = frozenset({"add", "pool"})
+    int8_ops: frozenset[str] = frozenset({"add", "pool", "avgpool"})
     act_output_quantized: frozenset[str] = frozenset({"linear"})
 
     def __post_init__(self) -> None:

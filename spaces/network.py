@@ -13,7 +13,7 @@ class Op:
     """One operation, in execution order. Its name is also the name of the value it produces.
 
     kind: input, conv, linear, norm, act, add, concat, pool (the average of all positions), avgpool
-        (any other), maxpool, reshape, other or output.
+        (those of equal windows), average (any other), maxpool, reshape, other or output.
     detail: the operation as its author wrote it ("relu", "max_pool2d").
     module: qualified name of the module it calls, "" for a function.
     shape: of the value at full width for one request; () where it is not one tensor.

@@ -1,7 +1,9 @@
 """What each node of a traced graph is."""
 
+import math
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -114,26 +116,57 @@ def zero_padding(graph: nn.Module, node: fx.Node, rank: int) -> list[int] | None
     return list(amounts) if len(amounts) <= 2 * (rank - 2) else None
 
 
-def averages_all(
+@dataclass(frozen=True)
+class Window:
+    """What an average is of, at each place: spatial settings, and what the sum is divided by."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    count: int
+
+    def covers(self, before: tuple[int, ...]) -> bool:
+        """Whether it holds all positions of a value of shape ``before``, and nothing else."""
+        whole = self.size == before[2:] and self.count == math.prod(self.size)
+        return whole and not any(self.padding)
+
+
+def window(
     graph: nn.Module, node: fx.Node, before: tuple[int, ...], after: tuple[int, ...]
-) -> bool:
-    """Whether ``node``, a pool of a value of shape ``before`` to one of shape ``after``, gives the
-    average of all positions of each channel."""
+) -> Window | None:
+    """The window of which ``node``, a pool of a value of shape ``before`` to one of shape
+    ``after``, gives each channel the averages; None where windows differ, or it is no such pool."""
     rank, called = len(before), callee(graph, node)
-    if rank < 3 or after not in (before[:2], (*before[:2], *[1] * (rank - 2))):
-        return False
+    if rank < 3 or after[:2] != before[:2]:
+        return None
     given: dict[str, Any] = dict(zip(SETTINGS.get(called, ()), node.args[1:], strict=False))
     module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
     given |= vars(module) if module else node.kwargs
+    sizes, zeros = before[2:], (0,) * (rank - 2)
     if called in MEANS:
         axes = [d % rank for d in _each(given.get("dim"), 1) if isinstance(d, int)]
         # A mean that three axes keep is that of the features at a step, as a norm takes it off.
         kept = rank == len(after) == 3 or given.get("dtype") is not None
-        return sorted(axes) == list(range(2, rank)) and not kept
-    if called in WINDOWS:
-        size, padding = (_each(given.get(n, 0), rank - 2) for n in ("kernel_size", "padding"))
-        return size == before[2:] and not any(padding) and not given.get("divisor_override")
-    return True
+        whole = sorted(axes) == list(range(2, rank)) and not kept
+        return Window(sizes, sizes, zeros, math.prod(sizes)) if whole else None
+    if len(after) != rank:
+        return None
+    if called not in WINDOWS:  # adaptive
+        if any(n % m for n, m in zip(sizes, after[2:], strict=True)):
+            return None
+        steps = tuple(n // m for n, m in zip(sizes, after[2:], strict=True))
+        return Window(steps, steps, zeros, math.prod(steps))
+    size, padding = (_each(given.get(n, 0), rank - 2) for n in ("kernel_size", "padding"))
+    stride = _each(given["stride"], rank - 2) if given.get("stride") else size
+    if not all(isinstance(n, int) for n in (*size, *padding, *stride)):
+        return None
+    if any(padding) and not given.get("count_include_pad", True):
+        return None
+    # In ceil_mode the last window may reach beyond the padding.
+    sides = zip(sizes, size, padding, stride, strict=True)
+    if after[2:] != tuple((n + 2 * p - k) // s + 1 for n, k, p, s in sides):
+        return None
+    return Window(size, stride, padding, given.get("divisor_override") or math.prod(size))
 
 
 def _each(setting: Any, axes: int) -> tuple[Any, ...]:
@@ -179,9 +212,12 @@ def _kind(graph: fx.GraphModule, node: fx.Node, called: Any, inputs: list[Op]) -
         return "other"  # a constant, a broadcast or a factor: no residual add
     if kind == "concat" and not _along_channels(node, inputs):
         return "other"
-    before = inputs[0].shape if inputs else ()
-    if kind == "pool" and not averages_all(graph, node, before, shape_of(node)):
-        return "avgpool"
+    if kind == "pool":
+        before = inputs[0].shape if inputs else ()
+        found = window(graph, node, before, shape_of(node))
+        if found is None:
+            return "average"
+        return "pool" if found.covers(before) else "avgpool"
     return kind
 
 

@@ -174,7 +174,7 @@ class TestOnnxRuntime(RuntimeContract):
         assert capabilities.precisions == {"conv": ("fp32", "int8"), "linear": ("fp32", "int8")}
         assert capabilities.width_multiple == 8
         assert capabilities.output_quantized == {"conv"}
-        assert capabilities.int8_ops == {"add", "pool"}
+        assert capabilities.int8_ops == {"add", "pool", "avgpool"}
 
 
 class TestOpenVino(RuntimeContract):

@@ -411,13 +411,18 @@ def test_flattened_channels_keep_their_positions(traced: Traced) -> None:
         ("avgpool", nn.AvgPool2d(4)),
         ("avgpool", nn.AvgPool2d(6, padding=(0, 1))),
         ("avgpool", lambda x: F.avg_pool2d(x, (6, 4), divisor_override=5)),
-        ("avgpool", lambda x: x.mean((1, 2))),
-        ("avgpool", lambda x: x.mean(3)),
-        ("avgpool", lambda x: x.mean((2, 3), dtype=torch.float32)),
-        ("avgpool", lambda x: x.flatten(2).mean(2, keepdim=True)),  # as a norm of features
+        ("avgpool", lambda x: F.avg_pool1d(x.flatten(2), 3, 2)),
+        ("avgpool", nn.AvgPool2d(4, 2, 1, ceil_mode=True)),  # nothing to round up
+        ("average", nn.AvgPool2d(4, 3, ceil_mode=True)),
+        ("average", nn.AvgPool2d(3, 2, 1, count_include_pad=False)),
+        ("average", nn.AdaptiveAvgPool2d((4, 3))),
+        ("average", lambda x: x.mean((1, 2))),
+        ("average", lambda x: x.mean(3)),
+        ("average", lambda x: x.mean((2, 3), dtype=torch.float32)),
+        ("average", lambda x: x.flatten(2).mean(2, keepdim=True)),  # as a norm of features
     ],
 )
-def test_an_average_is_one_of_all_positions_or_any_other(
+def test_an_average_is_one_of_all_positions_or_of_equal_windows_or_another(
     kind: str, pool: Callable[[Tensor], Tensor]
 ) -> None:
     class Pooled(nn.Module):
@@ -430,8 +435,9 @@ def test_an_average_is_one_of_all_positions_or_any_other(
             return torch.relu(pool(self.c(x)) if self.pool is None else self.pool(self.c(x)))
 
     network = trace(Pooled(), torch.rand(1, 3, 6, 4))
-    (found,) = [op.kind for op in network.ops if "pool" in op.kind]
-    assert found == kind
+    kinds = [op.kind for op in network.ops]
+    assert kinds.count(kind) == 1
+    assert {"pool", "avgpool", "average"} & {*kinds} == {kind}
 
 
 def test_concatenated_channels_follow_each_of_their_groups(traced: Traced) -> None:
