@@ -1,18 +1,20 @@
 """Where int8 pays: small networks of several kinds, all in fp32 and all in int8; what runs then.
 
-    python benchmarks/int8.py [NETWORK ...] [--rounds 31]
+    python benchmarks/int8.py [NETWORK ...] [--rounds 31] [--float add pool avgpool]
 
 The weights are arbitrary (``untrained``): what runs does not hang on them. Latencies are measured
 side by side, one thread, batch 1: interleaved rounds, minimum of a round, median over the rounds.
 Where the int8 time goes is from ONNX Runtime's own profile, as shares: profiling makes every kernel
-slower, so only the first two columns are times.
+slower, so only the first two columns are times. --float: operations between layers that are left
+to the runtime, which fuses a lone average in int8 all the same.
 """
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -124,6 +126,24 @@ def convnext() -> nn.Module:
     )  # fmt: skip
 
 
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv(width, width, 3), conv(width, width, 3, act=None))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.body(x))
+
+
+def averages(size: int, residual: bool) -> nn.Module:
+    """Three stages with averages of ``size`` x ``size`` between them."""
+    layers: list[nn.Module] = []
+    for read, made in ((3, 32), (32, 64), (64, 96)):
+        layers += [conv(read, made, 3), Residual(made) if residual else conv(made, made, 3)]
+        layers += [nn.AvgPool2d(size, 2, size // 2)]
+    return nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 10))
+
+
 class Recurrent(nn.Module):
     """Convolutions over time before a GRU."""
 
@@ -155,17 +175,24 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "shufflenet_v2-112": (shufflenet_v2, (3, 112, 112)),
     "convnext-28": (convnext, (3, 28, 28)),
     "convnext-112": (convnext, (3, 112, 112)),
+    "averages 2x2-32": (lambda: averages(2, False), (3, 32, 32)),
+    "averages 3x3-32": (lambda: averages(3, False), (3, 32, 32)),
+    "residual, averages 2x2-32": (lambda: averages(2, True), (3, 32, 32)),
     "conv1d-100": (one_dimension, (4, 100)),
     "conv1d-1000": (one_dimension, (4, 1000)),
     "conv1d+gru-100": (Recurrent, (4, 100)),
 }
 
 
-def artifacts(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, bytes]:
-    """The network all in fp32 and all in int8, at full width."""
+def artifacts(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], left: Sequence[str]
+) -> dict[str, bytes]:
+    """The network all in fp32 and all in int8 but what is ``left``, at full width."""
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(32, *shape), torch.arange(32) % 2)
-    runtime = make_runtime("onnxruntime", 1)
+    runtime: Any = make_runtime("onnxruntime", 1)
+    known = runtime.capabilities
+    runtime.capabilities = dataclasses.replace(known, int8_ops=known.int8_ops - {*left})
     prepared = prepare(ClassificationTask(build().eval(), data, data), runtime, Schedule())
     space = Space(prepared.network, runtime.capabilities, Settings())
     return {
@@ -213,12 +240,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", help=f"of {', '.join(NETWORKS)}")
     parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--float", nargs="+", default=[], choices=("add", "pool", "avgpool"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     runtime, rows = make_runtime("onnxruntime", 1), {}
     for name in options.networks or NETWORKS:
         build, shape = NETWORKS[name]
-        models = artifacts(build, shape)
+        models = artifacts(build, shape, options.float)
         request = torch.randn(1, *shape).numpy()
         sessions = {precision: runtime.load(model) for precision, model in models.items()}
         timed = time_sessions(sessions, {"input": request}, rounds=options.rounds)
@@ -235,7 +263,7 @@ def main() -> None:
         told = ", ".join(f"{what} {share:.0%}" for what, share in row["int8"]["shares"].items())
         print(f"{name}: {fp32:.4f} and {int8:.4f} ms, {fp32 / int8:.2f}x; int8: {told}")
         print("   ", dict(row["int8"]["nodes"]), flush=True)
-    write("int8", {"rows": rows, "rounds": options.rounds})
+    write("int8", {"rows": rows, "rounds": options.rounds, "float": options.float})
 
 
 if __name__ == "__main__":
