@@ -1,6 +1,7 @@
 """What a target says about itself, as far as a policy has to know it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class Capabilities:
     int8_ops: frozenset[str] = frozenset({"add", "pool", "avgpool"})
     act_output_quantized: frozenset[str] = frozenset({"linear"})
 
+    def __repr__(self) -> str:
+        """The same in every process, which the order of a set is not: by a digest of it a search
+        that goes on, and the nodes of a cluster, tell whether kernels are alike."""
+        told = (f"{field.name}={_told(getattr(self, field.name))}" for field in fields(self))
+        return f"Capabilities({', '.join(told)})"
+
     def __post_init__(self) -> None:
         if not 2 <= self.weight_bits <= 8:
             raise ValueError(f"2 <= weight_bits <= 8 must hold, but got {self.weight_bits}")
@@ -34,3 +41,9 @@ class Capabilities:
         for kind, names in self.precisions.items():
             if not names or names[0] != "fp32":
                 raise ValueError(f"precisions of {kind!r} must begin with 'fp32', but got {names}")
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, frozenset) and value:
+        return f"frozenset({{{', '.join(map(repr, sorted(value)))}}})"
+    return repr(value)

@@ -424,3 +424,15 @@ def test_a_width_that_a_norm_in_groups_forbids_is_refused(traced: Traced) -> Non
     finer = Space(traced("groupnorm"), TARGET, Settings(multiple_of=6))
     assert finer.widths["c1"] == (6, 12, 18, 24)
     assert all(w % math.lcm(6) == 0 for w in finer.widths["c1"])
+
+
+def test_capabilities_are_told_in_the_same_words_in_every_process() -> None:
+    """The order of a set is another in each."""
+    told = repr(Capabilities({"conv": BOTH}, int8_ops=frozenset("hgfedcba")))
+    assert told == (
+        "Capabilities(precisions={'conv': ('fp32', 'int8')}, weight_bits=8, width_multiple=8, "
+        "output_quantized=frozenset({'conv'}), "
+        "int8_ops=frozenset({'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'}), "
+        "act_output_quantized=frozenset({'linear'}))"
+    )
+    assert "int8_ops=frozenset()" in repr(Capabilities({}, int8_ops=frozenset()))
