@@ -206,7 +206,9 @@ class FrozenAverage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.onnx.is_in_onnx_export():
-            return self.average(x)  # type: ignore[no-any-return]
+            kept = x.mean(tuple(range(2, x.ndim)), keepdim=True)
+            kept = onnx_op("GlobalAveragePool", (x,), x.dtype, kept)
+            return kept.flatten(1) if self.average.flat else kept
         count = math.prod(x.shape[2:])
         sums = self.average(torch.round(x / self.scales[0]).double()).mul_(count).round_().float()
         rounded: Tensor = self.rounding(sums * (self.scales[0] / (self.scales[1] * count)), 0.0)

@@ -236,6 +236,22 @@ def test_torch_onnx_says_the_same(networks: ModuleType, runtime: Runtime, name: 
     assert compare(theirs, ours).mean_steps < 0.05
 
 
+def test_torch_onnx_too_writes_an_average_that_runs_in_int8() -> None:
+    torch.manual_seed(0)
+    runtime = make_runtime("onnxruntime", 1)
+    for end in (nn.Flatten(), nn.Identity()):
+        head = nn.Conv2d(8, 3, 1) if isinstance(end, nn.Identity) else nn.Linear(8, 3)
+        pool = nn.AdaptiveAvgPool2d(1)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), pool, end, head).eval()
+        example = torch.randn(1, 3, 7, 7)
+        _, frozen = student(model, example, ["0", "4"], runtime)
+        artifact = _torch_onnx(frozen, (example,), {}, ["input"])
+        assert optimized_kernels(artifact)["QLinearGlobalAveragePool"] == 1
+        items = items_of(example, 50)
+        answers = run_session(runtime.load(artifact), items)
+        assert compare(run_module(frozen, items), answers).mean_steps < 0.05
+
+
 class Unwritten(nn.Module):
     """An operation that is not written here."""
 
