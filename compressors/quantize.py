@@ -189,6 +189,8 @@ def insert_quantizers(graph: fx.GraphModule, plan: Blueprint, calibration: str) 
     for kernel in plan.kernels:
         if kernel.kind in ("pool", "avgpool") and kernel.precision == "int8":
             name, pool = f"average_{kernel.name}", nodes[kernel.name]
+            while hasattr(graph, name):
+                name += "_"
             graph.add_submodule(name, _average(graph, pool, kernel))
             pool.op, pool.target, pool.kwargs = "call_module", name, {}
             pool.args = (pool.all_input_nodes[0],)
@@ -236,14 +238,14 @@ def settle(graph: fx.GraphModule, network: Network, plan: Blueprint) -> None:
     rounded. Not on sequences: there the runtime's kernel wants them in float
     (MatMulIntegerToFloat).
     """
-    for kernel in plan.kernels:
-        if kernel.kind == "pool" and kernel.precision == "int8":
-            values = (kernel.inputs[0], kernel.output)
-            read, made = (_quantizer(graph, plan.quantized[value]) for value in values)
-            count = math.prod(kernel.in_shapes[0][2:])
-            # Steps of the sum over all positions are fine enough for the average.
-            made.coarsen(read.scale.item() / count)
-            read.coarsen(made.scale.item() * count * FINEST)
+    pools = [k for k in plan.kernels if k.kind == "pool" and k.precision == "int8"]
+    for kernel in pools * 2:  # what one makes coarser another may read or make
+        values = (kernel.inputs[0], kernel.output)
+        read, made = (_quantizer(graph, plan.quantized[value]) for value in values)
+        count = math.prod(kernel.in_shapes[0][2:])
+        # Steps of the sum over all positions are fine enough for the average.
+        made.coarsen(read.scale.item() / count)
+        read.coarsen(made.scale.item() * count * FINEST)
     for name, uses in network.uses.items():
         module = graph.get_submodule(name)
         sequences = all(op.kind == "linear" and len(op.shape) > 2 for op in uses)

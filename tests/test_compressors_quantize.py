@@ -30,7 +30,7 @@ from flyweight.compressors.quantize import (
     settle,
 )
 from flyweight.spaces import Capabilities, Impossible, Policy, Quantize, blueprint
-from flyweight.spaces.tracing import trace_graph
+from flyweight.spaces.tracing import trace, trace_graph
 
 FLOATS = st.floats(-100, 100, width=32)
 
@@ -264,3 +264,27 @@ def test_int8_refuses_padding_that_no_kernel_has(capabilities: Capabilities) -> 
     plan = blueprint(trace(model, example), Policy(quantize=Quantize({"0": "int8"})), capabilities)
     with pytest.raises(Impossible, match=r"layer '0'.*reflect"):
         insert_quantizers(trace_graph(model, example), plan, "minmax")
+
+
+def test_an_average_takes_the_name_of_nothing_of_the_model(capabilities: Capabilities) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.average_pool = nn.Conv2d(3, 8, 3), nn.AvgPool2d(2)
+            self.b, self.pool = nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1)
+            self.head = nn.Conv2d(8, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.pool(self.b(self.average_pool(self.a(x)).relu()))).flatten(1)
+
+    torch.manual_seed(0)
+    model, example = Named().eval(), torch.randn(1, 3, 10, 10)
+    network = trace(model, example)
+    policy = Policy(quantize=Quantize(dict.fromkeys(network.layers, "int8")))
+    plan = blueprint(network, policy, capabilities)
+    graph = insert_quantizers(trace_graph(model, example), plan, "minmax")
+    items = Items(torch.randn(64, 3, 10, 10), torch.zeros(64))
+    calibrate(graph, items, "minmax")
+    assert isinstance(graph.get_submodule("average_pool"), nn.AvgPool2d)
+    answers = model(items.inputs)
+    assert (graph(items.inputs) - answers).abs().mean() < 0.02 * answers.abs().max()
