@@ -17,7 +17,7 @@ def _pool(kind: str) -> Operation:
     average = kind == "AveragePool"
 
     def write_pool(w: Writer, node: fx.Node, result: Tensor) -> None:
-        if average and _is_whole(w, node, result):
+        if average and _is_of_all(w, node, result):
             _write_average(w, node, result)
             return
         rank = result.ndim - 2
@@ -40,8 +40,10 @@ def _pool(kind: str) -> Operation:
         if rest or any(n >= k for n, k in zip(after, size, strict=True)):
             raise NotCovered
         own = {"count_include_pad": int(counts)} if average else {"dilations": dilation}
+        # ONNX Runtime makes an average in integers where it can, and takes a scalar scale for it.
+        x = w.value(node) if average else passed(w, node)
         w.node(
-            kind, [passed(w, node)], w.names[node], kernel_shape=size, strides=step,
+            kind, [x], w.names[node], kernel_shape=size, strides=step,
             pads=padding + after, **own,
         )  # fmt: skip
 
@@ -72,7 +74,9 @@ def _adaptive(kind: str) -> Operation:
         if any(n % m for n, m in zip(sizes, result.shape[2:], strict=True)):
             _uneven(w, node, result, kind)
             return
-        if set(result.shape[2:]) == {1}:
+        if set(result.shape[2:]) == {1} and kind == "AveragePool":
+            _write_average(w, node, result)
+        elif set(result.shape[2:]) == {1}:
             w.node(f"Global{kind}", [w.value(node)], w.names[node])
         else:
             w.node(kind, [w.value(node)], w.names[node], kernel_shape=steps, strides=steps)
@@ -95,25 +99,35 @@ def _uneven(w: Writer, node: fx.Node, result: Tensor, kind: str) -> None:
         x = w.node("MatMul", [x, table] if axis == result.ndim - 1 else [table, x], name)
 
 
-def _is_whole(w: Writer, node: fx.Node, result: Tensor) -> bool:
-    """Whether a pool or mean is that of all positions of each channel."""
+def _is_of_all(w: Writer, node: fx.Node, result: Tensor) -> bool:
+    """Whether it averages all positions, also where more requests do not make more of them."""
     before = tuple(w.shape(node))
+    if any(w.varies(node.args[0], axis) for axis in range(2, len(before))):
+        return False
     found = window(w.module, node, before, tuple(result.shape))
     return found is not None and found.covers(before)
 
 
 def _write_average(w: Writer, node: fx.Node, result: Tensor) -> None:
     """The average of all positions of each channel: runtimes know it by this name in int8 and with
-    channels in blocks, and not as a ReduceMean."""
-    flat, out = result.ndim == 2, w.names[node]
-    made = w.node("GlobalAveragePool", [w.value(node)], f"{out}:kept" if flat else out)
+    channels in blocks, and not as a ReduceMean.
+
+    Behind a transpose it stays one: what is moved may have a scale for each place (``passed``), and
+    the kernel in integers, which ONNX Runtime would make of it, takes a scalar one alone.
+    """
+    flat, out, x = result.ndim == 2, w.names[node], w.value(node)
+    if any(x in made.output and made.op_type == "Transpose" for made in w.nodes):
+        positions = w.numbers(list(range(2, len(w.shape(node)))))
+        w.node("ReduceMean", [x, positions], out, keepdims=int(not flat))
+        return
+    made = w.node("GlobalAveragePool", [x], f"{out}:kept" if flat else out)
     if flat:
         w.node("Reshape", [made, w.numbers([0, -1])], out)
 
 
 def _reduce(kind: str) -> Operation:
     def write_reduce(w: Writer, node: fx.Node, result: Tensor) -> None:
-        if kind == "ReduceMean" and _is_whole(w, node, result):
+        if kind == "ReduceMean" and _is_of_all(w, node, result):
             _write_average(w, node, result)
             return
         dims, keep, _ = w.settings(node, dim=None, keepdim=False, dtype=None)

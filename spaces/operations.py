@@ -22,7 +22,9 @@ CLAMPS: dict[Any, str] = {
     F.relu: "relu", F.relu6: "relu6", "relu": "relu",
 }  # fmt: skip
 MEANS = (torch.mean, "mean")
-WINDOWS = (nn.AvgPool1d, nn.AvgPool2d, F.avg_pool1d, F.avg_pool2d)
+WINDOWS = (
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
+)  # fmt: skip
 SETTINGS: dict[Any, tuple[str, ...]] = {  # in the order of their arguments
     **dict.fromkeys(MEANS, ("dim", "keepdim")),
     **dict.fromkeys(WINDOWS, ("kernel_size", "stride", "padding", "ceil_mode",
@@ -31,8 +33,8 @@ SETTINGS: dict[Any, tuple[str, ...]] = {  # in the order of their arguments
 KINDS: dict[Any, str] = {
     operator.add: "add", torch.add: "add", "add": "add",
     torch.cat: "concat", torch.concat: "concat", torch.concatenate: "concat",
-    nn.AdaptiveAvgPool1d: "pool", nn.AdaptiveAvgPool2d: "pool",
-    F.adaptive_avg_pool1d: "pool", F.adaptive_avg_pool2d: "pool",
+    nn.AdaptiveAvgPool1d: "pool", nn.AdaptiveAvgPool2d: "pool", nn.AdaptiveAvgPool3d: "pool",
+    F.adaptive_avg_pool1d: "pool", F.adaptive_avg_pool2d: "pool", F.adaptive_avg_pool3d: "pool",
     nn.MaxPool1d: "maxpool", nn.MaxPool2d: "maxpool",
     F.max_pool1d: "maxpool", F.max_pool2d: "maxpool",
     torch.max_pool1d: "maxpool", torch.max_pool2d: "maxpool",

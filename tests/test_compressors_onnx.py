@@ -301,6 +301,10 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "average pool, padded": module(lambda: nn.AvgPool2d(3, 2, 1, True, False), 3, 8, 7),
     "average pool, counted": module(lambda: nn.AvgPool1d(3, 2, 1), 3, 8),
     "F.avg_pool2d": of(lambda x, _: F.avg_pool2d(x, 2, stride=1, count_include_pad=False), 3, 8, 7),
+    "average pool, 3d, not of all": module(lambda: nn.AvgPool3d(4), 3, 5, 6, 7),
+    "average pool, of all of one request": of(
+        lambda x, _: F.avg_pool1d(x.transpose(0, 1).reshape(1, 3, -1), 8)[0].T, 3, 8
+    ),
     "adaptive pool": module(lambda: nn.AdaptiveAvgPool2d((2, 1)), 3, 8, 7),
     "adaptive pool, one": of(lambda x, _: F.adaptive_avg_pool1d(x, 1), 3, 8),
     "adaptive max pool": module(lambda: nn.AdaptiveMaxPool2d(1), 3, 8, 7),
@@ -762,7 +766,48 @@ def test_averages_of_windows_in_int8_are_depthwise_convolutions(
     assert rounding < 0.05
 
 
-@pytest.mark.parametrize("shared", ["average", "averaged"])
+AVERAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "window": lambda x: F.avg_pool2d(x, 4).flatten(1),
+    "window of several strides": lambda x: F.avg_pool2d(x, 3, 2, 1).flatten(1),
+    "of places": lambda x: x.permute(0, 2, 3, 1).mean((2, 3)),
+    "of places, adaptive": lambda x: F.adaptive_avg_pool2d(x.transpose(1, 2), 1).flatten(1),
+    "moved twice": lambda x: x.permute(0, 2, 3, 1).transpose(1, 3).mean((2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_averages_between_int8_layers_load(name: str, runtime: Runtime) -> None:
+    """ONNX Runtime makes them in integers, and takes no scale for each place."""
+
+    class Averaged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.LazyLinear(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(AVERAGES[name](F.relu(self.a(x))))
+
+    torch.manual_seed(0)
+    model, example = Averaged().eval(), torch.randn(1, 3, 8, 8)
+    model(example)
+    student, artifact = quantized(model, example, ["a", "b"], runtime)
+    assert (int8_layers(artifact), float_layers(artifact)) == (2, 0)
+    items = Items(drawn(example, 300), torch.zeros(300))
+    found = compare(run_module(student, items), run_session(runtime.load(artifact), items))
+    assert found.mean_steps < 0.2
+
+
+def test_a_float_layer_behind_an_average_of_integers_keeps_its_weights(runtime: Runtime) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.AvgPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32, 5),
+    ).eval()  # fmt: skip
+    _, artifact = quantized(model, torch.randn(1, 3, 8, 8), ["0", "5"], runtime)
+    assert (int8_layers(artifact), float_layers(artifact)) == (2, 1)
+
+
+@pytest.mark.parametrize("shared", ["average", "averaged", "one of two averages"])
 def test_an_average_of_nothing_runs_in_int8(shared: str, runtime: Runtime) -> None:
     """ONNX Runtime's kernel refuses scales far apart. shared: what is on a scale with something."""
 
@@ -777,16 +822,21 @@ def test_an_average_of_nothing_runs_in_int8(shared: str, runtime: Runtime) -> No
             a, b = F.relu(self.a(x)), F.relu(self.b(x))
             if shared == "average":
                 return self.head(torch.cat([self.pool(a), self.pool(b)], 1).flatten(1))
+            if shared == "one of two averages":
+                alone = self.d(self.pool(a).flatten(1))
+                return alone + self.head(torch.cat([self.pool(a), self.pool(b)], 1).flatten(1))
             z = F.relu(self.c(torch.cat([a, b], 1)))
             return self.d(self.pool(a).flatten(1)) + self.e(self.pool(z).flatten(1))
 
     torch.manual_seed(0)
     model, example = Silent().eval(), torch.randn(1, 3, 9, 9)
-    for layer, bias in ((model.a, -1e3), (model.b, 30.0)):
+    twice = shared == "one of two averages"
+    for layer, bias in ((model.a, -1e3), (model.b, 1e4 if twice else 30.0)):
         nn.init.constant_(layer.bias, bias)  # type: ignore[arg-type]
-    layers = ["a", "b", "head"] if shared == "average" else ["a", "b", "c", "d", "e"]
-    student, artifact = quantized(model, example, layers, runtime)
-    assert optimized_kernels(artifact)["QLinearGlobalAveragePool"] == 2
+    layers = {"average": ["a", "b", "head"], "averaged": ["a", "b", "c", "d", "e"]}
+    some = layers.get(shared, ["a", "b", "d", "head"])
+    student, artifact = quantized(model, example, some, runtime)
+    assert optimized_kernels(artifact)["QLinearGlobalAveragePool"] == 2 + twice
     items = Items(drawn(example, 300), torch.zeros(300))
     answers = run_session(runtime.load(artifact), items)
     torch.testing.assert_close(run_module(student, items), answers, rtol=0, atol=0.05)
