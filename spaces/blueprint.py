@@ -317,18 +317,23 @@ class Decisions:
         wanted[self._network.output] = 0
         able = dict(wanted)  # what could be quantized without a kernel of its own
         for run, rows in self._carriers:
-            able[run[-1].name] |= rows & _all(able, run[0].inputs)
+            able[run[-1].name] |= rows & self._each(able, run)
         for run, rows in reversed(self._carriers):  # from the end: a chain is wanted as a whole
-            if carried := rows & wanted[run[-1].name] & _all(able, run[0].inputs):
-                for value in run[0].inputs:
+            if carried := rows & wanted[run[-1].name] & self._each(able, run):
+                for value in _values(self._network, run[0]):
                     wanted[value] |= carried
         return wanted
+
+    def _each(self, of: Mapping[str, Rows], run: Run) -> Rows:
+        """The policies that ``of`` has of all values that ``run`` reads; none if it reads none."""
+        read = _values(self._network, run[0])
+        return _all(of, read) if read else 0
 
     def _alike(self) -> list[tuple[set[str], Rows]]:
         """Values that share one scale, with the policies in which they do."""
         # A concatenation in int8 copies, as does what only moves values: all share one scale.
         found = [
-            ({*run[0].inputs, run[-1].name}, rows)
+            ({*_values(self._network, run[0]), run[-1].name}, rows)
             for run, rows in self._carriers
             if run[0].kind not in _COMPUTES
         ]

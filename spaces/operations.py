@@ -41,7 +41,8 @@ KINDS: dict[Any, str] = {
     **dict.fromkeys(WINDOWS, "pool"),
     **dict.fromkeys(MEANS, "pool"),
     nn.Flatten: "reshape", torch.flatten: "reshape", "flatten": "reshape",
-    "reshape": "reshape", torch.reshape: "reshape",
+    "reshape": "reshape", torch.reshape: "reshape", "view": "reshape",
+    "squeeze": "reshape", torch.squeeze: "reshape",  # sizes may be among their arguments
 }  # fmt: skip
 # What changes nothing in a deployed network; its value is that of its input.
 TRANSPARENT = (

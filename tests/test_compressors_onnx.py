@@ -694,7 +694,10 @@ def test_convolutions_in_int8_pad_on_one_side(runtime: Runtime) -> None:
     assert found.mean_steps < 0.2
 
 
-@pytest.mark.parametrize("end", ["adaptive", "whole window", "mean", "mean, kept", "in a row"])
+@pytest.mark.parametrize(
+    "end",
+    ["adaptive", "whole window", "mean", "mean, kept", "in a row", "viewed", "sized", "squeezed"],
+)
 def test_a_network_ends_in_int8_with_the_average_of_its_last_sum(
     end: str, runtime: Runtime
 ) -> None:
@@ -702,7 +705,7 @@ def test_a_network_ends_in_int8_with_the_average_of_its_last_sum(
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
-            self.pool = nn.AdaptiveAvgPool2d(1) if end == "adaptive" else nn.AvgPool2d((7, 9))
+            self.pool = nn.AvgPool2d((7, 9)) if "window" in end else nn.AdaptiveAvgPool2d(1)
             self.head = nn.Linear(24, 5)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -712,7 +715,11 @@ def test_a_network_ends_in_int8_with_the_average_of_its_last_sum(
                 return self.head(x.flatten(2).mean(-1))
             kept = end == "mean, kept"
             x = x.mean((-1, -2), keepdim=kept) if end.startswith("mean") else self.pool(x)
-            return self.head(x.flatten(1))
+            if end == "viewed":
+                return self.head(x.view(x.size(0), -1))
+            if end == "sized":
+                return self.head(x.reshape(x.shape[0], 24))
+            return self.head(x.squeeze(-1).squeeze(-1) if end == "squeezed" else x.flatten(1))
 
     torch.manual_seed(0)
     model, example = Ends().eval(), torch.randn(1, 3, 7, 9)
