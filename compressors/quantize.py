@@ -127,14 +127,15 @@ class Averages(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         window = self.window
-        pool: Any = (F.avg_pool1d, F.avg_pool2d)[len(window.size) - 1]
+        pool: Any = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(window.size) - 1]
         averages: Tensor = pool(x, window.size, window.stride, window.padding)
         return averages * (math.prod(window.size) / window.count)
 
     def layer(self) -> QuantizedLayer:
         """The same as a depthwise convolution with the integers 1: ONNX Runtime's kernel for
         averages takes several times as long (docs/benchmarks.md)."""
-        window, convolution = self.window, (nn.Conv1d, nn.Conv2d)[len(self.window.size) - 1]
+        window = self.window
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(window.size) - 1]
         depthwise: Any = convolution(
             self.channels, self.channels, window.size, window.stride, window.padding,  # type: ignore[arg-type]
             groups=self.channels, bias=False,
