@@ -7,8 +7,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ..spaces.operations import KINDS, TRANSPARENT, callee
 from .freeze import FrozenLayer, FrozenQuantizer
 from .onnx_file import NotCovered, Operation, Writer, source_of
+
+_MOVES = (
+    *TRANSPARENT, "permute", torch.permute, "transpose", torch.transpose, torch.swapaxes, "swapaxes",
+    *(name for name, kind in KINDS.items() if kind == "reshape"),
+)  # fmt: skip
+_IN_INTEGERS = (
+    nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", nn.LeakyReLU, F.leaky_relu,
+    *(name for name, kind in KINDS.items() if kind == "pool"),
+)  # fmt: skip
 
 
 def spatial(value: Any, rank: int) -> list[int]:
@@ -167,7 +177,18 @@ def passed(w: Writer, node: fx.Node) -> str:
     """
     ends = any(isinstance(w.owner(user), FrozenQuantizer) for user in node.users)
     rank = len(w.shape(node))
-    return w.value(node) if ends else apart(w, node, axis=min(2, rank - 1))
+    whole = ends or _gets_to_integers(w, node)
+    return w.value(node) if whole else apart(w, node, axis=min(2, rank - 1))
+
+
+def _gets_to_integers(w: Writer, node: fx.Node) -> bool:
+    """Whether somebody, behind further moves or not, computes with what ``node`` moves in integers
+    where ONNX Runtime likes to, which takes scalar scales alone."""
+    called = [callee(w.module, user) for user in node.users]
+    return any(
+        name in _IN_INTEGERS or (name in _MOVES and _gets_to_integers(w, user))
+        for name, user in zip(called, node.users, strict=True)
+    )
 
 
 def _function(w: Writer, node: fx.Node, _: Any) -> None:

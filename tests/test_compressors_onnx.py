@@ -773,18 +773,23 @@ def test_averages_of_windows_in_int8_are_depthwise_convolutions(
     assert rounding < 0.05
 
 
-AVERAGES: dict[str, Callable[[Tensor], Tensor]] = {
+BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "window": lambda x: F.avg_pool2d(x, 4).flatten(1),
     "window of several strides": lambda x: F.avg_pool2d(x, 3, 2, 1).flatten(1),
     "of places": lambda x: x.permute(0, 2, 3, 1).mean((2, 3)),
     "of places, adaptive": lambda x: F.adaptive_avg_pool2d(x.transpose(1, 2), 1).flatten(1),
     "moved twice": lambda x: x.permute(0, 2, 3, 1).transpose(1, 3).mean((2, 3)),
+    "moved, windows": lambda x: F.avg_pool2d(x.transpose(1, 2).contiguous(), 2, 1).flatten(1),
+    "moved, sigmoid": lambda x: torch.sigmoid(x.permute(0, 2, 3, 1).reshape(-1, 64, 8)).flatten(1),
+    "moved, leaky": lambda x: F.leaky_relu(x.transpose(1, 3)).flatten(1),
 }
 
 
-@pytest.mark.parametrize("name", AVERAGES)
-def test_averages_between_int8_layers_load(name: str, runtime: Runtime) -> None:
-    """ONNX Runtime makes them in integers, and takes no scale for each place."""
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_the_runtime_makes_in_integers_between_int8_layers_loads(
+    name: str, runtime: Runtime
+) -> None:
+    """There it takes no scale for each place."""
 
     class Averaged(nn.Module):
         def __init__(self) -> None:
@@ -792,7 +797,7 @@ def test_averages_between_int8_layers_load(name: str, runtime: Runtime) -> None:
             self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.LazyLinear(5)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(AVERAGES[name](F.relu(self.a(x))))
+            return self.b(BETWEEN[name](F.relu(self.a(x))))
 
     torch.manual_seed(0)
     model, example = Averaged().eval(), torch.randn(1, 3, 8, 8)
