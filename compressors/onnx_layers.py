@@ -12,7 +12,8 @@ from .freeze import FrozenLayer, FrozenQuantizer
 from .onnx_file import NotCovered, Operation, Writer, source_of
 
 _MOVES = (
-    *TRANSPARENT, "permute", torch.permute, "transpose", torch.transpose, torch.swapaxes, "swapaxes",
+    *TRANSPARENT, "permute", torch.permute, "transpose", torch.transpose, "swapaxes",
+    torch.swapaxes,
     *(name for name, kind in KINDS.items() if kind == "reshape"),
 )  # fmt: skip
 _IN_INTEGERS = (

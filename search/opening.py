@@ -32,7 +32,7 @@ from .tracking import redact
 BACK = {
     "teacher_digest": "let model() give the weights that it gave then",
     "data_digest": "let train, val and test be what they were then",
-    "capabilities": "search for a target with the kernels of then",
+    "capabilities": "search for a target with the kernels of then, with the flyweight of then",
 }
 # What prices and limits hang on. profile: a digest of it.
 SIZED_BY = ("flyweight", "versions", "target", "teacher", "objective", "predicted_by")

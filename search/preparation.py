@@ -129,7 +129,9 @@ class Preparation:
         students = [Policy(distill=Distill(student=name)) for name in ready.prepared.others]
         others = [digest(signature(ready.prepared.plan(policy))) for policy in students]
         settings = repr(ready.space.settings)
-        name = key_of(wanted.fingerprint, request, wanted.network, settings, *others)
+        # What can run in int8 decides which kernels there are to be timed.
+        kernels = self.place.device.capabilities
+        name = key_of(wanted.fingerprint, kernels, request, wanted.network, settings, *others)
         return cache_folder(ready.spec) / f"profile-{name}.jsonl"
 
     def _known(self, path: Path, earlier: DeviceProfile | None) -> int:

@@ -311,5 +311,6 @@ def check_profile(found: DeviceProfile, wanted: DeviceProfile, device: bool = Tr
     if found.network != wanted.network:
         raise BadInput(
             f"the profile was made for another network ({found.network}) than this task's "
-            f"({wanted.network}); make another with `flyweight profile -o FILE`"
+            f"({wanted.network}), or by another flyweight; make another with `flyweight profile -o "
+            "FILE`"
         )
