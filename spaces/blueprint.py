@@ -123,9 +123,10 @@ def without_blocks(network: Network, policy: Policy) -> Network:
             hint = nearest(name, network.blocks)
             raise Impossible(f"no residual block {name!r} in this network; {hint}")
         block = network.blocks[name]
-        named = {*policy.prune.width, *policy.quantize.precision, *policy.prune.drop} - {name}
-        inside = {*block.layers, *block.groups}
-        if inert := named & inside:
+        # A group that stays may be called as a layer that goes: its first producer.
+        inert = (policy.quantize.precision.keys() | {*policy.prune.drop} - {name}) & {*block.layers}
+        inert |= policy.prune.width.keys() & {*block.groups}
+        if inert:
             raise Impossible(f"block {name!r} is dropped, and {min(inert)!r} with it: leave it out")
     return network.without(policy.prune.drop)
 

@@ -449,6 +449,28 @@ def test_a_block_that_goes_takes_its_parameters_along(
     assert all(space.contains(n) for n in space.neighbours(policy))
 
 
+def test_a_group_that_stays_may_be_called_as_a_layer_that_goes() -> None:
+    """What blocks add to an embedding is a group named after the first of them."""
+
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.up, self.down = nn.Embedding(9, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+            self.last, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, ids: Any) -> Any:
+            x = self.words(ids)
+            x = x + self.down(torch.relu(self.up(x)))
+            return self.head((x + self.last(x)).mean(1))
+
+    network = trace(Stream(), torch.zeros(1, 5, dtype=torch.int64))
+    assert network.groups["down"].members == ("down", "last")
+    space = Space(network, TARGET, Settings(multiple_of=1, depth=True))
+    assert space.contains(Policy(Prune({"down": 4}, drop=("up",))))
+    assert not space.contains(Policy(Prune({"up": 4}, drop=("up",))))
+    assert all(space.contains(space.sample(random.Random(seed))) for seed in range(30))
+
+
 def test_a_block_is_dropped_in_some_samples(networks: Any) -> None:
     space = Space(networks.traced("fused"), TARGET, Settings(multiple_of=1, depth=True))
     drops = {space.sample(random.Random(seed)).prune.drop for seed in range(40)}
