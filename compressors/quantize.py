@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ..spaces import Blueprint, Impossible, Network
 from ..spaces.blueprint import Kernel
-from ..spaces.operations import Window, window
+from ..spaces.network import Window
 from .data import Items
 from .observe import ACTIVATION_RANGES, Observer, weight_scale
 from .prune import call
@@ -192,7 +192,7 @@ def insert_quantizers(graph: fx.GraphModule, plan: Blueprint, calibration: str) 
             name, pool = f"average_{kernel.name}", nodes[kernel.name]
             while hasattr(graph, name):
                 name += "_"
-            graph.add_submodule(name, _average(graph, pool, kernel))
+            graph.add_submodule(name, _average(plan, kernel))
             pool.op, pool.target, pool.kwargs = "call_module", name, {}
             pool.args = (pool.all_input_nodes[0],)
     for value, scale in plan.quantized.items():
@@ -207,13 +207,12 @@ def insert_quantizers(graph: fx.GraphModule, plan: Blueprint, calibration: str) 
     return graph
 
 
-def _average(graph: fx.GraphModule, pool: fx.Node, kernel: Kernel) -> Average | Averages:
-    """What computes ``kernel``, an average in int8, that ``pool`` is."""
-    if kernel.kind == "pool":
+def _average(plan: Blueprint, kernel: Kernel) -> Average | Averages:
+    """What computes ``kernel``, an average in int8."""
+    window = plan.network.op[kernel.name].window
+    if kernel.kind == "pool" or window is None:
         return Average(flat=len(kernel.out_shape) == 2)
-    found = window(graph, pool, kernel.in_shapes[0], kernel.out_shape)
-    assert found is not None
-    return Averages(kernel.out_shape[1], found)
+    return Averages(kernel.out_shape[1], window)
 
 
 def _reads(node: fx.Node, plan: Blueprint, value: str) -> list[tuple[fx.Node, list[fx.Node]]]:

@@ -204,8 +204,7 @@ class Decisions:
             return rows & self._int8[head.module]
         if not self._carries(run):
             return 0
-        read = _values(self._network, head)  # none of the parts that a split gives
-        return rows & _all(self.quantized, (*read, end.name)) if read else 0
+        return rows & _all(self.quantized, (*_values(self._network, head), end.name))
 
     def _carries(self, run: Run) -> bool:
         """Whether the kernel of ``run`` has no weights and is to run in int8 where it can.
@@ -213,6 +212,8 @@ class Decisions:
         Sums of sums stay in float: were each rounded, the errors would add up along the stream.
         """
         head = run[0]
+        if not _values(self._network, head):  # it reads the parts that a split gives
+            return False
         if head.kind in _COMPUTES:
             in_int8 = head.kind in self._capabilities.int8_ops
             return in_int8 and head.name not in self._network.sums_of_sums
@@ -318,17 +319,13 @@ class Decisions:
         wanted[self._network.output] = 0
         able = dict(wanted)  # what could be quantized without a kernel of its own
         for run, rows in self._carriers:
-            able[run[-1].name] |= rows & self._each(able, run)
+            able[run[-1].name] |= rows & _all(able, _values(self._network, run[0]))
         for run, rows in reversed(self._carriers):  # from the end: a chain is wanted as a whole
-            if carried := rows & wanted[run[-1].name] & self._each(able, run):
-                for value in _values(self._network, run[0]):
+            values = _values(self._network, run[0])
+            if carried := rows & wanted[run[-1].name] & _all(able, values):
+                for value in values:
                     wanted[value] |= carried
         return wanted
-
-    def _each(self, of: Mapping[str, Rows], run: Run) -> Rows:
-        """The policies that ``of`` has of all values that ``run`` reads; none if it reads none."""
-        read = _values(self._network, run[0])
-        return _all(of, read) if read else 0
 
     def _alike(self) -> list[tuple[set[str], Rows]]:
         """Values that share one scale, with the policies in which they do."""
@@ -394,6 +391,7 @@ def kernel_of(network: Network, run: Run, widths: Mapping[str, int], precision: 
     layer = network.layers.get(head.module)
     act = next((op.detail for op in run if op.kind == "act"), "") if len(run) > 1 else ""
     values = _values(network, head)
+    window = head.window if head.kind == "avgpool" else None  # a pool's is all there is
     groups = layer.groups if layer else 1
     if layer and groups > 1 and groups == layer.in_channels:  # depthwise: as many as channels
         groups = network.channels(head.inputs[0], widths)
@@ -407,8 +405,8 @@ def kernel_of(network: Network, run: Run, widths: Mapping[str, int], precision: 
         out_shape=network.shape(end.name, widths),
         precision=precision,
         act=act,
-        kernel=layer.kernel if layer else (),
-        stride=layer.stride if layer else (),
+        kernel=layer.kernel if layer else window.size if window else (),
+        stride=layer.stride if layer else window.stride if window else (),
         groups=groups,
         dilation=layer.dilation if layer else (),
     )

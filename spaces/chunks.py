@@ -2,14 +2,11 @@
 they are: of these it is known that they lose the same."""
 
 import operator
-from typing import Any
 
 import torch
 from torch import fx
 
-from .operations import shape_of
-
-_ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.floordiv)
+from .operations import number_of, shape_of
 
 
 def cut_at_once(graph: fx.GraphModule) -> None:
@@ -53,34 +50,10 @@ def _cut(user: fx.Node, node: fx.Node) -> tuple[int, range] | None:
             continue
         if not isinstance(part, slice):
             return None
-        ends = [_number(end) for end in (part.start, part.stop, part.step)]
+        ends = [number_of(end) for end in (part.start, part.stop, part.step)]
         if ends != [None] * 3:
             if NotImplemented in ends:
                 return None
             found.append((axis, range(*slice(*ends).indices(shape_of(node)[axis]))))
         axis += 1
     return found[0] if len(found) == 1 and found[0][0] > 0 and found[0][1].step == 1 else None
-
-
-def _number(end: Any) -> Any:
-    """``end`` of a slice, a number or None; worked out where it hangs on sizes of one request;
-    NotImplemented where it hangs on anything else."""
-    if not isinstance(end, fx.Node):
-        return end
-    read = end.args[0] if end.args else None
-    if end.target in _ARITHMETIC and not end.kwargs:
-        parts = [_number(part) for part in end.args]
-        return NotImplemented if NotImplemented in parts else end.target(*parts)
-    if end.target is operator.getitem and isinstance(read, fx.Node):  # x.shape[1]
-        place = end.args[1]
-        if read.target is not getattr or read.args[1] != "shape":
-            return NotImplemented
-        read = read.args[0]
-    elif end.target == "size" and len(end.args) == 2:  # x.size(1)
-        place = end.args[1]
-    else:
-        return NotImplemented
-    shape = shape_of(read) if isinstance(read, fx.Node) else ()
-    if not isinstance(place, int) or not shape or place % len(shape) == 0:
-        return NotImplemented
-    return NotImplemented if shape[place] == 1 else shape[place]  # 1 may be how many requests

@@ -1,11 +1,27 @@
 """What is known of a traced network: its operations, its layers, its groups. Plain data, frozen."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 LAYER_KINDS = ("conv", "linear")  # of operations: those that get a precision
 Part = tuple[str | None, int]  # (the group that governs these channels or None, channels unpruned)
+
+
+@dataclass(frozen=True)
+class Window:
+    """What an average is of, at each place: spatial settings, and what the sum is divided by."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    count: int
+
+    def covers(self, before: tuple[int, ...]) -> bool:
+        """Whether it holds all positions of a value of shape ``before``, and nothing else."""
+        whole = self.size == before[2:] and self.count == math.prod(self.size)
+        return whole and not any(self.padding)
 
 
 @dataclass(frozen=True)
@@ -19,6 +35,7 @@ class Op:
     shape: of the value at full width for one request; () where it is not one tensor.
     parts: what the channels of the value consist of; widths follow from it.
     axis: where in ``shape`` the channels are.
+    window: of a pool or avgpool.
     """
 
     name: str
@@ -29,6 +46,7 @@ class Op:
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     axis: int = 1
+    window: Window | None = None
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from .network import Op, Part
+from .network import Op, Part, Window
 
 LAYERS: dict[Any, str] = {
     nn.Conv1d: "conv", nn.Conv2d: "conv", nn.Conv3d: "conv", nn.Linear: "linear",
@@ -54,6 +53,7 @@ PADS = (
     nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d,
     nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
 )  # fmt: skip
+ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.floordiv)
 SHAPE = "flyweight_shape"  # where a node carries the shape of its value
 Channels = tuple[tuple[Part, ...], int]  # what a value's channels consist of, and their axis
 
@@ -62,6 +62,33 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     """The shape of the value of ``node``; () where it is not one tensor."""
     shape: tuple[int, ...] = node.meta.get(SHAPE, ())
     return shape
+
+
+def number_of(setting: Any) -> Any:
+    """``setting``, a number, several or None; worked out where it hangs on sizes of one request;
+    NotImplemented where it hangs on anything else."""
+    if isinstance(setting, tuple | list):
+        parts = tuple(number_of(part) for part in setting)
+        return NotImplemented if NotImplemented in parts else parts
+    if not isinstance(setting, fx.Node):
+        return setting
+    arguments: Any = (*setting.args, None, None)
+    read, place = arguments[:2]
+    if setting.target in ARITHMETIC and not setting.kwargs:
+        terms = number_of(setting.args)
+        return NotImplemented if terms is NotImplemented else setting.target(*terms)
+    if setting.target is operator.getitem and isinstance(read, fx.Node):  # of x.shape or x.size()
+        whole = (read.target, read.args[1:]) in ((getattr, ("shape",)), ("size", ()))
+        read = read.args[0] if whole else None
+    elif setting.target != "size":
+        return NotImplemented
+    shape = shape_of(read) if isinstance(read, fx.Node) else ()
+    ends = (place.start, place.stop, place.step) if isinstance(place, slice) else (place,)
+    if not shape or place is None or not all(isinstance(n, int | None) for n in ends):
+        return NotImplemented
+    # The first axis is how many requests there are, and 1 may be that.
+    sizes = [NotImplemented, *(NotImplemented if n == 1 else n for n in shape[1:])]
+    return number_of(sizes[place])
 
 
 def callee(graph: nn.Module, node: fx.Node) -> Any:
@@ -84,7 +111,11 @@ def operations(graph: fx.GraphModule, channels: Mapping[str, Channels]) -> list[
             continue
         inputs = tuple(same.get(n.name, n.name) for n in _inputs(node))
         tensors = [ops[i] for i in inputs if ops[i].shape]
-        kind = _kind(graph, node, called, tensors)
+        kind, averaged = _kind(graph, node, called, tensors), None
+        if kind == "pool":
+            before = tensors[0].shape if tensors else ()
+            averaged = window(graph, node, before, shape_of(node))
+            kind = _average(averaged, before)
         parts, axis = channels.get(node.name) or _fixed(kind, shape_of(node))
         ops[node.name] = Op(
             name=node.name,
@@ -95,6 +126,7 @@ def operations(graph: fx.GraphModule, channels: Mapping[str, Channels]) -> list[
             shape=shape_of(node),
             parts=parts,
             axis=axis,
+            window=averaged,
         )
     return list(ops.values())
 
@@ -119,21 +151,6 @@ def zero_padding(graph: nn.Module, node: fx.Node, rank: int) -> list[int] | None
     return list(amounts) if len(amounts) <= 2 * (rank - 2) else None
 
 
-@dataclass(frozen=True)
-class Window:
-    """What an average is of, at each place: spatial settings, and what the sum is divided by."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    count: int
-
-    def covers(self, before: tuple[int, ...]) -> bool:
-        """Whether it holds all positions of a value of shape ``before``, and nothing else."""
-        whole = self.size == before[2:] and self.count == math.prod(self.size)
-        return whole and not any(self.padding)
-
-
 def window(
     graph: nn.Module, node: fx.Node, before: tuple[int, ...], after: tuple[int, ...]
 ) -> Window | None:
@@ -146,6 +163,7 @@ def window(
     module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
     given |= vars(module) if module else node.kwargs
     sizes, zeros = before[2:], (0,) * (rank - 2)
+    given = {name: number_of(setting) for name, setting in given.items()}
     if called in MEANS:
         axes = [d % rank for d in _each(given.get("dim"), 1) if isinstance(d, int)]
         # A mean that three axes keep is that of the features at a step, as a norm takes it off.
@@ -215,13 +233,14 @@ def _kind(graph: fx.GraphModule, node: fx.Node, called: Any, inputs: list[Op]) -
         return "other"  # a constant, a broadcast or a factor: no residual add
     if kind == "concat" and not _along_channels(node, inputs):
         return "other"
-    if kind == "pool":
-        before = inputs[0].shape if inputs else ()
-        found = window(graph, node, before, shape_of(node))
-        if found is None:
-            return "average"
-        return "pool" if found.covers(before) else "avgpool"
     return kind
+
+
+def _average(averaged: Window | None, before: tuple[int, ...]) -> str:
+    """What averages of a value of shape ``before`` are."""
+    if averaged is None:
+        return "average"
+    return "pool" if averaged.covers(before) else "avgpool"
 
 
 def _fixed(kind: str, shape: tuple[int, ...]) -> Channels:

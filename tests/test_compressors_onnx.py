@@ -694,10 +694,13 @@ def test_convolutions_in_int8_pad_on_one_side(runtime: Runtime) -> None:
     assert found.mean_steps < 0.2
 
 
-@pytest.mark.parametrize(
-    "end",
-    ["adaptive", "whole window", "mean", "mean, kept", "in a row", "viewed", "sized", "squeezed"],
-)
+ENDS = [
+    "adaptive", "whole window", "window of its sizes", "mean", "mean, kept", "in a row", "viewed",
+    "sized", "squeezed",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ENDS)
 def test_a_network_ends_in_int8_with_the_average_of_its_last_sum(
     end: str, runtime: Runtime
 ) -> None:
@@ -713,6 +716,8 @@ def test_a_network_ends_in_int8_with_the_average_of_its_last_sum(
             x = F.relu(x + self.b(x))
             if end == "in a row":
                 return self.head(x.flatten(2).mean(-1))
+            if end == "window of its sizes":
+                return self.head(F.avg_pool2d(x, x.size()[2:]).view(x.size(0), -1))
             kept = end == "mean, kept"
             x = x.mean((-1, -2), keepdim=kept) if end.startswith("mean") else self.pool(x)
             if end == "viewed":

@@ -404,6 +404,9 @@ def test_flattened_channels_keep_their_positions(traced: Traced) -> None:
         ("pool", lambda x: F.adaptive_avg_pool2d(x, (1, 1))),
         ("pool", nn.AvgPool2d((6, 4))),
         ("pool", lambda x: F.avg_pool2d(x, kernel_size=(6, 4))),
+        ("pool", lambda x: F.avg_pool2d(x, (x.size(2), x.shape[-1]))),
+        ("pool", lambda x: F.avg_pool2d(x, x.size()[2:])),
+        ("pool", lambda x: F.avg_pool1d(x.flatten(2), x.shape[2] * x.shape[3])),
         ("pool", lambda x: x.mean((2, 3))),
         ("pool", lambda x: torch.mean(x, dim=[-1, -2], keepdim=True)),
         ("pool", lambda x: x.flatten(2).mean(2)),
@@ -420,6 +423,8 @@ def test_flattened_channels_keep_their_positions(traced: Traced) -> None:
         ("average", lambda x: x.mean(3)),
         ("average", lambda x: x.mean((2, 3), dtype=torch.float32)),
         ("average", lambda x: x.flatten(2).mean(2, keepdim=True)),  # as a norm of features
+        ("avgpool", lambda x: F.avg_pool2d(x, x.shape[3])),
+        ("avgpool", lambda x: F.avg_pool2d(x, x.shape[2:], padding=x.shape[3] - 3)),
     ],
 )
 def test_an_average_is_one_of_all_positions_or_of_equal_windows_or_another(
