@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .onnx_file import NotCovered, Operation, Writer
 from .onnx_layers import passed
-from .onnx_pools import axes
+from .onnx_pools import axes, extremes
 
 # One step: the kind of node, and its further inputs as numbers.
 Step = tuple[str, tuple[float, ...]]
@@ -66,7 +66,7 @@ def _extreme(kind: str, index: str, pairwise: str) -> Operation:
         out, (axis,) = w.names[node], axes(w, node, dim)
         x = w.value(node)
         w.parts[node] = [
-            w.node(kind, [x, w.numbers([axis])], f"{out}:values", keepdims=int(keep)),
+            extremes(w, node, kind, [axis], f"{out}:values", keep),
             w.node(index, [x], f"{out}:indices", axis=axis, keepdims=int(keep)),
         ]
 
@@ -263,7 +263,6 @@ COMPOSED: dict[Any, Operation] = {
     **dict.fromkeys((nn.GLU, F.glu), _glu),
     **_named("max")(_extreme("ReduceMax", "ArgMax", "Max")),
     **_named("min")(_extreme("ReduceMin", "ArgMin", "Min")),
-    **_named("amin")(_over("ReduceMin")),
     **_named("logsumexp")(_over("ReduceLogSumExp")),
     **_named("var")(_spread(False)),
     **_named("std")(_spread(True)),

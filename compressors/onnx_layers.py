@@ -167,8 +167,9 @@ def apart(w: Writer, node: fx.Node, argument: Any = None, axis: int = 1) -> str:
     return w.node("DequantizeLinear", [f"{x}:integers", *parts], out, axis=axis)
 
 
-def passed(w: Writer, node: fx.Node) -> str:
-    """The input of what only moves values. Where nothing quantizes its output it is read apart:
+def passed(w: Writer, node: fx.Node, ends: bool = False) -> str:
+    """The input of what only moves values. Where nothing quantizes its output (``ends`` says that
+    something does, if it is not the next to read it) it is read apart:
     ONNX Runtime carries a scalar scale on to the next reader (its QDQPropagation).
 
     By a scale for each place along the first axis that is no channel: behind int8 convolutions,
@@ -176,7 +177,7 @@ def passed(w: Writer, node: fx.Node) -> str:
     and by scales of the last axis it does so number by number: 12 times as long at 56 x 56 x 64. A
     float convolution reads channels first: there a scale for each of them is the fastest.
     """
-    ends = any(isinstance(w.owner(user), FrozenQuantizer) for user in node.users)
+    ends = ends or any(isinstance(w.owner(user), FrozenQuantizer) for user in node.users)
     rank = len(w.shape(node))
     whole = ends or _gets_to_integers(w, node)
     return w.value(node) if whole else apart(w, node, axis=min(2, rank - 1))

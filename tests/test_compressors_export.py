@@ -1,8 +1,10 @@
 """From a quantized student to the runtime: frozen twin, artifact, parity."""
 
 import copy
+import math
 import platform
 import random
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import torch
 from executed import float_layers, int8_layers, optimized_graph, optimized_kernels
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from flyweight.compressors.data import Items
 from flyweight.compressors.export import _torch_onnx, to_onnx
@@ -147,6 +150,50 @@ def test_int8_in_the_runtime_equals_the_student(
         lost = 3 if (runtime.name, name) == ("openvino", "recurrent") else 0
         assert int8_layers(artifact, runtime) == count - lost
         assert float_layers(artifact, runtime) == lost
+
+
+@pytest.mark.parametrize(
+    "largest",
+    [
+        lambda x: x.amax((2, 3)),
+        lambda x: F.adaptive_max_pool2d(x, 1),
+        lambda x: x.amax((2, 3), keepdim=True),
+        lambda x: x.flatten(2).max(2)[0],
+        lambda x: x.flatten(2).transpose(1, 2).amax(1),
+        lambda x: (-x).flatten(2).transpose(1, 2).min(1)[0],
+        lambda x: x.amax((2, 3)).unsqueeze(2).unsqueeze(3),
+        lambda x: torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]], 1),
+    ],
+)
+def test_int8_reads_the_largest_and_the_least_values(
+    largest: Callable[[Tensor], Tensor], runtime: Runtime
+) -> None:
+    """OpenVINO 2026.4 answers wrong where it reads what a ReduceMax gave."""
+
+    class Largest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 16, 3, padding=1)
+            read = math.prod(largest(torch.zeros(1, 16, 6, 5)).shape)
+            self.conv = nn.Conv2d(read if read == 16 else 2, 12, 1)
+            self.fc, self.head = nn.Linear(16, 12), nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = largest(F.relu(self.first(x)))
+            if x.dim() == 4:
+                return self.head(F.relu(self.conv(x)).mean((2, 3)))
+            return self.head(F.relu(self.fc(x.flatten(1))))
+
+    torch.manual_seed(0)
+    model, example = Largest().eval(), torch.randn(1, 3, 6, 5)
+    layers = list(trace(model, example).layers)
+    graph, frozen = student(model, example, layers, runtime)
+    artifact = to_onnx(frozen, example)
+    items = items_of(example, 300)
+    found = compare(run_module(graph, items), run_session(runtime.load(artifact), items))
+    assert found.agreement >= 0.99
+    assert found.mean_steps < 0.2
+    assert (int8_layers(artifact, runtime), float_layers(artifact, runtime)) == (len(layers), 0)
 
 
 @pytest.mark.parametrize("name", ["plain", "mlp", "separable", "concat", "preactivation"])
