@@ -1,6 +1,7 @@
 """What is in ONNX whatever has weights: layers, quantizers, norms, embeddings."""
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -11,10 +12,10 @@ from ..spaces.operations import KINDS, TRANSPARENT, callee
 from .freeze import FrozenLayer, FrozenQuantizer
 from .onnx_file import NotCovered, Operation, Writer, source_of
 
-_MOVES = (
-    *TRANSPARENT, "permute", torch.permute, "transpose", torch.transpose, "swapaxes",
-    torch.swapaxes,
-    *(name for name, kind in KINDS.items() if kind == "reshape"),
+MOVES = (  # values of one tensor, without changing them
+    *TRANSPARENT, *(name for name, kind in KINDS.items() if kind == "reshape"), operator.getitem,
+    "permute", torch.permute, "transpose", torch.transpose, "swapaxes", torch.swapaxes,
+    "unsqueeze", torch.unsqueeze,
 )  # fmt: skip
 _IN_INTEGERS = (
     nn.Sigmoid, torch.sigmoid, F.sigmoid, "sigmoid", nn.LeakyReLU, F.leaky_relu,
@@ -188,7 +189,7 @@ def _gets_to_integers(w: Writer, node: fx.Node) -> bool:
     where ONNX Runtime likes to, which takes scalar scales alone."""
     called = [callee(w.module, user) for user in node.users]
     return any(
-        name in _IN_INTEGERS or (name in _MOVES and _gets_to_integers(w, user))
+        name in _IN_INTEGERS or (name in MOVES and _gets_to_integers(w, user))
         for name, user in zip(called, node.users, strict=True)
     )
 

@@ -1,6 +1,5 @@
 """What pools, means, paddings and enlargements are in ONNX."""
 
-import operator
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,7 @@ from torch.nn import functional as F
 from ..spaces.operations import KINDS, MEANS, PADS, callee, window, zero_padding
 from .freeze import FrozenAverage, FrozenQuantizer
 from .onnx_file import NotCovered, Operation, Writer, source_of
-from .onnx_layers import pad, pads_itself, passed, spatial
-
-MOVES = {"squeeze", "unsqueeze", "transpose", "permute", operator.getitem}
+from .onnx_layers import MOVES, pad, pads_itself, passed, spatial
 
 
 def _pool(kind: str) -> Operation:
@@ -160,7 +157,7 @@ def _is_rounded(w: Writer, node: fx.Node) -> bool:
         if isinstance(w.owner(user), FrozenQuantizer):
             return True
         called = callee(w.module, user)
-        if called in MOVES or KINDS.get(called) in ("concat", "reshape"):
+        if called in MOVES or KINDS.get(called) == "concat":
             users += [other for other in user.users if other not in users]
     return False
 
