@@ -119,6 +119,24 @@ def test_channels_are_tied_where_nothing_but_scaling_lies_between(networks: Modu
     assert joined == {"join"}  # what is concatenated stays
 
 
+def test_who_reads_a_size_ties_no_channels() -> None:
+    class Sized(nn.Module):
+        def __init__(self, viewed: bool) -> None:
+            super().__init__()
+            self.c1, self.c2 = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1)
+            self.head, self.viewed = nn.Linear(6, 2), viewed
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.c1(x))
+            count = x.shape[0]
+            x = F.adaptive_avg_pool2d(self.c2(x), 1)
+            return self.head(x.view(count, x.size(1) * 1) if self.viewed else x.flatten(1))
+
+    for viewed in (True, False):
+        found = tied_channels(trace(Sized(viewed), torch.rand(1, 3, 4, 4)))
+        assert [(c.makers, c.readers) for c in found] == [(["c1"], ["c2"]), (["c2"], ["head"])]
+
+
 @pytest.mark.parametrize("name", ["plain", "separable", "concat"])
 def test_fitted_students_are_nearer_to_float_on_items_never_seen(
     networks: ModuleType, capabilities: Capabilities, name: str
