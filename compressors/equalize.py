@@ -25,7 +25,6 @@ from ..spaces.network import LAYER_KINDS, Op
 from .data import Items
 from .prune import in_order
 
-SIZES = ("size", "getattr", "dim", "numel", "len")  # that is, x.shape
 HOMOGENEOUS = ("act", "add", "pool", "avgpool", "average", "maxpool", "reshape", "norm")
 CLIP = 6.0  # of ReLU6, which stays what it was only where no channel is scaled beyond it
 # Room for values larger than any seen: with 1.1 times what 64 crops showed, clipping made 44% of
@@ -69,10 +68,8 @@ def tied_channels(network: Network) -> list[Channels]:
                 of[value] = a
         return a
 
-    sizes: set[str] = set()  # and what is computed from them: they scale nothing
     for op in network.ops:
-        if not op.shape and (op.detail in SIZES or (op.inputs and sizes.issuperset(op.inputs))):
-            sizes.add(op.name)
+        if op.name in network.sizes:
             continue
         known = [of[i] for i in op.inputs if i in of]
         if op.kind in LAYER_KINDS:

@@ -286,7 +286,8 @@ class Decisions:
         within = {op.name for op in ops if op.kind == "act" and op.detail in (act, "relu6")}
         for op in ops:
             passes = op.kind in (*_PASSES, "concat", "pool", "avgpool")
-            if passes and within.issuperset(op.inputs):
+            read = _values(self._network, op)
+            if passes and read and within.issuperset(read):
                 within.add(op.name)
         beyond = {v: 0 if v in within else rows for v, rows in self.quantized.items()}
         before = None

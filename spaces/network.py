@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 LAYER_KINDS = ("conv", "linear")  # of operations: those that get a precision
+SIZES = ("size", "getattr", "dim", "numel", "len")  # what asks for them; getattr: for x.shape
 Part = tuple[str | None, int]  # (the group that governs these channels or None, channels unpruned)
 
 
@@ -148,11 +149,21 @@ class Network:
         return {op.name: op for op in self.ops}
 
     @cached_property
+    def sizes(self) -> frozenset[str]:
+        """Operations that give sizes of values, as ``x.shape``, or numbers computed from them."""
+        found: set[str] = set()
+        for op in self.ops:
+            computed = op.inputs and found.issuperset(op.inputs)
+            if not op.shape and (op.detail in SIZES or computed):
+                found.add(op.name)
+        return frozenset(found)
+
+    @cached_property
     def consumers(self) -> dict[str, tuple[str, ...]]:
-        """For each value the operations that read it, in execution order."""
+        """For each value the operations that read it, in execution order; not its size alone."""
         out: dict[str, tuple[str, ...]] = {op.name: () for op in self.ops}
         for op in self.ops:
-            for name in dict.fromkeys(op.inputs):
+            for name in dict.fromkeys(op.inputs if op.name not in self.sizes else ()):
                 out[name] += (op.name,)
         return out
 

@@ -289,6 +289,49 @@ def test_what_only_moves_values_passes_the_scale_on(traced: Traced) -> None:
     assert precisions(alone)["max_pool2d"] == precisions(alone)["flatten"] == "fp32"
 
 
+def test_sizes_that_a_view_reads_are_no_values() -> None:
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 4), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.b(nn.functional.max_pool2d(torch.relu(self.a(x)), 2)))
+            return self.head(x.view(x.size(0), -1))
+
+    plan = int8(trace(Viewed(), torch.rand(1, 3, 8, 8)))
+    assert [(k.name, k.act) for k in plan.kernels] == [
+        ("a", "relu"), ("max_pool2d", ""), ("b", "relu"), ("view", ""), ("head", ""),
+    ]  # fmt: skip
+    assert set(precisions(plan).values()) == {"int8"}
+    assert plan.quantized["view"] == "relu_1"
+
+
+@pytest.mark.parametrize("asked", ["conv", "norm", "add"])
+def test_who_asks_for_a_size_does_not_part_a_kernel(asked: str) -> None:
+    class Asked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+            self.other, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            conv = self.conv(x)
+            norm = self.norm(conv)
+            x = torch.relu(norm)
+            add = self.other(x) + x
+            n, channels, height, _ = {"conv": conv, "norm": norm, "add": add}[asked].shape
+            return self.head(torch.relu(add).reshape(n, channels, height * 4).mean(2))
+
+    network = trace(Asked(), torch.rand(1, 3, 4, 4))
+    assert network.folded == {"conv": "norm"}
+    assert [(k.name, k.act) for k in int8(network).kernels] == [
+        ("conv", "relu"), ("other", ""), ("add", "relu"), ("reshape", ""), ("mean", ""),
+        ("head", ""),
+    ]  # fmt: skip
+    assert len(network.sizes) == 5
+
+
 def test_zeros_around_the_input_of_a_convolution_are_part_of_its_kernel() -> None:
     class Padded(nn.Module):
         def __init__(self) -> None:
