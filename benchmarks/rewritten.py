@@ -271,7 +271,9 @@ class _Rewriting:
                 if layer and not layer["act"] and len(self._readers[value]) == 1:
                     layer.update(added=True, act=act)
                     return
-        elif self._last.issuperset(kernel.inputs) and self._turns(kernel.output):
+        elif self._last.issuperset(kernel.inputs) and (
+            self._turns(kernel.output) or not all(map(self._is_integer, kernel.inputs))
+        ):
             # The transpositions of all that it reads move behind it, where one is left.
             self._others["DequantizeLinear"] += sum(map(self._is_integer, kernel.inputs))
             self._last.add(kernel.output)
