@@ -233,8 +233,8 @@ def freeze(student: fx.GraphModule) -> fx.GraphModule:
         while callee(student, value) is not ActivationQuantizer:  # behind what only moves values
             value = value.all_input_nodes[0]
         source: Any = student.get_submodule(str(value.target))
-        whole = layer.layer() if isinstance(layer, Averages) else layer
-        instead[id(layer)] = FrozenLayer(whole, source, _rounder(student, nodes))
+        quantized = layer.layer() if isinstance(layer, Averages) else layer
+        instead[id(layer)] = FrozenLayer(quantized, source, _rounder(student, nodes))
     whole = _whole(student)
     for module in student.modules():
         if isinstance(module, ActivationQuantizer):

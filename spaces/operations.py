@@ -181,6 +181,8 @@ def window(
     stride = _each(given["stride"], rank - 2) if given.get("stride") else size
     if not all(isinstance(n, int) for n in (*size, *padding, *stride)):
         return None
+    if not len(size) == len(padding) == len(stride) == rank - 2:
+        return None  # of images without channels
     if any(padding) and not given.get("count_include_pad", True):
         return None
     # In ceil_mode the last window may reach beyond the padding.

@@ -445,6 +445,18 @@ def test_an_average_is_one_of_all_positions_or_of_equal_windows_or_another(
     assert {"pool", "avgpool", "average"} & {*kinds} == {kind}
 
 
+def test_a_window_of_two_axes_over_one_of_places_is_no_average_of_windows() -> None:
+    class Unlike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.pool, self.b = nn.Conv1d(4, 8, 1), nn.AvgPool2d((1, 2)), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.pool(self.a(x)).flatten(1))
+
+    assert trace(Unlike(), torch.rand(1, 4, 6)).op["pool"].kind == "average"
+
+
 def test_concatenated_channels_follow_each_of_their_groups(traced: Traced) -> None:
     network = traced("concat")
     assert network.op["cat"].kind == "concat"
