@@ -105,7 +105,7 @@ def _is_of_all(w: Writer, node: fx.Node, result: Tensor) -> bool:
     before = tuple(w.shape(node))
     if any(w.varies(node.args[0], axis) for axis in range(2, len(before))):
         return False
-    found = window(w.module, node, before, tuple(result.shape))
+    found = window(w.module, node, before, tuple(result.shape), w.known)
     return found is not None and found.covers(before)
 
 

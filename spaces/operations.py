@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -152,10 +152,15 @@ def zero_padding(graph: nn.Module, node: fx.Node, rank: int) -> list[int] | None
 
 
 def window(
-    graph: nn.Module, node: fx.Node, before: tuple[int, ...], after: tuple[int, ...]
+    graph: nn.Module,
+    node: fx.Node,
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    known: Callable[[Any], Any] = number_of,
 ) -> Window | None:
     """The window of which ``node``, a pool of a value of shape ``before`` to one of shape
-    ``after``, gives each channel the averages; None where windows differ, or it is no such pool."""
+    ``after``, gives each channel the averages; None where windows differ, or it is no such pool.
+    known: works out a setting that hangs on sizes."""
     rank, called = len(before), callee(graph, node)
     if rank < 3 or after[:2] != before[:2]:
         return None
@@ -163,7 +168,7 @@ def window(
     module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
     given |= vars(module) if module else node.kwargs
     sizes, zeros = before[2:], (0,) * (rank - 2)
-    given = {name: number_of(setting) for name, setting in given.items()}
+    given = {name: known(setting) for name, setting in given.items()}
     if called in MEANS:
         axes = [d % rank for d in _each(given.get("dim"), 1) if isinstance(d, int)]
         # A mean that three axes keep is that of the features at a step, as a norm takes it off.

@@ -945,6 +945,15 @@ def test_a_product_of_a_quantized_value_with_itself(runtime: Runtime) -> None:
     assert found.agreement >= 0.98
 
 
+def test_a_window_as_large_as_its_sizes_say_is_one_of_all_positions() -> None:
+    model = Calls(lambda x, _: torch.sigmoid(F.avg_pool2d(x, x.shape[2:])))
+    graph, example = trace_graph(model, torch.rand(1, 3, 6, 5)), torch.rand(1, 3, 6, 5)
+    for node in graph.graph.nodes:  # as those of a student, that carry no shapes
+        node.meta.clear()
+    written = onnx.load_from_string(to_onnx(graph, example)).graph
+    assert [node.op_type for node in written.node] == ["GlobalAveragePool", "Sigmoid"]
+
+
 def test_a_bound_for_each_element_is_not_written_as_one() -> None:
     model = Calls(lambda x, m: torch.clamp(x, min=m.m0), parameter(4))
     with pytest.raises(AssertionError, match=r"torch\.onnx was asked"):
