@@ -185,13 +185,19 @@ def passed(w: Writer, node: fx.Node, ends: bool = False) -> str:
 
 
 def _gets_to_integers(w: Writer, node: fx.Node) -> bool:
-    """Whether somebody, behind further moves or not, computes with what ``node`` moves in integers
-    where ONNX Runtime likes to, which takes scalar scales alone."""
-    called = [callee(w.module, user) for user in node.users]
-    return any(
-        name in _IN_INTEGERS or (name in MOVES and _gets_to_integers(w, user))
-        for name, user in zip(called, node.users, strict=True)
-    )
+    """Whether somebody computes with what ``node`` moves in integers where ONNX Runtime likes to,
+    which takes scalar scales alone."""
+    return any(callee(w.module, user) in _IN_INTEGERS for user in readers(w, node))
+
+
+def readers(w: Writer, node: fx.Node, joined: bool = False) -> list[fx.Node]:
+    """Who reads what ``node`` gives, as it is or moved. joined: also in a row with other values."""
+    found = list(node.users)
+    for user in found:  # grows
+        called = callee(w.module, user)
+        if called in MOVES or (joined and KINDS.get(called) == "concat"):
+            found += [other for other in user.users if other not in found]
+    return found
 
 
 def _function(w: Writer, node: fx.Node, _: Any) -> None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from ..spaces.operations import KINDS, MEANS, PADS, callee, window, zero_padding
+from ..spaces.operations import MEANS, PADS, window, zero_padding
 from .freeze import FrozenAverage, FrozenQuantizer
 from .onnx_file import NotCovered, Operation, Writer, source_of
-from .onnx_layers import MOVES, pad, pads_itself, passed, spatial
+from .onnx_layers import pad, pads_itself, passed, readers, spatial
 
 
 def _pool(kind: str) -> Operation:
@@ -113,8 +113,8 @@ def _write_average(w: Writer, node: fx.Node, result: Tensor) -> None:
     """The average of all positions of each channel: runtimes know it by this name in int8 and with
     channels in blocks, and not as a ReduceMean.
 
-    Behind a transpose it stays one: what is moved may have a scale for each place (``passed``), and
-    the kernel in integers, which ONNX Runtime would make of it, takes a scalar one alone.
+    Behind a transpose it stays one: there it is a float kernel in the blueprint, and ONNX Runtime
+    would make one in integers of it, of scales that nobody has settled.
     """
     flat, out, x = result.ndim == 2, w.names[node], w.value(node)
     if any(x in made.output and made.op_type == "Transpose" for made in w.nodes):
@@ -152,14 +152,7 @@ def extremes(
 
 def _is_rounded(w: Writer, node: fx.Node) -> bool:
     """Whether what ``node`` gives is rounded next, as it is or in another shape or row."""
-    users = list(node.users)
-    for user in users:  # grows
-        if isinstance(w.owner(user), FrozenQuantizer):
-            return True
-        called = callee(w.module, user)
-        if called in MOVES or KINDS.get(called) == "concat":
-            users += [other for other in user.users if other not in users]
-    return False
+    return any(isinstance(w.owner(user), FrozenQuantizer) for user in readers(w, node, joined=True))
 
 
 def _reduce(kind: str) -> Operation:

@@ -204,7 +204,7 @@ class Decisions:
             return rows & self._int8[head.module]
         if not self._carries(run):
             return 0
-        return rows & _all(self.quantized, (*_values(self._network, head), end.name))
+        return rows & _all(self.quantized, (*self._network.reads[head.name], end.name))
 
     def _carries(self, run: Run) -> bool:
         """Whether the kernel of ``run`` has no weights and is to run in int8 where it can.
@@ -212,7 +212,7 @@ class Decisions:
         Sums of sums stay in float: were each rounded, the errors would add up along the stream.
         """
         head = run[0]
-        if not _values(self._network, head):  # it reads the parts that a split gives
+        if not self._network.reads[head.name]:  # what it reads are parts that a split gives
             return False
         if head.kind in _COMPUTES:
             in_int8 = head.kind in self._capabilities.int8_ops
@@ -286,7 +286,7 @@ class Decisions:
         within = {op.name for op in ops if op.kind == "act" and op.detail in (act, "relu6")}
         for op in ops:
             passes = op.kind in (*_PASSES, "concat", "pool", "avgpool")
-            read = _values(self._network, op)
+            read = self._network.reads[op.name]
             if passes and read and within.issuperset(read):
                 within.add(op.name)
         beyond = {v: 0 if v in within else rows for v, rows in self.quantized.items()}
@@ -320,9 +320,9 @@ class Decisions:
         wanted[self._network.output] = 0
         able = dict(wanted)  # what could be quantized without a kernel of its own
         for run, rows in self._carriers:
-            able[run[-1].name] |= rows & _all(able, _values(self._network, run[0]))
+            able[run[-1].name] |= rows & _all(able, self._network.reads[run[0].name])
         for run, rows in reversed(self._carriers):  # from the end: a chain is wanted as a whole
-            values = _values(self._network, run[0])
+            values = self._network.reads[run[0].name]
             if carried := rows & wanted[run[-1].name] & _all(able, values):
                 for value in values:
                     wanted[value] |= carried
@@ -332,7 +332,7 @@ class Decisions:
         """Values that share one scale, with the policies in which they do."""
         # A concatenation in int8 copies, as does what only moves values: all share one scale.
         found = [
-            ({*_values(self._network, run[0]), run[-1].name}, rows)
+            ({*self._network.reads[run[0].name], run[-1].name}, rows)
             for run, rows in self._carriers
             if run[0].kind not in _COMPUTES
         ]
@@ -364,11 +364,6 @@ def _ends_in_int8(network: Network, run: Run, capabilities: Capabilities) -> boo
     return head.kind in capabilities.output_quantized
 
 
-def _values(network: Network, head: Op) -> list[str]:
-    """The values that a kernel reads."""
-    return [value for value in head.inputs if network.op[value].shape]
-
-
 def _rounded(
     network: Network, fused: list[Run], kernels: tuple[Kernel, ...], quantized: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
@@ -391,7 +386,7 @@ def kernel_of(network: Network, run: Run, widths: Mapping[str, int], precision: 
     head, end = run[0], run[-1]
     layer = network.layers.get(head.module)
     act = next((op.detail for op in run if op.kind == "act"), "") if len(run) > 1 else ""
-    values = _values(network, head)
+    values = network.reads[head.name]
     window = head.window if head.kind == "avgpool" else None  # a pool's is all there is
     groups = layer.groups if layer else 1
     if layer and groups > 1 and groups == layer.in_channels:  # depthwise: as many as channels
@@ -400,7 +395,7 @@ def kernel_of(network: Network, run: Run, widths: Mapping[str, int], precision: 
         name=layer.name if layer else head.name,
         kind=head.kind,
         detail=head.detail,
-        inputs=tuple(values),
+        inputs=values,
         output=end.name,
         in_shapes=tuple(network.shape(v, widths) for v in values),
         out_shape=network.shape(end.name, widths),

@@ -159,6 +159,12 @@ class Network:
         return frozenset(found)
 
     @cached_property
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """For each operation the values that it reads, in order; none of the sizes and of the parts
+        that a split gives."""
+        return {op.name: tuple(v for v in op.inputs if self.op[v].shape) for op in self.ops}
+
+    @cached_property
     def consumers(self) -> dict[str, tuple[str, ...]]:
         """For each value the operations that read it, in execution order; not its size alone."""
         out: dict[str, tuple[str, ...]] = {op.name: () for op in self.ops}

@@ -164,11 +164,15 @@ def window(
     rank, called = len(before), callee(graph, node)
     if rank < 3 or after[:2] != before[:2]:
         return None
-    given: dict[str, Any] = dict(zip(SETTINGS.get(called, ()), node.args[1:], strict=False))
-    module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-    given |= vars(module) if module else node.kwargs
-    sizes, zeros = before[2:], (0,) * (rank - 2)
+    names = SETTINGS.get(called, ())
+    given: dict[str, Any] = {**dict(zip(names, node.args[1:], strict=False)), **node.kwargs}
+    if node.op == "call_module":
+        module = graph.get_submodule(str(node.target))
+        given = {name: getattr(module, name, None) for name in names}
     given = {name: known(setting) for name, setting in given.items()}
+    if NotImplemented in given.values():
+        return None
+    sizes, zeros = before[2:], (0,) * (rank - 2)
     if called in MEANS:
         axes = [d % rank for d in _each(given.get("dim"), 1) if isinstance(d, int)]
         # A mean that three axes keep is that of the features at a step, as a norm takes it off.
