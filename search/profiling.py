@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -133,21 +133,19 @@ def make_profile(
     quiet = _Quiet()
     while len(profile.timed) < networks and _wide(ready, profile, narrow, say):
         session += 1
-        quiet.begin()
+        some = islice(policies, min(groups * GROUP, networks - len(profile.timed)))
+        in_time = takewhile(lambda _: time.monotonic() <= ends, some)
+        tried = quiet.groups
         with place.process() as process:
-            for _ in range(groups):
-                group = dict(islice(policies, min(GROUP, networks - len(profile.timed))))
-                if not group or time.monotonic() > ends:
-                    break
-                for timed in _time(ready, process, group, session, quiet):
-                    profile.append(path, timed)
+            for timed in _session(ready, process, in_time, session, quiet):
+                profile.append(path, timed)
                 count(len(profile.timed))
         quiet.check()
-        if not group and len(profile.timed) < networks and time.monotonic() <= ends:
-            say("The space has no further networks")
-            break
         if time.monotonic() > ends:
             say("The time is over")
+            break
+        if quiet.groups == tried:
+            say("The space has no further networks")
             break
     return profile
 
@@ -226,7 +224,11 @@ class _Quiet:
     def __call__(self, timings: dict[str, Timing], facts: Mapping[str, str]) -> bool:
         took = timings[TEACHER].median_ms
         self.fastest = min(self.fastest, took)
-        return took <= QUIET * self.fastest and not noisy(timings, facts)
+        return not self.slow(took) and not noisy(timings, facts)
+
+    def slow(self, teacher_ms: float) -> bool:
+        """Beside the fastest so far."""
+        return teacher_ms > QUIET * self.fastest
 
     def check(self) -> None:
         if self.noisy > NOISY * max(self.groups, SESSIONS):  # one group says little
@@ -237,13 +239,35 @@ class _Quiet:
             )
 
 
+def _session(
+    ready: Ready,
+    process: Process,
+    networks: Iterator[tuple[str, Network]],
+    session: int,
+    quiet: _Quiet,
+) -> Iterator[Timed]:
+    """``networks`` on the device, ``GROUP`` by ``GROUP``. What the teacher takes beside the first
+    group can only be held against the second (the teacher alone, if there is none): the first is
+    timed again where a neighbour was busy from its beginning to its end."""
+    quiet.begin()
+    if not (first := dict(islice(networks, GROUP))):
+        return
+    timed = _time(ready, process, first, session, quiet)
+    second = _time(ready, process, dict(islice(networks, GROUP)), session, quiet)
+    if any(quiet.slow(t.teacher_ms) for t in timed):
+        timed = _time(ready, process, first, session, quiet)
+    yield from [*timed, *second]
+    while group := dict(islice(networks, GROUP)):
+        yield from _time(ready, process, group, session, quiet)
+
+
 def _time(
     ready: Ready,
     process: Process,
     group: Mapping[str, Network],
     session: int,
     quiet: _Quiet,
-) -> Iterator[Timed]:
+) -> list[Timed]:
     """The networks of ``group`` on the device; none if the machine would not be quiet."""
     models = {name: model for name, (_, model) in group.items()}
     quiet.groups += 1
@@ -254,11 +278,13 @@ def _time(
             break
     else:
         quiet.noisy += 1
-        return
+        return []
+    teacher_ms = alive[TEACHER].median_ms
+    out = []
     for name, (counts, _) in group.items():
         timing = found[name]
-        ms = timing.median_ms if timing else None
-        yield Timed(counts, ms, alive[TEACHER].median_ms, session, name)
+        out.append(Timed(counts, timing.median_ms if timing else None, teacher_ms, session, name))
+    return out
 
 
 def _wide(ready: Ready, profile: DeviceProfile, narrow: float, say: Say) -> bool:
