@@ -8,8 +8,8 @@ in each precision as mixed; the first of them once more, which says how well mea
 Others learn from the same profile: multiply-accumulates, a table of kernels (one time for each,
 those not in it at the nominal time of their work), a random forest and a multilayer perceptron,
 both on the features nn-Meter uses, of all layers of a network at once (nn-Meter and LitePred
-themselves learn from kernels timed alone). Latencies are in units of the teacher of the same
-session. Resumable: what was timed lies under benchmarks/out.
+themselves learn from kernels timed alone). Latencies are in units of the teacher that was timed
+beside them. Resumable: what was timed lies under benchmarks/out.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def spec_of(network: str, runtime: str) -> Spec:
 
 
 class Networks:
-    """What was timed, with its plans, in units of the teacher of its session."""
+    """What was timed, with its plans, in units of the teacher beside it."""
 
     def __init__(self, found: Ready, profile: DeviceProfile, seed: int) -> None:
         named = {
@@ -102,11 +102,7 @@ class Networks:
             for i, policy in enumerate(islice(mixed_policies(found.space, seed), 2 * NETWORKS))
         }
         timed = [t for t in profile.timed if t.ms and t.policy in named]
-        teacher = {
-            s: np.median([t.teacher_ms for t in timed if t.session == s])
-            for s in {t.session for t in timed}
-        }
-        self.ratio = np.array([t.ms / teacher[t.session] for t in timed if t.ms])
+        self.ratio = np.array([t.ms / t.teacher_ms for t in timed if t.ms])
         self.digests = [t.policy for t in timed]
         places = [named[t.policy] for t in timed]
         self.precision = np.array([("fp32", "int8", "mixed")[i % 3] for i, _ in places])

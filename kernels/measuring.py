@@ -16,7 +16,7 @@ from ..spaces.errors import FlyweightError, Impossible
 from .runtime import Inputs, Session, make_runtime
 from .timing import LEAST_CALLS, TEACHER, Timing, time_sessions
 
-ROUNDS, REPEATS, VISIT_MS = 7, 20, 20.0
+ROUNDS, REPEATS, VISIT_MS = 11, 20, 20.0
 CALLS_EACH = (ROUNDS + 1) * (1 + LEAST_CALLS)  # of a model in a group, however slow it is
 PATIENCE_S = 900.0  # for one group; a kernel that takes longer hangs
 

@@ -71,8 +71,8 @@ class LatencyPredictor:
     """Predicts for the device of ``profile``; ``widen`` multiplies every interval.
 
     A machine is now faster, now slower, and the teacher with it; so networks are learned in units
-    of the teacher in the same session (its median), and ``teacher_ms`` says what it takes now.
-    Without it, it takes what it took in the profile.
+    of the teacher that was timed beside them, and ``teacher_ms`` says what it takes now. Without
+    it, it takes what it took in the profile.
 
     Intervals are conformal (Vovk et al. 2005): as many standard deviations wide as were needed to
     hold 90% of the networks of each session of the profile, predicted from the other sessions. So
@@ -91,15 +91,11 @@ class LatencyPredictor:
         self._least = least(profile)
         self._unavailable = profile.unavailable()
         self._widen = widen
-        self._sessions = {
-            session: median(t.teacher_ms for t in self._timed if t.session == session)
-            for session in sorted({t.session for t in self._timed})
-        }
-        usual = median(self._sessions.values())
+        usual = median(t.teacher_ms for t in self._timed)
         self.teacher_ms = teacher_ms or usual
         self._pace = self.teacher_ms / usual
         # Latencies as they would be if the teacher always took its usual time.
-        ms = [t.ms * usual / self._sessions[t.session] for t in self._timed if t.ms]
+        ms = [t.ms * usual / t.teacher_ms for t in self._timed if t.ms]
         sums = [t.counts for t in self._timed]
         self._like = None if profile.like is None else LatencyPredictor(profile.like)
         self._process: AdditiveProcess | TransferredProcess = (

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -31,7 +31,7 @@ from .spec import Spec
 
 GROUP = 8  # networks timed side by side
 SESSION = 12  # groups timed in one process at most; the next has other memory
-NARROW = 0.06  # the median width of an interval, relative, at which a profile is good enough
+NARROW = 0.04  # the median width of an interval, relative, at which a profile is good enough
 NETWORKS = 960  # at most
 FEW = 24  # at most, of a device that is profiled like another
 UNSEEN = 99  # networks whose intervals are looked at
@@ -99,14 +99,16 @@ def make_profile(
     seconds: float = math.inf,
     narrow: float = NARROW,
     seed: int = 0,
+    policies: Iterator[Policy] | None = None,
     say: Say = print,
     count: Callable[[int], None] = lambda _: None,
 ) -> DeviceProfile:
     """Times networks of the space of ``ready`` into ``path`` until the median width of an interval
     is ``narrow``, or ``networks`` are timed, or ``seconds`` are over, or the space has no others.
     Goes on with what is in ``path`` already. place: where to time them, by default on this machine.
-    count: told how many are timed. like: the profile of another device, which tells most: ``FEW``
-    networks are enough then.
+    policies: what is timed of the space, by default ``mixed_policies`` by ``seed``. count: told how
+    many are timed. like: the profile of another device, which tells most: ``FEW`` networks are
+    enough then.
 
     Nothing else may run there meanwhile. Raises BadInput if ``path`` is of another device,
     request or network or ``like`` cannot be leaned on, FlyweightError if the machine is too busy to
@@ -124,28 +126,30 @@ def make_profile(
         lean(profile, like)
     profile.create(path)  # without a line that was cut off
     ends = time.monotonic() + seconds
-    policies = _unseen(ready, profile, seed)
     groups = max(LEAST // GROUP + 1, min(SESSION, networks // (GROUP * SESSIONS)))
     if profile.like is not None:
         # What the other profile does not know is to show, and what is one process's not to count.
-        policies, groups = _unseen(ready, profile, -2 - seed), 1
+        seed, groups = -2 - seed, 1
+    unseen = _unseen(ready, profile, policies or mixed_policies(ready.space, seed))
     session = max((t.session for t in profile.timed), default=-1)
     quiet = _Quiet()
     while len(profile.timed) < networks and _wide(ready, profile, narrow, say):
         session += 1
-        some = islice(policies, min(groups * GROUP, networks - len(profile.timed)))
-        in_time = takewhile(lambda _: time.monotonic() <= ends, some)
-        tried = quiet.groups
+        quiet.begin()
         with place.process() as process:
-            for timed in _session(ready, process, in_time, session, quiet):
-                profile.append(path, timed)
+            for _ in range(groups):
+                group = dict(islice(unseen, min(GROUP, networks - len(profile.timed))))
+                if not group or time.monotonic() > ends:
+                    break
+                for timed in _time(ready, process, group, session, quiet):
+                    profile.append(path, timed)
                 count(len(profile.timed))
         quiet.check()
+        if not group and len(profile.timed) < networks and time.monotonic() <= ends:
+            say("The space has no further networks")
+            break
         if time.monotonic() > ends:
             say("The time is over")
-            break
-        if quiet.groups == tried:
-            say("The space has no further networks")
             break
     return profile
 
@@ -186,11 +190,14 @@ def lean(profile: DeviceProfile, like: DeviceProfile) -> None:
     profile.like = like
 
 
-def _unseen(ready: Ready, profile: DeviceProfile, seed: int) -> Iterator[tuple[str, Network]]:
-    """Policies whose work is in neither ``profile`` nor before, until none are found, by digest."""
+def _unseen(
+    ready: Ready, profile: DeviceProfile, policies: Iterator[Policy]
+) -> Iterator[tuple[str, Network]]:
+    """Those of ``policies`` whose work is in neither ``profile`` nor before, until none are found,
+    by digest."""
     known = _known(profile)
-    misses = -len(known)  # those of ``profile`` come first, if its seed was this one
-    for policy in mixed_policies(ready.space, seed):
+    misses = -len(known)  # those of ``profile`` come first, if it goes on
+    for policy in policies:
         misses += 1
         if misses > MISSES:
             return
@@ -224,11 +231,7 @@ class _Quiet:
     def __call__(self, timings: dict[str, Timing], facts: Mapping[str, str]) -> bool:
         took = timings[TEACHER].median_ms
         self.fastest = min(self.fastest, took)
-        return not self.slow(took) and not noisy(timings, facts)
-
-    def slow(self, teacher_ms: float) -> bool:
-        """Beside the fastest so far."""
-        return teacher_ms > QUIET * self.fastest
+        return took <= QUIET * self.fastest and not noisy(timings, facts)
 
     def check(self) -> None:
         if self.noisy > NOISY * max(self.groups, SESSIONS):  # one group says little
@@ -239,35 +242,13 @@ class _Quiet:
             )
 
 
-def _session(
-    ready: Ready,
-    process: Process,
-    networks: Iterator[tuple[str, Network]],
-    session: int,
-    quiet: _Quiet,
-) -> Iterator[Timed]:
-    """``networks`` on the device, ``GROUP`` by ``GROUP``. What the teacher takes beside the first
-    group can only be held against the second (the teacher alone, if there is none): the first is
-    timed again where a neighbour was busy from its beginning to its end."""
-    quiet.begin()
-    if not (first := dict(islice(networks, GROUP))):
-        return
-    timed = _time(ready, process, first, session, quiet)
-    second = _time(ready, process, dict(islice(networks, GROUP)), session, quiet)
-    if any(quiet.slow(t.teacher_ms) for t in timed):
-        timed = _time(ready, process, first, session, quiet)
-    yield from [*timed, *second]
-    while group := dict(islice(networks, GROUP)):
-        yield from _time(ready, process, group, session, quiet)
-
-
 def _time(
     ready: Ready,
     process: Process,
     group: Mapping[str, Network],
     session: int,
     quiet: _Quiet,
-) -> list[Timed]:
+) -> Iterator[Timed]:
     """The networks of ``group`` on the device; none if the machine would not be quiet."""
     models = {name: model for name, (_, model) in group.items()}
     quiet.groups += 1
@@ -278,13 +259,11 @@ def _time(
             break
     else:
         quiet.noisy += 1
-        return []
-    teacher_ms = alive[TEACHER].median_ms
-    out = []
+        return
     for name, (counts, _) in group.items():
         timing = found[name]
-        out.append(Timed(counts, timing.median_ms if timing else None, teacher_ms, session, name))
-    return out
+        ms = timing.median_ms if timing else None
+        yield Timed(counts, ms, alive[TEACHER].median_ms, session, name)
 
 
 def _wide(ready: Ready, profile: DeviceProfile, narrow: float, say: Say) -> bool:

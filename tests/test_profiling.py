@@ -120,26 +120,6 @@ class Bench:
         yield SimpleNamespace(time=time)
 
 
-class Disturbed(Bench):
-    """Everything takes twice as long until ``until`` groups of each process are timed."""
-
-    def __init__(self, ready: Ready, until: int) -> None:
-        super().__init__(ready)
-        self.until = until
-
-    @contextlib.contextmanager
-    def process(self) -> Iterator[Any]:
-        groups = 0
-
-        def time(models: Mapping[str, bytes]) -> dict[str, Timing | None]:
-            nonlocal groups
-            groups += 1
-            ms = 2.0 if groups <= self.until else 1.0
-            return {name: Timing((ms, ms)) for name in ("teacher", *models)}
-
-        yield SimpleNamespace(time=time)
-
-
 def preparation(ready: Ready, run: Path) -> tuple[Preparation, Bench]:
     bench: Any = Bench(ready)
     run.mkdir(exist_ok=True)
@@ -194,26 +174,6 @@ def test_a_foreign_profile_is_scaled_by_the_teacher_as_it_is_here(
     assert high - middle == pytest.approx(300 * (there[2] - there[1]), rel=1e-6)  # and wider
     with pytest.raises(BadInput, match="make one on the target"):
         ends(carried)
-
-
-# -- on a machine with others -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("networks", [5, 8, 30])
-@pytest.mark.parametrize("until", [0, 1])
-def test_a_first_group_that_was_disturbed_is_timed_again(
-    folder: Path, networks: int, until: int
-) -> None:
-    """It has nothing to be held against before the next group of its process."""
-    found, counted = prepared(folder), list[int]()
-    made = make_profile(
-        found, folder / "p.jsonl", place=Disturbed(found, until), networks=networks, narrow=0,
-        say=lambda _: None, count=counted.append,
-    )  # fmt: skip
-    assert [(t.ms, t.teacher_ms) for t in made.timed] == [(1.0, 1.0)] * networks
-    assert len({t.policy for t in made.timed}) == networks
-    assert counted == [*range(1, networks + 1)]
-    assert DeviceProfile.load(folder / "p.jsonl") == made
 
 
 # -- made for a search, and kept for the next ----------------------------------------------------
