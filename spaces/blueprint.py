@@ -309,7 +309,7 @@ class Decisions:
         A value is quantized if an int8 layer reads it, or if an int8 layer makes it whose kernel
         exists only with a quantized output. An add whose inputs are all quantized runs in int8 too
         where somebody reads its result in int8, a concatenation and averages likewise; an operation
-        that only moves values passes the scale on. The network's answer is never quantized.
+        that only moves values passes the scale on.
         """
         wanted: dict[str, Rows] = {op.name: 0 for op in self._network.ops}
         for run, rows in self.runs:
@@ -317,7 +317,6 @@ class Decisions:
                 wanted[run[0].inputs[0]] |= int8
                 if _ends_in_int8(self._network, run, self._capabilities):
                     wanted[run[-1].name] |= int8
-        wanted[self._network.output] = 0
         able = dict(wanted)  # what could be quantized without a kernel of its own
         for run, rows in self._carriers:
             able[run[-1].name] |= rows & _all(able, self._network.reads[run[0].name])

@@ -196,6 +196,36 @@ def test_int8_reads_the_largest_and_the_least_values(
     assert (int8_layers(artifact, runtime), float_layers(artifact, runtime)) == (len(layers), 0)
 
 
+@pytest.mark.parametrize(
+    ("ends", "example"),
+    [
+        ([nn.Conv2d(8, 5, 1)], (1, 3, 8, 8)),
+        ([nn.Conv2d(8, 5, 3), nn.BatchNorm2d(5), nn.ReLU()], (1, 3, 8, 8)),
+        ([nn.Conv2d(8, 5, 1), nn.ReLU6()], (1, 3, 8, 8)),
+        ([nn.Conv2d(8, 5, 1), nn.Dropout()], (1, 3, 8, 8)),
+        ([nn.Conv2d(8, 5, 1), nn.Sigmoid()], (1, 3, 8, 8)),
+        ([nn.Conv2d(8, 8, 3), nn.MaxPool2d(2), nn.Flatten(2)], (1, 3, 8, 8)),
+        ([nn.Flatten(), nn.Linear(128, 5), nn.ReLU()], (1, 3, 4, 4)),
+    ],
+)
+def test_a_layer_that_gives_the_answer_runs_in_int8(
+    ends: list[nn.Module], example: tuple[int, ...], runtime: Runtime
+) -> None:
+    """As of a U-Net. ONNX Runtime's kernel makes integers: the answer is rounded too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *ends).eval()
+    inputs = torch.randn(example)
+    graph, frozen = student(shaken(model), inputs, list(trace(model, inputs).layers), runtime)
+    artifact = to_onnx(frozen, inputs)
+    assert (int8_layers(artifact, runtime), float_layers(artifact, runtime)) == (2, 0)
+    items = items_of(inputs, 300)
+    theirs = run_session(runtime.load(artifact), items)
+    found = compare(run_module(graph, items), theirs)
+    assert found.mean_steps < 0.05
+    if (runtime.name, platform.machine()) == ("onnxruntime", "x86_64"):
+        torch.testing.assert_close(run_module(frozen, items), theirs, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["plain", "mlp", "separable", "concat", "preactivation"])
 def test_mixed_precision_runs_as_the_policy_says(
     networks: ModuleType, runtime: Runtime, name: str
