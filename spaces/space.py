@@ -78,6 +78,9 @@ class Space:
         for name, (_, group) in self.groups.items():
             asked = self.settings.multiple_of or self.capabilities.width_multiple
             step = math.lcm(asked, group.multiple_of)
+            if step >= group.width and self.settings.multiple_of is None:
+                # What the target likes is no rule: its own multiples, about as coarse.
+                step = -(-asked // group.multiple_of) * group.multiple_of
             # 0.07 * 100 is 7.000000000000001 and must not ask for 8.
             least = max(1, math.ceil(group.width * self.settings.min_keep - 1e-9))
             first = -(-least // step) * step

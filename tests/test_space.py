@@ -228,6 +228,8 @@ def test_widths_are_multiples_keep_enough_and_end_at_full(
         Settings(min_keep=min_keep, multiple_of=multiple_of),
     )
     step = math.lcm(multiple_of or 8, of_group)
+    if step >= width and multiple_of is None:  # what the target likes is no rule
+        step = math.ceil(8 / of_group) * of_group
     widths = space.widths["a"]
     assert list(widths) == sorted(set(widths))
     assert widths[-1] == width
@@ -235,6 +237,16 @@ def test_widths_are_multiples_keep_enough_and_end_at_full(
     assert all(w >= 1 and w + 1e-6 >= min_keep * width for w in widths)
     missing = [w for w in range(step, width, step) if w not in widths]
     assert all(w < min_keep * width for w in missing)
+
+
+def test_seven_groups_of_channels_may_lose_some_though_the_target_likes_multiples_of_8() -> None:
+    for asked, widths in (
+        (None, (14, 28, 42, 56)),
+        (8, (56,)),
+        (7, (7, 14, 21, 28, 35, 42, 49, 56)),
+    ):
+        space = Space(network({"a": 56}, 7), TARGET, Settings(multiple_of=asked))
+        assert space.widths["a"] == widths
 
 
 def test_a_share_is_not_rounded_up_by_floating_point() -> None:
