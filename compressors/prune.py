@@ -25,6 +25,8 @@ CRITERIA: dict[str, Callable[[], Any]] = {
     "random": lambda: tp.importance.RandomImportance(),
 }
 
+LEAST_LEFT = 1e-3  # of a channel's variance, for the rest to be its new one
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -170,13 +172,16 @@ def recompute_statistics(model: nn.Module, inputs: Items, batch: int = 128) -> N
     """Batch-norm statistics of ``model`` anew from ``inputs``, in place.
 
     Pruning shifts every activation; without this the network says almost nothing about how good
-    it will be (Li et al. 2020, "EagleEye").
+    it will be (Li et al. 2020, "EagleEye"). A channel with less than ``LEAST_LEFT`` of its
+    variance keeps that: divided by the root of almost nothing, what ``inputs`` do not show would
+    come out some hundred times as large.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     norms = [m for m in norms if m.track_running_stats]
     if not norms:
         return
     momenta = [m.momentum for m in norms]
+    before = [m.running_var.clone() for m in norms]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -185,8 +190,10 @@ def recompute_statistics(model: nn.Module, inputs: Items, batch: int = 128) -> N
     for part in inputs.batches(batch):
         if len(part) > 1:  # one item alone has no variance
             call(model, part.inputs)
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum, variance in zip(norms, momenta, before, strict=True):
         norm.momentum = momentum
+        gone = norm.running_var < LEAST_LEFT * variance
+        norm.running_var = norm.running_var.where(~gone, variance)
     model.eval()
 
 

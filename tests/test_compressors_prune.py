@@ -249,6 +249,19 @@ def test_statistics_are_those_of_the_data() -> None:
     assert not model[1].training
 
 
+def test_a_channel_of_which_nothing_is_left_is_not_blown_up() -> None:
+    """What feeds it is gone, or silent on the data at hand; it is divided by what it once was."""
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[1].running_var[:] = torch.tensor([4.0, 4.0, 4.0, 0.0])
+    with torch.no_grad():
+        model[0].weight *= torch.tensor([[0.0], [1e-3], [1.0], [1.0]])
+    items = Items(torch.randn(64, 3), torch.zeros(64))
+    recompute_statistics(model, items)
+    assert model[1].running_var[:2].tolist() == [4.0, 4.0]
+    anew = model[0](items.inputs).var(0)[2:]
+    assert model[1].running_var[2:].tolist() == pytest.approx(anew.tolist(), rel=1e-4)
+
+
 def test_statistics_leave_out_a_last_batch_of_one() -> None:
     model: Any = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     recompute_statistics(model, Items(torch.randn(33, 3), torch.zeros(33)), batch=32)
