@@ -73,7 +73,8 @@ def compared(
             known = [t.counts for t in own]
             expected = theirs.predict_work(known)[:, 1] / theirs.teacher_ms
             like = LatencyPredictor(replace(few, timed=own, like=first))
-            alone = middle(AdditiveProcess(known, list(ratios(own))).predict(sums)[0])
+            beside = [(t.session, t.teacher_ms) for t in own]
+            alone = middle(AdditiveProcess(known, list(ratios(own)), beside).predict(sums)[0])
             if k >= LEAST:
                 plain = LatencyPredictor(replace(few, timed=own, like=None))
                 alone = plain.predict_work(sums) / plain.teacher_ms

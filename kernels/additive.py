@@ -6,12 +6,13 @@ linear functionals of a process are jointly Gaussian with it), so the time of ea
 from networks that share pieces, together with how sure it is.
 
 The time of a piece is its nominal time x a factor. A factor is itself a sum of independent parts:
-one that all pieces share, one for each kind, form and place of a signature, parts that change
-smoothly with the sizes within a form, and one for each size alone (an additive kernel, Duvenaud et
-al. 2011). So covariances of sums are sums over parts, each computed on the few values that it
-tells apart.
+one that all pieces share, one for each kind, form and place of a signature, one for channels in
+multiples of 4 and others, parts that change smoothly with the sizes within a form, and one for each
+size alone (an additive kernel, Duvenaud et al. 2011). So covariances of sums are sums over parts,
+each computed on the few values that it tells apart.
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,8 @@ from .signature import Signature, nominal_ms
 Array = NDArray[np.float64]
 Counts = Mapping[Signature, int]
 
-BLOCK = 16  # channels are worked on in blocks of up to so many; what is over costs a whole one
+BLOCK = 16  # channels are worked on in blocks of up to so many; the last is filled up
+LANES = 4  # of channels in other multiples ONNX Runtime makes no blocks
 FIT_ON = 400  # observations at most that the deviations are fitted on
 LEAST, MOST = np.log(1e-3), np.log(10.0)  # of the standard deviation of a part
 
@@ -52,6 +54,10 @@ def _form(s: Signature) -> Hashable:
     return s.kind, s.form
 
 
+def _lanes(s: Signature) -> Hashable:
+    return s.kind, s.form, tuple(size % LANES == 0 for size in s.sizes[:2])
+
+
 def _sizes(s: Signature) -> Hashable:
     return s.kind, s.form, s.sizes
 
@@ -62,6 +68,7 @@ PARTS = (
     Part(lambda s: s.kind, 0.7),
     Part(_form, 0.7),
     PLACE,
+    Part(_lanes, 0.2),
     Part(_sizes, 0.3, octaves=2.0),
     Part(_sizes, 0.2, octaves=0.7),
     Part(_sizes, 0.05),
@@ -70,13 +77,13 @@ NOISE = 0.01  # relative to a sum, before it is fitted
 
 
 def places(pieces: Sequence[Signature]) -> Array:
-    """[pieces, 5]: where each lies: its sizes in octaves, and what is over of their blocks, so
-    that a whole block more or less counts as two octaves."""
+    """[pieces, 5]: where each lies: its sizes in octaves, and what of their last blocks is filled
+    up, so that a whole block more or less counts as two octaves."""
     out = np.zeros((len(pieces), 5))
     for row, s in zip(out, pieces, strict=True):
         row[: len(s.sizes)] = np.log2(s.sizes)
-        over = [2 * (size % BLOCK) / BLOCK for size in s.sizes[:2]]
-        row[3 : 3 + len(over)] = over
+        filled = [2 * (-size % BLOCK) / BLOCK for size in s.sizes[:2]]
+        row[3 : 3 + len(filled)] = filled
     return out
 
 
@@ -167,20 +174,31 @@ class AdditiveProcess:
     """Learns from sums and the times they took; ``Pieces`` predict from it.
 
     Times are divided by those observed, so that every observation counts by its relative error.
+    beside: for each what it was observed with: what is alike there has an error in common, that of
+    the time whose multiples all are.
     """
 
-    def __init__(self, sums: Sequence[Counts], ms: Sequence[float]) -> None:
+    def __init__(
+        self,
+        sums: Sequence[Counts],
+        ms: Sequence[float],
+        beside: Sequence[Hashable] | None = None,
+    ) -> None:
         self.ms = checked(sums, ms)
         # How fast the device is beside the nominal one: parts are deviations around that.
         self.pace = float(np.median(self.ms / [nominal_ms(counts) for counts in sums]))
         self._units = self.ms / self.pace
         self._tables = [_Table(part, sums) for part in PARTS]
         over = np.outer(self._units, self._units)
-        parts = np.stack([t.covariance() / over for t in self._tables])
+        common = [] if beside is None or len({*beside}) < 2 else [_apart(beside)]
+        parts = np.stack([*(t.covariance() / over for t in self._tables), *common])
         some = np.linspace(0, len(ms) - 1, min(len(ms), FIT_ON)).astype(int)
-        start = np.array([*(part.start for part in PARTS), NOISE])
-        self.deviations, self.noise = fitted(parts[:, some][:, :, some], start)
-        self._root = root_of(parts, self.deviations, self.noise)
+        start = np.array([*(part.start for part in PARTS), *[NOISE for _ in common], NOISE])
+        found, own = fitted(parts[:, some][:, :, some], start)
+        self._root = root_of(parts, found, own)
+        self.deviations = found[: len(PARTS)]
+        self.common = float(found[-1]) if common else 0.0  # of the error in common
+        self.noise = math.hypot(own, self.common)
         # The observations, which are all 1, whitened as ``rows`` are.
         self.white: Array = solve_triangular(self._root, np.ones(len(ms)), lower=True)
 
@@ -217,6 +235,18 @@ class AdditiveProcess:
         ms and standard deviation (Rasmussen & Williams 2006, 5.4.2, for blocks)."""
         mean, deviation = left_out(self._root, np.ones(len(self.ms)), groups)
         return mean * self.ms, deviation * self.ms
+
+
+def _apart(labels: Sequence[Hashable]) -> Array:
+    """[labels, labels]: the covariance of errors, of deviation 1, of which there is one for each
+    label, as far as they differ: what they have in common would explain observations of 1 as well
+    as all the pieces do."""
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    each = np.array([numbers[label] for label in labels])
+    same = np.equal.outer(each, each).astype(float)
+    same -= same.mean(0)
+    out: Array = same - same.mean(1, keepdims=True)
+    return out
 
 
 def left_out(root: Array, target: Array, groups: Sequence[Hashable]) -> tuple[Array, Array]:

@@ -75,11 +75,11 @@ class LatencyPredictor:
     it, it takes what it took in the profile.
 
     Intervals are conformal (Vovk et al. 2005): as many standard deviations wide as were needed to
-    hold 90% of the networks of each session of the profile, predicted from the other sessions. So
-    what differs from one process to the next (memory, neighbours) is in them; with fewer than
-    ``SESSIONS`` of them that can only be allowed for. They widen by themselves where the profile
-    knows little. A profile that leans on another device's needs ``LEAST_LIKE`` networks only; its
-    intervals are as many standard deviations wide as those of the other at least.
+    hold 90% of the networks of all sessions that are not small, each predicted from the other
+    sessions. So what differs from one process to the next (memory, neighbours) is in them; with
+    fewer than ``SESSIONS`` of them that can only be allowed for. They widen by themselves where the
+    profile knows little. A profile that leans on another device's needs ``LEAST_LIKE`` networks
+    only; its intervals are as many standard deviations wide as those of the other at least.
 
     Raises BadInput for a profile of too few networks.
     """
@@ -99,7 +99,7 @@ class LatencyPredictor:
         sums = [t.counts for t in self._timed]
         self._like = None if profile.like is None else LatencyPredictor(profile.like)
         self._process: AdditiveProcess | TransferredProcess = (
-            AdditiveProcess(sums, ms)
+            AdditiveProcess(sums, ms, [(t.session, t.teacher_ms) for t in self._timed])
             if self._like is None
             else TransferredProcess(sums, ms, self._like._process)
         )
@@ -193,7 +193,7 @@ class LatencyPredictor:
         return any(map(self._dies_of, counts))
 
     def _dies_of(self, piece: Signature) -> bool:
-        return (piece.kind, piece.form) in self._unavailable
+        return not self._unavailable.isdisjoint(((piece.kind, piece.form), piece))
 
 
 def check_own(profile: DeviceProfile, fingerprint: str) -> None:

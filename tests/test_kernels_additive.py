@@ -1,5 +1,6 @@
 """The additive process against a slow, plain one, and against a device whose truth is known."""
 
+import math
 import random
 import tracemalloc
 from collections import Counter
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flyweight.kernels.additive import BLOCK, PARTS, AdditiveProcess, Part, _Table
+from flyweight.kernels.additive import BLOCK, PARTS, AdditiveProcess, Part, _Table, places
 from flyweight.kernels.pieces import AdditivePieces
 from flyweight.kernels.signature import SESSION, Signature
 
@@ -35,7 +36,7 @@ def correlation(part: Part, a: Signature, b: Signature) -> float:
         (np.log2(x / y) / part.octaves) ** 2 for x, y in zip(a.sizes, b.sizes, strict=True)
     )
     for x, y in list(zip(a.sizes, b.sizes, strict=True))[:2]:
-        square += ((x % BLOCK - y % BLOCK) / BLOCK / (part.octaves / 2)) ** 2
+        square += ((-x % BLOCK - -y % BLOCK) / BLOCK / (part.octaves / 2)) ** 2
     return float(np.exp(-square / 2))
 
 
@@ -46,7 +47,12 @@ def pace_of(sums: list[Any], ms: list[float]) -> float:
 
 
 def plain(
-    process: AdditiveProcess, sums: list[Any], ms: list[float], new: list[Any], pace: float
+    process: AdditiveProcess,
+    sums: list[Any],
+    ms: list[float],
+    new: list[Any],
+    pace: float,
+    beside: Any = None,
 ) -> Any:
     """Mean and deviation of ``new``, piece by piece and without closed forms."""
     everything = list(dict.fromkeys(s for counts in [*sums, *new] for s in counts))
@@ -61,7 +67,11 @@ def plain(
     rows = np.array([[counts.get(s, 0) for s in everything] for counts in [*sums, *new]]) * nominal
     joint = rows @ factor @ rows.T
     n, y = len(sums), np.array(ms)
-    known = joint[:n, :n] + np.diag((process.noise * y) ** 2)
+    known = joint[:n, :n] + np.diag((process.noise**2 - process.common**2) * y**2)
+    if process.common:
+        one = np.eye(n) - 1 / n  # of the errors only how they differ
+        same = one @ np.array([[a == b for b in beside] for a in beside]) @ one
+        known += process.common**2 * same * np.outer(y, y)
     mean = joint[n:, :n] @ np.linalg.solve(known, y)
     variance = np.diag(joint[n:, n:] - joint[n:, :n] @ np.linalg.solve(known, joint[:n, n:]))
     return mean, np.sqrt(np.maximum(variance, 0) + (process.noise * mean) ** 2)
@@ -76,6 +86,40 @@ def test_predictions_are_those_of_a_plain_gaussian_process(device: ModuleType) -
     slow_mean, slow_deviation = plain(process, sums, ms, new, pace_of(sums, ms))
     np.testing.assert_allclose(mean, slow_mean, rtol=1e-6)
     np.testing.assert_allclose(deviation, slow_deviation, rtol=1e-4)
+
+
+def test_what_was_observed_together_has_an_error_in_common(device: ModuleType) -> None:
+    """Of 4%, of twenty times eight networks; of 1% each has its own."""
+    sums, new = device.networks(1, 160), device.networks(2, 40)
+    rng, beside = np.random.default_rng(0), [f"group {i // 8}" for i in range(160)]
+    errors = np.repeat(1 + 0.04 * rng.standard_normal(20), 8) + 0.01 * rng.standard_normal(160)
+    ms = list(errors * [device.total(c) for c in sums])
+    process, blind = AdditiveProcess(sums, ms, beside), AdditiveProcess(sums, ms)
+    assert process.common == pytest.approx(0.04, rel=0.5)
+    assert AdditiveProcess(sums, ms, ["one group"] * 160).common == 0
+    assert process.noise == pytest.approx(math.hypot(0.01, 0.04), rel=0.5)
+    assert blind.common == 0
+    mean, deviation = predict(process, new)
+    slow = plain(process, sums, ms, new, pace_of(sums, ms), beside)
+    np.testing.assert_allclose(mean, slow[0], rtol=1e-6)
+    np.testing.assert_allclose(deviation, slow[1], rtol=1e-4)
+    true = np.array([device.total(c) for c in new])
+    off, off_blind = (np.abs(p / true - 1).mean() for p in (mean, predict(blind, new)[0]))
+    assert off < off_blind
+
+
+def test_channels_are_alike_that_fill_as_many_blocks() -> None:
+    """A block more costs a whole one: 17 channels are nearer to 18, even to 24, than to 16."""
+
+    def piece(channels: int) -> Signature:
+        return Signature("conv fp32", "3x3", "", (channels, 32, 49), 0.1)
+
+    at = places([piece(channels) for channels in (16, 17, 18, 24, 32)])
+    apart = np.linalg.norm(at - at[1], axis=1)
+    assert apart[2] < apart[3] < apart[0]
+    six, eight, twelve = (piece(channels) for channels in (6, 8, 12))
+    (lanes,) = (p for p in PARTS if p.key(eight) == p.key(twelve) != p.key(six))
+    assert lanes.octaves is None
 
 
 def test_variances_are_those_of_the_covariance(device: ModuleType) -> None:
