@@ -75,12 +75,13 @@ class MeasuringProcess:
         found = self._ask(models, rounds, repeats)
         if found is not None:
             return found
-        found = self._ask({}, rounds, repeats)
-        if found is None:
+        alone = self._ask({}, rounds, repeats)
+        if alone is None:
             raise FlyweightError("the runtime dies of the teacher's model on this device")
-        for name, model in models.items():
-            found[name] = (self._ask({name: model}, rounds, repeats) or {name: None})[name]
-        return found
+        each = {n: model for n, model in models.items() if self._ask({n: model}, rounds, repeats)}
+        # Once more beside one another: they are judged by the teacher in the same rounds.
+        found = self._ask(each, rounds, repeats) or alone
+        return {**dict.fromkeys(models), **found}
 
     def _ask(
         self, models: Mapping[str, bytes], rounds: int, repeats: int

@@ -1,6 +1,7 @@
 """OpenVINO's CPU plugin behind the seam of ``runtime.py``. Importing this file needs OpenVINO."""
 
 import functools
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,9 @@ class OpenVinoRuntime:
 
     @cached_property
     def device(self) -> dict[str, str]:
-        return describe(self.name, ov.__version__, self.threads)
+        found = describe(self.name, ov.__version__, self.threads)
+        most = os.environ.get("ONEDNN_MAX_CPU_ISA")  # other kernels than the CPU's flags say
+        return {**found, "isa": most} if most else found
 
     @cached_property
     def fingerprint(self) -> str:

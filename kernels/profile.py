@@ -93,7 +93,7 @@ class DeviceProfile:
                 found.like = cls(
                     dict(other["device"]), other["fingerprint"], request, found.network
                 )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise BadInput(f"{path}, line 1: no head of a device profile: {error!r}") from error
         for number, entry in enumerate(entries[1:], 2):
             try:
@@ -101,7 +101,7 @@ class DeviceProfile:
                 if of is None:
                     raise ValueError("line 1 names no other device")
                 of.timed.append(_timed(entry))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
                 raise BadInput(f"{path}, line {number}: no timed network: {error!r}") from error
         return found
 
@@ -133,15 +133,21 @@ class DeviceProfile:
         with path.open("a") as file:
             file.write(json.dumps(_plain(timed)) + "\n")
 
-    def unavailable(self) -> frozenset[tuple[str, str]]:
-        """Kinds and forms of work that the runtime dies of: in networks that it died of, and in no
-        other. What the device that this profile leans on dies of, this one has to show that it can
-        do."""
-        died = {(s.kind, s.form) for t in self.timed if t.ms is None for s in t.counts}
-        lived = {(s.kind, s.form) for t in self.timed if t.ms is not None for s in t.counts}
+    def unavailable(self) -> frozenset[tuple[str, str] | Signature]:
+        """Work that the runtime may die of: kinds and forms in networks that it died of, and in no
+        other; of networks of which these do not say why, the pieces that are in no other (it may
+        die of one size). What the device that this profile leans on dies of, this one has to show
+        that it can do."""
+        lived = [s for t in self.timed if t.ms is not None for s in t.counts]
+        dead = [t.counts.keys() for t in self.timed if t.ms is None]
+        found: set[tuple[str, str] | Signature] = {(s.kind, s.form) for each in dead for s in each}
+        found -= {(s.kind, s.form) for s in lived}
+        for each in dead:
+            if found.isdisjoint((s.kind, s.form) for s in each):
+                found |= each
         if self.like is not None:
-            died |= self.like.unavailable()
-        return frozenset(died - lived)
+            found |= self.like.unavailable()
+        return frozenset(found - {(s.kind, s.form) for s in lived} - {*lived})
 
 
 def _plain(timed: Timed) -> dict[str, Any]:

@@ -127,6 +127,16 @@ def test_probe_and_flags_agree_on_this_machine(name):
     assert runtime.capabilities.weight_bits == measured_weight_bits(runtime)
 
 
+def test_openvino_with_the_kernels_of_another_processor_is_another_device(monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    own = make_runtime("openvino", 1)
+    assert "isa" not in own.device
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    other = make_runtime("openvino", 1)
+    assert other.device == {**own.device, "isa": "AVX2"}
+    assert other.fingerprint != own.fingerprint
+
+
 @pytest.mark.skipif(platform.machine() not in X86_64, reason="these kernels are of x86")
 def test_openvino_bears_seven_bits_without_vnni():
     code = (

@@ -149,12 +149,28 @@ def test_what_is_no_profile_is_refused_with_the_line(
         DeviceProfile.load(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("ms", [0, -1, float("nan")])
-def test_a_time_that_is_none_is_refused(ms: float, device: ModuleType, tmp_path: Path) -> None:
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ms": 0},
+        {"ms": -1},
+        {"ms": float("nan")},
+        {"teacher_ms": INF},
+        {"session": INF},
+        {"work": [["conv fp32", "", "", [INF], 0.1, 1]]},
+        {"work": [["conv fp32", "", "", [8], 0.1, INF]]},
+    ],
+)
+def test_a_number_that_is_none_is_refused(
+    wrong: dict[str, Any], device: ModuleType, tmp_path: Path
+) -> None:
     path = tmp_path / "p.jsonl"
     profile(measured(device, 1, 2)).create(path)
     lines = path.read_text().splitlines()
-    lines[1] = json.dumps(json.loads(lines[1]) | {"ms": ms})
+    lines[1] = json.dumps(json.loads(lines[1]) | wrong)
     path.write_text("\n".join(lines))
     with pytest.raises(BadInput, match="line 2"):
         DeviceProfile.load(path)
@@ -213,6 +229,13 @@ def test_work_that_kills_the_runtime_is_never_predicted_to_end(device: ModuleTyp
     made = profile([*timed, Timed(bad, None, 0.5, 0)])
     assert made.unavailable() == {("conv int8", "7x7")}
     ends = LatencyPredictor(made).predict_work([good, Counter({SESSION: 1, deadly: 1})])
+    assert np.isfinite(ends).all(axis=1).tolist() == [True, False]
+    # Of one size alone: other sizes of that form run.
+    other = replace(deadly, sizes=(16, 8, 4))
+    made.timed.append(Timed(Counter({SESSION: 1, other: 1}), 0.2, 0.5, 0))
+    assert made.unavailable() == {deadly}
+    cases = [Counter({SESSION: 1, piece: 1}) for piece in (other, deadly)]
+    ends = LatencyPredictor(made).predict_work(cases)
     assert np.isfinite(ends).all(axis=1).tolist() == [True, False]
 
 
