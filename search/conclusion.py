@@ -16,6 +16,7 @@ from .counting import telling
 from .explain import explanation
 from .meter import noise, noisy
 from .placement import Place, of_finalists
+from .profiling import writing
 from .ready import Ready, tested
 from .record import Entry, Record
 from .report import write_report
@@ -23,6 +24,8 @@ from .results import final_front, finalists, measured_entry, result
 from .run_files import EXPLANATION, PROFILE, RESULT
 from .storage import Storage
 from .store import fetch_artifact, read_artifact, write_json
+
+FEED_S = 10.0  # that the finalists wait for another search that adds its own to the same profile
 
 
 @dataclass
@@ -145,16 +148,17 @@ class Conclusion:
         if self.profile is None or path is None or noisy(timings, self.place.device.facts):
             return
         try:
-            profile = DeviceProfile.load(path)  # another search may have added to it
-            known = {t.policy for t in profile.timed}
-            session = 1 + max((t.session for t in profile.timed), default=-1)
-            for trial in controller.trials.values():
-                digest = trial.policy.digest
-                if digest in timings and digest not in known:
-                    counts = signature(self.ready.prepared.plan(trial.policy))
-                    took, teacher = timings[digest].median_ms, timings["teacher"].median_ms
-                    profile.timed.append(Timed(counts, took, teacher, session, digest))
-            profile.create(path)
+            with writing(path, patience_s=FEED_S):
+                profile = DeviceProfile.load(path)  # another search may have added to it
+                known = {t.policy for t in profile.timed}
+                session = 1 + max((t.session for t in profile.timed), default=-1)
+                for trial in controller.trials.values():
+                    digest = trial.policy.digest
+                    if digest in timings and digest not in known:
+                        counts = signature(self.ready.prepared.plan(trial.policy))
+                        took, teacher = timings[digest].median_ms, timings["teacher"].median_ms
+                        profile.timed.append(Timed(counts, took, teacher, session, digest))
+                profile.create(path)
             if path == self.run_dir / PROFILE:
                 self.keep_profile()
         except (BadInput, OSError) as error:

@@ -76,12 +76,17 @@ def noise(timings: Mapping[str, Timing], facts: Mapping[str, str], run_dir: Path
     """What is to be known of the finalists of ``run_dir`` where their timings are ``noisy``."""
     if not noisy(timings, facts):
         return None
+    return (
+        f"Something else ran on this device while the finalists were timed: {_told(timings)}. When "
+        f"it is quiet, `flyweight measure {run_dir}` times them again"
+    )
+
+
+def _told(timings: Mapping[str, Timing]) -> str:
     waited = max(timing.waiting for timing in timings.values())
     return (
-        "Something else ran on this device while the finalists were timed: the rounds of the "
-        f"teacher spread by {timings['teacher'].spread:.0%}, calls waited for a core for up to "
-        f"{waited:.0%} of their time. When it is quiet, `flyweight measure {run_dir}` times them "
-        "again"
+        f"the rounds of the teacher spread by {timings['teacher'].spread:.0%}, calls waited for a "
+        f"core for up to {waited:.0%} of their time"
     )
 
 
@@ -99,7 +104,8 @@ class ThisMachine:
 
 class Meter:
     """Times models beside the teacher, on one target. Knows neither torch nor Ray. teacher_ms: what
-    the teacher takes alone, 0 where that is not known yet."""
+    the teacher takes alone, 0 where that is not known yet. disturbed: what showed that it was not
+    alone, "" if nothing did."""
 
     def __init__(
         self, runtime: str, threads: int, teacher: bytes, feed: Feed, teacher_ms: float = 0.0
@@ -108,12 +114,14 @@ class Meter:
         self._feed = feed
         self._teacher = self._runtime.load(teacher)
         self.teacher_ms = teacher_ms
+        self.disturbed = ""
 
     def alone(self) -> float:
         """The teacher's latency in ms, measured while nothing else runs; remembered. Where
         something does (the processes of Ray that just begin), it is measured again for a while."""
         found = self._quietest({"teacher": self._teacher}, math.inf, ALONE_S)
         self.teacher_ms = found["teacher"].median_ms
+        self.disturbed = _told(found) if noisy(found, self._runtime.device) else ""
         return self.teacher_ms
 
     def provisional(self, model: bytes) -> tuple[float, float, float]:

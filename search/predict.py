@@ -1,9 +1,7 @@
 """Device profiles and predictions by hand: ``flyweight profile`` and ``flyweight predict``."""
 
-import contextlib
-import fcntl
-import os
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,12 @@ from ..kernels.predictor import enough
 from ..spaces import BadInput, Impossible, Policy
 from .counting import counting
 from .meter import Meter
-from .profiling import FEW, NETWORKS, check_profile, empty_profile, make_profile
+from .profiling import FEW, NETWORKS, check_profile, empty_profile, make_profile, writing
 from .ready import prepare_task, ready, request_of
 from .spec import Spec, load_spec
 from .store import read_policy
+
+_log = logging.getLogger(__name__)
 
 
 def profile(
@@ -42,7 +42,7 @@ def profile(
     if out.is_dir():
         raise BadInput(f"{out} is a folder; name a file in it with -o")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _held(out):
+    with writing(out):
         asked = {"runtime": runtime, "threads": threads}
         changes = {key: value for key, value in asked.items() if value is not None}
         spec = spec.model_copy(update={"target": spec.target.model_copy(update=changes)})
@@ -58,30 +58,6 @@ def profile(
             except KeyboardInterrupt:
                 console.print(f"{out} holds what was timed; the same command goes on with it")
                 raise
-
-
-@contextlib.contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """One process at a time writes the profile ``path``. Raises BadInput in another. By a file
-    beside it: the profile itself is replaced as it begins."""
-    beside = path.with_name(f".{path.name}.lock")
-    with beside.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            gone = not os.fstat(lock.fileno()).st_nlink  # who had it before has just ended
-        except BlockingIOError:
-            gone = True
-        except OSError:  # a network drive without locks
-            gone = False
-        if gone:
-            raise BadInput(
-                f"another `flyweight profile` is writing {path}; wait for it, or name another "
-                "file with -o"
-            )
-        try:
-            yield
-        finally:
-            beside.unlink(missing_ok=True)
 
 
 def predict(
@@ -156,5 +132,12 @@ def predictor_of(
     if teacher_ms is None and (allow_foreign or found.fingerprint == here):
         model = untrained(prepared, Policy())
         request = request_of(spec, prepared)
-        teacher_ms = Meter(spec.target.runtime, spec.target.threads, model, request).alone()
+        meter = Meter(spec.target.runtime, spec.target.threads, model, request)
+        teacher_ms = meter.alone()
+        if meter.disturbed:
+            _log.warning(
+                "Something else runs on this device, and all latencies are told in units of what "
+                "the teacher takes now: %s. Predict again when it is quiet",
+                meter.disturbed,
+            )
     return predictor_for(found, fingerprint or here, teacher_ms, allow_foreign)

@@ -5,6 +5,7 @@ import contextlib
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -129,9 +130,9 @@ class Preparation:
         students = [Policy(distill=Distill(student=name)) for name in ready.prepared.others]
         others = [digest(signature(ready.prepared.plan(policy))) for policy in students]
         settings = repr(ready.space.settings)
-        # What can run in int8 decides which kernels there are to be timed.
-        kernels = self.place.device.capabilities
-        name = key_of(wanted.fingerprint, kernels, request, wanted.network, settings, *others)
+        # Which kernels there are to be timed hangs on what can run in int8, and on our rules.
+        kernels = self.place.device.capabilities, version("flyweight")
+        name = key_of(wanted.fingerprint, *kernels, request, wanted.network, settings, *others)
         return cache_folder(ready.spec) / f"profile-{name}.jsonl"
 
     def _known(self, path: Path, earlier: DeviceProfile | None) -> int:

@@ -1,6 +1,9 @@
 """Makes a device profile for a space: networks of random policies, timed alone on this device."""
 
+import contextlib
+import fcntl
 import math
+import os
 import random
 import time
 from collections import Counter
@@ -8,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 import numpy as np
 
@@ -268,7 +271,8 @@ def _time(
 
 def _wide(ready: Ready, profile: DeviceProfile, narrow: float, say: Say) -> bool:
     """Whether intervals of networks that are not in the profile are wider than is wanted."""
-    if not narrow or len(large_sessions(profile.timed, least(profile))) < SESSIONS:
+    alive = [t for t in profile.timed if t.ms is not None]
+    if not narrow or len(large_sessions(alive, least(profile))) < SESSIONS:
         return True
     drawn = islice(mixed_policies(ready.space, "unseen"), UNSEEN)  # as no seed draws
     works = [signature(ready.prepared.plan(policy)) for policy in drawn]
@@ -281,6 +285,41 @@ def _wide(ready: Ready, profile: DeviceProfile, narrow: float, say: Say) -> bool
     width = float(np.median((ends[:, 2] - ends[:, 0]) / ends[:, 1])) if len(ends) else math.inf
     say(f"90% intervals are {100 * width:.1f}% wide (enough: {100 * narrow:g}%)")
     return not width <= narrow
+
+
+@contextlib.contextmanager
+def writing(path: Path, patience_s: float = 0.0) -> Iterator[None]:
+    """One process at a time writes the profile ``path``. Raises BadInput in another that has waited
+    for so long. By a file beside it: the profile itself is replaced as it begins."""
+    beside, ends = path.with_name(f".{path.name}.lock"), time.monotonic() + patience_s
+    while (lock := _alone(beside)) is None:
+        if time.monotonic() >= ends:
+            raise BadInput(
+                f"another process is writing {path} (`flyweight profile`, or a search that ends); "
+                "wait for it, or name another file"
+            )
+        time.sleep(0.1)
+    with lock:
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def _alone(path: Path) -> TextIO | None:
+    """The file ``path``, which no other process has now; None if one has."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass
+    except OSError:  # a network drive without locks
+        return file
+    else:
+        if os.fstat(file.fileno()).st_nlink:  # else who had it has just ended
+            return file
+    file.close()
+    return None
 
 
 def check_device(found: DeviceProfile, ready: Ready, local: bool) -> None:

@@ -15,13 +15,19 @@ import pytest
 from click.testing import CliRunner
 
 from flyweight.kernels import DeviceProfile, Signature, Timed, Timing, signature
-from flyweight.search import driver, predict, profiling
+from flyweight.search import conclusion, driver, predict, profiling
 from flyweight.search.cache import cache_folder
 from flyweight.search.cli import main
 from flyweight.search.driver import search
 from flyweight.search.meter import Device, Meter
 from flyweight.search.preparation import Preparation
-from flyweight.search.profiling import check_device, empty_profile, make_profile, mixed_policies
+from flyweight.search.profiling import (
+    check_device,
+    empty_profile,
+    make_profile,
+    mixed_policies,
+    writing,
+)
 from flyweight.search.ready import Ready, ready
 from flyweight.search.record import MemoryRecord
 from flyweight.search.run_files import PROFILE
@@ -274,7 +280,9 @@ def test_a_smaller_profile_does_not_take_the_place_of_a_larger_one(folder: Path)
     assert DeviceProfile.load(kept) == made
 
 
-def test_finalists_that_are_fed_back_are_there_for_the_next_search(folder: Path) -> None:
+def test_finalists_that_are_fed_back_are_there_for_the_next_search(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found, run = prepared(folder), folder / "run"
     first, _ = preparation(found, run)
     made = first.profile(0.1)
@@ -308,8 +316,14 @@ def test_finalists_that_are_fed_back_are_there_for_the_next_search(folder: Path)
     searched.spec = found.spec.model_copy(update={"target": target})
     (kept,) = cache_folder(found.spec).iterdir()
     before = kept.read_bytes()
+    monkeypatch.setattr(conclusion, "FEED_S", 0.3)
+    with writing(path):  # `flyweight profile` goes on with it
+        searched._conclusion()._feed_back(controller, timings)
+    assert len(DeviceProfile.load(path).timed) == 1
+    assert "is writing" in searched.notes.pop()
     searched._conclusion()._feed_back(controller, timings)
     assert len(DeviceProfile.load(path).timed) == 2
+    assert not searched.notes
     assert kept.read_bytes() == before
 
 
@@ -352,6 +366,39 @@ def test_a_profile_is_not_judged_by_the_networks_that_it_is_made_of(
     assert not {*judged} & {frozenset(t.counts.items()) for t in made.timed}
 
 
+def test_networks_that_the_runtime_died_of_do_not_end_a_profile(folder: Path) -> None:
+    """They say nothing of how wide intervals are, however many they are."""
+    found, path = prepared(folder), folder / "p.jsonl"
+    made = facts(80, found)
+    made.timed = [t if i < 10 else replace(t, ms=None) for i, t in enumerate(made.timed)]
+    made.create(path)
+    place = Bench(found)
+    again = make_profile(found, path, place=place, networks=100, say=lambda _: None)
+    assert len(again.timed) == 100
+    assert place.timed == 20
+
+
+def test_a_prediction_on_a_busy_machine_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def quietest(*_: Any) -> dict[str, Timing]:
+        return {"teacher": Timing((1.0, 2.0, 1.5, 1.0, 2.0), waiting)}
+
+    monkeypatch.setattr(Meter, "_quietest", quietest)
+    found = prepared(folder)
+    profile = facts(60, found)
+    for waiting in (0.4, 0.0):
+        caplog.clear()
+        predict.predictor_of(found.spec, found.prepared, profile)
+        (said,) = caplog.messages
+        assert "the rounds of the teacher spread by 67%" in said
+        assert f"for up to {waiting:.0%} of their time" in said
+    monkeypatch.setattr(Meter, "_quietest", lambda *_: {"teacher": Timing((1.0, 1.0))})
+    caplog.clear()
+    predict.predictor_of(found.spec, found.prepared, profile)
+    assert not caplog.messages
+
+
 def test_a_profile_of_too_few_networks_is_not_praised(folder: Path) -> None:
     out, spec = folder / "p.jsonl", folder / "search.yaml"
     words = ["profile", "--spec", str(spec), "-o", str(out), "--networks"]
@@ -391,8 +438,8 @@ def test_two_do_not_profile_into_one_file(
     if locks:
         assert begun == [
             "first",
-            f"flyweight: another `flyweight profile` is writing {folder / 'p.jsonl'}; wait for it, "
-            "or name another file with -o\n",
+            f"flyweight: another process is writing {folder / 'p.jsonl'} (`flyweight profile`, or "
+            "a search that ends); wait for it, or name another file\n",
         ]
     else:  # a network drive: they are not told of each other
         assert begun[1] == "second"
