@@ -25,7 +25,7 @@ CRITERIA: dict[str, Callable[[], Any]] = {
     "random": lambda: tp.importance.RandomImportance(),
 }
 
-LEAST_LEFT = 1e-3  # of a channel's variance, for the rest to be its new one
+LEAST_LEFT = 1e-3  # of a channel's variance, where pruning leaves next to nothing of it
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -172,8 +172,8 @@ def recompute_statistics(model: nn.Module, inputs: Items, batch: int = 128) -> N
     """Batch-norm statistics of ``model`` anew from ``inputs``, in place.
 
     Pruning shifts every activation; without this the network says almost nothing about how good
-    it will be (Li et al. 2020, "EagleEye"). A channel with less than ``LEAST_LEFT`` of its
-    variance keeps that: divided by the root of almost nothing, what ``inputs`` do not show would
+    it will be (Li et al. 2020, "EagleEye"). Of the variance that a channel had at least
+    ``LEAST_LEFT`` counts: divided by the root of almost nothing, what ``inputs`` do not show would
     come out some hundred times as large.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -181,7 +181,8 @@ def recompute_statistics(model: nn.Module, inputs: Items, batch: int = 128) -> N
     if not norms:
         return
     momenta = [m.momentum for m in norms]
-    before = [m.running_var.clone() for m in norms]
+    # Of those that have seen data: of others it says nothing.
+    before = [m.running_var * (m.num_batches_tracked > 0) for m in norms]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -192,8 +193,7 @@ def recompute_statistics(model: nn.Module, inputs: Items, batch: int = 128) -> N
             call(model, part.inputs)
     for norm, momentum, variance in zip(norms, momenta, before, strict=True):
         norm.momentum = momentum
-        gone = norm.running_var < LEAST_LEFT * variance
-        norm.running_var = norm.running_var.where(~gone, variance)
+        norm.running_var = torch.maximum(norm.running_var, LEAST_LEFT * variance)
     model.eval()
 
 

@@ -15,6 +15,8 @@ from .parameter import Parameter
 from .policy import Distill, Policy, Prune, Quantize
 from .settings import Range, Settings
 
+FEW = 4  # widths, less than which are no choice
+
 
 @dataclass(frozen=True)
 class Space:
@@ -78,8 +80,8 @@ class Space:
         for name, (_, group) in self.groups.items():
             asked = self.settings.multiple_of or self.capabilities.width_multiple
             step = math.lcm(asked, group.multiple_of)
-            if step >= group.width and self.settings.multiple_of is None:
-                # What the target likes is no rule: its own multiples, about as coarse.
+            if self.settings.multiple_of is None and group.width < FEW * step:
+                # What the target likes is no rule: the group's own multiples, about as coarse.
                 step = -(-asked // group.multiple_of) * group.multiple_of
             # 0.07 * 100 is 7.000000000000001 and must not ask for 8.
             least = max(1, math.ceil(group.width * self.settings.min_keep - 1e-9))

@@ -40,6 +40,19 @@ class Plain(nn.Module):
         return self.l2(F.relu(self.l1(x.flatten(1))))
 
 
+class Pixels(nn.Module):
+    """A convolution gives the answer, one for each place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1 = nn.Conv2d(3, 16, 3, padding=1)
+        self.c2 = nn.Conv2d(16, 24, 3, padding=1)
+        self.c3, self.norm = nn.Conv2d(24, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.c3(F.relu(self.c2(F.relu(self.c1(x))))))
+
+
 class Mlp(nn.Module):
     """Linear layers, one with a norm behind it."""
 
@@ -689,6 +702,7 @@ class Parts(nn.Module):
 MAKERS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "plain": lambda: (Plain(), image()),
     "mlp": lambda: (Mlp(), torch.rand(1, 12)),
+    "pixels": lambda: (Pixels(), image()),
     "separable": lambda: (Separable(), image()),
     "concat": lambda: (Concat(), image()),
     "quiet": lambda: (Quiet(), image()),

@@ -40,8 +40,8 @@ WIDE = Settings(min_keep=0.01, multiple_of=1, depth=True)
 # What is special: widths of several groups read at once, layers that run several times, norms of
 # their own for each run, grouped convolutions that widths make depthwise, blocks inside of blocks.
 NAMES = [
-    "plain", "mlp", "separable", "concat", "two", "sequence", "preactivation", "grouped", "gate",
-    "fixed", "fused", "separate", "library", "shuffle", "inverted", "gated", "siamese",
+    "plain", "mlp", "pixels", "separable", "concat", "two", "sequence", "preactivation", "grouped",
+    "gate", "fixed", "fused", "separate", "library", "shuffle", "inverted", "gated", "siamese",
     "recurrent", "dense", "inception", "inplace",
 ]  # fmt: skip
 

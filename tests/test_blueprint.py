@@ -34,8 +34,9 @@ Traced = Callable[[str], Network]
 BOTH = ("fp32", "int8")
 TARGET = Capabilities({"conv": BOTH, "linear": BOTH}, weight_bits=7)
 NAMES = [
-    "plain", "mlp", "separable", "concat", "quiet", "two", "sequence", "preactivation", "grouped",
-    "groupnorm", "gate", "fixed", "siamese", "recurrent", "dense", "inception", "inplace", "signal",
+    "plain", "mlp", "pixels", "separable", "concat", "quiet", "two", "sequence", "preactivation",
+    "grouped", "groupnorm", "gate", "fixed", "siamese", "recurrent", "dense", "inception",
+    "inplace", "signal",
 ]  # fmt: skip
 
 
@@ -402,6 +403,8 @@ def test_rules_that_hold_for_every_network(name: str, seed: int, networks: Modul
     policy = Space(network, TARGET, Settings()).sample(random.Random(seed))
     plan = blueprint(network, policy, TARGET)
     order = [op.name for op in network.ops]
+    made = {kernel.output: kernel.precision for kernel in plan.kernels}
+    assert network.output not in plan.quantized or made[network.output] == "int8"
     assert list(plan.quantized) == [v for v in order if v in plan.quantized]
     for value, scale in plan.quantized.items():
         assert plan.quantized[scale] == scale  # the first to be made names the scale

@@ -31,10 +31,11 @@ from flyweight.kernels import SimulatedRuntime, make_runtime
 from flyweight.spaces import Distill, FlyweightError, Network, Policy, Prune, Quantize, blueprint
 
 EVERY = [
-    "plain", "mlp", "separable", "concat", "quiet", "two", "sequence", "preactivation", "grouped",
-    "groupnorm", "gate", "fixed", "fused", "separate", "interleaved", "summed", "edges", "library",
-    "shuffle", "inverted", "gated", "siamese", "recurrent", "dense", "inception", "inplace",
-    "signal", "text", "convnext", "mixer", "shuffled", "crossstage", "heard", "parallel", "parts",
+    "plain", "mlp", "pixels", "separable", "concat", "quiet", "two", "sequence", "preactivation",
+    "grouped", "groupnorm", "gate", "fixed", "fused", "separate", "interleaved", "summed", "edges",
+    "library", "shuffle", "inverted", "gated", "siamese", "recurrent", "dense", "inception",
+    "inplace", "signal", "text", "convnext", "mixer", "shuffled", "crossstage", "heard", "parallel",
+    "parts",
 ]  # fmt: skip
 
 

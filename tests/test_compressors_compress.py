@@ -354,6 +354,28 @@ def test_tiny_training_sets(size: int, networks: ModuleType) -> None:
     assert compress(found, how, "full").samples > 0
 
 
+@pytest.mark.parametrize("calibration", ["mse", "fitted"])
+def test_a_network_of_which_a_convolution_gives_the_answer(
+    calibration: str, networks: ModuleType
+) -> None:
+    """A class for each place: its scores are rounded, as ONNX Runtime's kernel makes them."""
+    torch.manual_seed(0)
+    inputs = torch.randn(96, 3, 8, 8)
+    data = TensorDataset(inputs, (inputs[:, 0] > 0).long() + 2 * (inputs[:, 1] > 0))
+    task = ClassificationTask(networks.make("pixels")[0], data, data)
+    found = prepare(task, make_runtime("onnxruntime", 1), Schedule(2, 0.5, 16))
+    quantize = Quantize(dict.fromkeys(found.network.layers, "int8"), calibration, qat=True)
+    prune = Prune({"c1": 8, "c2": 16}, "taylor", reconstruct=True)
+    how = Policy(prune, quantize, Distill(learning_rate=0.02))
+    untrained = compress(found, dataclasses.replace(how, distill=None), "recalibrate")
+    trained = compress(found, how, "full")
+    for candidate in (untrained, trained):
+        assert (int8_layers(candidate.model), float_layers(candidate.model)) == (3, 0)
+    assert trained.parity is not None
+    assert trained.parity.agreement >= 0.995
+    assert trained.loss < untrained.loss
+
+
 def strided(x: Tensor) -> Tensor:
     """The same values as ``x`` [A, B], in a memory that does not hold them in a row."""
     spread = torch.zeros(x.shape[1], 2 * x.shape[0])

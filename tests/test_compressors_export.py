@@ -89,6 +89,7 @@ def shaken(model: nn.Module) -> nn.Module:
 WRITTEN = [
     "plain",
     "mlp",
+    "pixels",
     "separable",
     "concat",
     "quiet",
@@ -226,7 +227,7 @@ def test_a_layer_that_gives_the_answer_runs_in_int8(
         torch.testing.assert_close(run_module(frozen, items), theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["plain", "mlp", "separable", "concat", "preactivation"])
+@pytest.mark.parametrize("name", ["plain", "mlp", "pixels", "separable", "concat", "preactivation"])
 def test_mixed_precision_runs_as_the_policy_says(
     networks: ModuleType, runtime: Runtime, name: str
 ) -> None:

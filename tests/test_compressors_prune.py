@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from flyweight.compressors.data import Items
 from flyweight.compressors.prune import (
     CRITERIA,
+    LEAST_LEFT,
     call,
     importance,
     kept_channels,
@@ -250,16 +251,19 @@ def test_statistics_are_those_of_the_data() -> None:
 
 
 def test_a_channel_of_which_nothing_is_left_is_not_blown_up() -> None:
-    """What feeds it is gone, or silent on the data at hand; it is divided by what it once was."""
+    """What feeds it is gone, or silent on the data at hand."""
     model: Any = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     model[1].running_var[:] = torch.tensor([4.0, 4.0, 4.0, 0.0])
     with torch.no_grad():
         model[0].weight *= torch.tensor([[0.0], [1e-3], [1.0], [1.0]])
     items = Items(torch.randn(64, 3), torch.zeros(64))
-    recompute_statistics(model, items)
-    assert model[1].running_var[:2].tolist() == [4.0, 4.0]
-    anew = model[0](items.inputs).var(0)[2:]
-    assert model[1].running_var[2:].tolist() == pytest.approx(anew.tolist(), rel=1e-4)
+    for seen, least in ((0, 0.0), (1, 4.0 * LEAST_LEFT)):
+        statistics = copy.deepcopy(model)
+        statistics[1].num_batches_tracked.fill_(seen)
+        recompute_statistics(statistics, items)
+        anew = model[0](items.inputs).var(0)
+        anew[:2] = anew[:2].clamp(min=least)
+        assert statistics[1].running_var.tolist() == pytest.approx(anew.tolist(), rel=1e-4)
 
 
 def test_statistics_leave_out_a_last_batch_of_one() -> None:

@@ -44,7 +44,7 @@ def _networks() -> ModuleType:
     return sys.modules[name]
 
 
-NAMES = sorted(_networks().MAKERS)
+NAMES = sorted(_networks().MAKERS.keys() - {"pixels"})  # of classes
 
 
 def _drawn(part: Tensor, count: int, generator: torch.Generator) -> Tensor:
