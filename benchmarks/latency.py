@@ -5,16 +5,18 @@
 A device profile is made as `flyweight profile` makes it; then ``HELD`` policies of another seed are
 timed in sessions of their own, two thirds of random widths, a third near uniform recipes, as many
 in each precision as mixed; the first of them once more, which says how well measurements repeat.
-Others learn from the same profile: multiply-accumulates, a table of kernels (one time for each,
-those not in it at the nominal time of their work), a random forest and a multilayer perceptron,
-both on the features nn-Meter uses, of all layers of a network at once (nn-Meter and LitePred
-themselves learn from kernels timed alone). Latencies are in units of the teacher that was timed
-beside them. Resumable: what was timed lies under benchmarks/out.
+Others learn from the same networks: multiply-accumulates, a table of kernels (one time for each,
+those not in it at the nominal time of their work), a ridge on the work of each layer with a boosted
+residual, a random forest and a multilayer perceptron, these on the features nn-Meter uses, of all
+layers of a network at once (nn-Meter and LitePred themselves learn from kernels timed alone).
+Latencies are in units of the teacher that was timed beside them. Resumable: what was timed lies
+under benchmarks/out.
 """
 
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
@@ -25,7 +27,8 @@ import numpy as np
 import torch
 from common import OUT, write
 from scipy import stats
-from sklearn.ensemble import RandomForestRegressor
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.ensemble import HistGradientBoostingRegressor, RandomForestRegressor
 from sklearn.linear_model import LinearRegression, RidgeCV
 from sklearn.neural_network import MLPRegressor
 from sklearn.pipeline import make_pipeline
@@ -35,7 +38,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flyweight.compressors import ClassificationTask
-from flyweight.kernels import DeviceProfile, LatencyPredictor, signature
+from flyweight.kernels import DeviceProfile, LatencyPredictor, Signature, signature
 from flyweight.kernels.signature import nominal_ms
 from flyweight.search.batch import BatchPredictor
 from flyweight.search.profiling import NARROW, NETWORKS, make_profile, mixed_policies
@@ -140,65 +143,98 @@ def _tau(took: np.ndarray, predicted: np.ndarray) -> float:
     return float(agree / max(pairs, 1))
 
 
-def layers(plan: Blueprint) -> list[list[float]]:
-    """Per layer: positions, channels, window, stride, MACs, weights (nn-Meter), and precision."""
-    return [
-        [
-            np.prod(k.out_shape[2:]), *k.channels, np.prod(k.kernel), np.prod(k.stride), k.macs,
-            k.weights, k.precision == "int8",
-        ]
-        for k in plan.kernels if k.weights
-    ]  # fmt: skip
+def features(plan: Blueprint) -> list[float]:
+    """Per layer: positions, channels, window, stride, MACs, weights (nn-Meter), as logarithms, and
+    whether it is in int8; then the logarithms of all MACs in either precision."""
+    out: list[float] = []
+    for k in plan.kernels:
+        if k.weights:
+            positions = np.prod(k.out_shape[1:]) // k.channels[1]
+            sizes = [
+                positions,
+                *k.channels,
+                np.prod(k.kernel),
+                np.prod(k.stride),
+                k.macs,
+                k.weights,
+            ]
+            out += [*np.log1p(sizes), k.precision == "int8"]
+    return [*out, *np.log1p(macs(plan))]
+
+
+def macs(plan: Blueprint) -> list[float]:
+    """In fp32, in int8."""
+    total = {"fp32": 0.0, "int8": 0.0}
+    for kernel in plan.kernels:
+        total[kernel.precision] += kernel.macs
+    return list(total.values())
+
+
+def linear(plan: Blueprint) -> list[float]:
+    """Per layer, apart for fp32 and int8: one, MACs, weights, values read and made."""
+    out: list[float] = []
+    for k in plan.kernels:
+        if k.weights:
+            read, made = np.prod(k.in_shapes[0][1:]), np.prod(k.out_shape[1:])
+            for precision in ("fp32", "int8"):
+                out += np.array([1, k.macs, k.weights, read, made]) * (k.precision == precision)
+    return out
 
 
 def baselines(known: Networks, held: Networks) -> dict[str, np.ndarray]:
     """What others' predictors, learned from ``known``, say of ``held``."""
-
-    def macs(plan: Blueprint) -> list[float]:
-        total = {"fp32": 0.0, "int8": 0.0}
-        for kernel in plan.kernels:
-            total[kernel.precision] += kernel.macs
-        return list(total.values())
-
     out = {}
-    weights = 1 / known.ratio  # relative errors count
-    x, z = (np.array([macs(p) for p in n.plans]) for n in (known, held))
-    out["MACs"] = LinearRegression().fit(x, known.ratio, weights**2).predict(z)
-    keys: dict[Any, int] = {}
-    rows = [[(s.kind, s.form, s.sizes) for s in signature(p).elements()] for p in known.plans]
-    for row in rows:
-        for key in row:
-            keys.setdefault(key, len(keys))
+    y, logs = known.ratio, np.log(known.ratio)
+    weights = 1 / y**2  # relative errors count
 
-    def table(plans: list[list[Any]]) -> np.ndarray:
-        found = np.zeros((len(plans), len(keys)))
-        for i, row in enumerate(plans):
-            for key in row:
-                if key in keys:
-                    found[i, keys[key]] += 1
+    def both(rows: Callable[[Blueprint], list[float]]) -> tuple[np.ndarray, np.ndarray]:
+        x, z = (np.array([rows(p) for p in n.plans], float) for n in (known, held))
+        scale = np.abs(x).max(0)
+        scale[scale == 0] = 1
+        return x / scale, z / scale
+
+    x, z = both(macs)
+    out["MACs"] = LinearRegression().fit(x, y, weights).predict(z)
+
+    # One time for each kernel, near its nominal time as long as nothing shows otherwise.
+    sums, theirs = ([signature(p) for p in n.plans] for n in (known, held))
+    nominal, nominal_held = (np.array([nominal_ms(c) for c in n]) for n in (sums, theirs))
+    pace = np.median(y / nominal)
+    keys: dict[Any, int] = {}
+    for counts in sums:
+        for s in counts:
+            keys.setdefault((s.kind, s.form, s.sizes), len(keys))
+
+    def table(networks: list[Counter[Signature]]) -> np.ndarray:
+        found = np.zeros((len(networks), len(keys)))
+        for i, counts in enumerate(networks):
+            for s, n in counts.items():
+                if (key := (s.kind, s.form, s.sizes)) in keys:
+                    found[i, keys[key]] += n * pace * s.nominal_ms
         return found
 
-    sums = [signature(p) for p in known.plans]
-    pace = np.median(known.ratio / [nominal_ms(c) for c in sums])
-    theirs, missing = [], []
-    for plan in held.plans:
-        counts = signature(plan)
-        theirs.append([(s.kind, s.form, s.sizes) for s in counts.elements()])
-        unknown = (s for s in counts.elements() if (s.kind, s.form, s.sizes) not in keys)
-        missing.append(pace * sum(s.nominal_ms for s in unknown))
-    ridge = RidgeCV(np.logspace(-6, 1, 15), fit_intercept=False)
-    ridge.fit(table(rows), known.ratio, weights**2)
-    out["table of kernels"] = ridge.predict(table(theirs)) + missing
-    x, z = (np.array([np.ravel(layers(p)) for p in n.plans]) for n in (known, held))
+    strengths = np.logspace(-4, 3, 15)
+    ridge = RidgeCV(strengths, fit_intercept=False)
+    ridge.fit(table(sums), y - pace * nominal, weights)
+    out["table of kernels"] = pace * nominal_held + ridge.predict(table(theirs))
+
+    x, z = both(linear)
+    ridge = RidgeCV(strengths).fit(x, y, weights)
+    first, rest = (np.maximum(ridge.predict(of), y.min() / 2) for of in (x, z))
+    x, z = both(features)
+    boosted = HistGradientBoostingRegressor(learning_rate=0.05, max_iter=300, random_state=0)
+    boosted.fit(x, logs - np.log(first))
+    out["ridge, boosted"] = rest * np.exp(boosted.predict(z))
     forest = RandomForestRegressor(300, min_samples_leaf=2, random_state=0)
-    out["random forest"] = np.exp(forest.fit(x, np.log(known.ratio)).predict(z))
-    perceptron = make_pipeline(
-        StandardScaler(),
-        MLPRegressor(
-            hidden_layer_sizes=(128, 128), max_iter=2000, early_stopping=True, random_state=0
+    out["random forest"] = np.exp(forest.fit(x, logs).predict(z))
+    perceptron = TransformedTargetRegressor(
+        make_pipeline(
+            StandardScaler(),
+            MLPRegressor(hidden_layer_sizes=(128, 128), alpha=0.1, max_iter=1000, random_state=0),
         ),
+        transformer=StandardScaler(),
     )
-    out["perceptron"] = np.exp(perceptron.fit(x, np.log(known.ratio)).predict(z))
+    out["perceptron"] = np.exp(perceptron.fit(x, logs).predict(z))
     return out
 
 

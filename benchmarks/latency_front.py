@@ -1,17 +1,18 @@
 """How well latency is predicted where a search ends: near its front, chosen for what was predicted.
 
-    python benchmarks/latency_front.py RUN_DIR [--networks 150]
+    python benchmarks/latency_front.py RUN_DIR [--profile benchmarks/out/latency-...-profile.jsonl]
 
-The policies of the front of a finished search, then their neighbours in one to three choices, are
-timed as benchmarks/latency.py times what it holds out, and predicted from two profiles: the one
-that the search made for itself, and that of latency.py of the network's whole space, if it is there
-(of the same runtime; --network says of which). Resumable: what was timed lies under benchmarks/out.
+The policies of the front of a finished search, among their neighbours in one to three choices, are
+timed as benchmarks/latency.py times what it holds out, and predicted from the profile that the
+search made for itself, and from another one. Neither has what is timed here: the search adds its
+finalists to its own, which are taken out again. Resumable: what was timed is in benchmarks/out.
 """
 
 import argparse
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,26 +20,29 @@ import torch
 from common import OUT, write
 from latency import figures
 
-from flyweight.kernels import DeviceProfile, LatencyPredictor
+from flyweight.kernels import DeviceProfile, LatencyPredictor, signature
 from flyweight.search import load_run
-from flyweight.search.profiling import make_profile
+from flyweight.search.profiling import check_profile, empty_profile, make_profile
 from flyweight.search.ready import ready
 from flyweight.search.run_files import PROFILE, SPEC
 from flyweight.search.spec import load_spec
 from flyweight.spaces import Policy, Space
 
-STEPS = 3
+STEPS, EVERY = 3, 10
 
 
 def near_front(front: list[Policy], space: Space) -> Iterator[Policy]:
-    """``front``, then policies up to ``STEPS`` choices away from one of it, without end."""
-    yield from front
-    rng = random.Random(0)
+    """Policies up to ``STEPS`` choices away from one of ``front``, without end; one in ``EVERY`` is
+    of ``front`` itself, as long as there are any."""
+    rng, left = random.Random(0), list(front)
     while True:
-        policy = rng.choice(front)
-        for _ in range(rng.randint(1, STEPS)):
-            policy = rng.choice([*space.neighbours(policy)])
-        yield policy
+        if left:
+            yield left.pop()
+        for _ in range(EVERY - 1):
+            policy = rng.choice(front)
+            for _ in range(rng.randint(1, STEPS)):
+                policy = rng.choice([*space.neighbours(policy)])
+            yield policy
 
 
 def main() -> None:
@@ -46,38 +50,40 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("run", type=Path, help="the run directory of a finished search")
+    parser.add_argument("--profile", type=Path, help="another profile to predict from")
     parser.add_argument("--networks", type=int, default=150)
-    parser.add_argument("--network", default="resnet")
     given = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(exist_ok=True)
-    found = ready(load_spec(given.run / SPEC))
-    run = load_run(given.run)
-    digests = list(run.front["digest"])
-    front = [Policy.from_json(json.dumps(run.model(digest).policy)) for digest in digests]
+    found, run = ready(load_spec(given.run / SPEC)), load_run(given.run)
+    models = [run.model(digest) for digest in run.front["digest"]]
+    front = [Policy.from_json(json.dumps(model.policy)) for model in models]
     name = f"latency-front-{given.run.resolve().name}"
-    timed = make_profile(
+    held = make_profile(
         found, OUT / f"{name}.jsonl", networks=given.networks, narrow=0.0,
         policies=near_front(front, found.space),
-    ).timed  # fmt: skip
-    alive = [t for t in timed if t.ms]
+    )  # fmt: skip
+    alive = [t for t in held.timed if t.ms]
+    works = [t.counts for t in alive]
     took = np.array([t.ms / t.teacher_ms for t in alive if t.ms])
-    places = {"front": np.array([t.policy in digests for t in alive])}
-    places["neighbours"] = ~places["front"]
+    finalists = [signature(found.prepared.plan(policy)) for policy in front]
+    of_front = np.array([t.counts in finalists for t in alive])
+    all_ = np.ones(len(alive), bool)
+    places = {"all": all_, "the front itself": of_front, "its neighbours": ~of_front}
 
-    whole = OUT / f"latency-{given.network}-{found.spec.target.runtime}-profile.jsonl"
-    profiles = {"the search's": given.run / PROFILE, "the whole space's": whole}
     cells = {}
-    for label, path in profiles.items():
-        if not path.exists():
+    for label, path in {"own": given.run / PROFILE, "other": given.profile}.items():
+        if path is None:
             continue
         profile = DeviceProfile.load(path)
-        predictor = LatencyPredictor(profile)
-        ends = predictor.predict_work([t.counts for t in alive]) / predictor.teacher_ms
+        check_profile(profile, empty_profile(found.spec, found.prepared))
+        unseen = [t for t in profile.timed if t.counts not in works]
+        predictor = LatencyPredictor(replace(profile, timed=unseen))
+        ends = predictor.predict_work(works) / predictor.teacher_ms
         for place, at in places.items():
             cell = figures(took, ends, at)
-            cell["median_over_predicted"] = float(np.median(took[at] / ends[at, 1]) - 1)
-            cells[f"{label} ({len(profile.timed)} networks), {place}"] = cell
+            cell["longer_than_predicted"] = float(np.median(took[at] / ends[at, 1]) - 1)
+            cells[f"{label} profile ({len(unseen)} networks), {place}"] = cell
     for label, cell in cells.items():
         print(label, {key: round(value, 4) for key, value in cell.items()})
     write(name, {"run": str(given.run), "cells": cells})

@@ -125,7 +125,10 @@ class _Rewriting:
                 self._integer(kernel)
             else:
                 self._float(kernel)
-        self._unblocked |= self._blocked.keys() & {*self._rounded, self._plan.network.output}
+        answer = self._plan.network.output
+        self._unblocked |= self._blocked.keys() & {*self._rounded, answer}
+        self._others["DequantizeLinear"] += self._is_integer(answer)
+        self._turned |= self._last & {answer}
         self._others += Counter(
             QuantizeLinear=len(self._rounded), Transpose=len(self._turned),
             ReorderInput=len(self._reordered), ReorderOutput=len(self._unblocked),
