@@ -176,8 +176,8 @@ def recompute_statistics(model: nn.Module, inputs: Items, batch: int = 128) -> N
     ``LEAST_LEFT`` counts: divided by the root of almost nothing, what ``inputs`` do not show would
     come out some hundred times as large.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [m for m in norms if m.track_running_stats]
+    modules = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    norms: list[Any] = [m for m in modules if m.track_running_stats]
     if not norms:
         return
     momenta = [m.momentum for m in norms]

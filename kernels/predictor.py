@@ -79,7 +79,9 @@ class LatencyPredictor:
     sessions. So what differs from one process to the next (memory, neighbours) is in them; with
     fewer than ``SESSIONS`` of them that can only be allowed for. They widen by themselves where the
     profile knows little. A profile that leans on another device's needs ``LEAST_LIKE`` networks
-    only; its intervals are as many standard deviations wide as those of the other at least.
+    only; its intervals are as many standard deviations wide as those of the other at least. Where
+    its own networks predict one another better without the other's, they are left to themselves:
+    kernels may differ by more than factors.
 
     Raises BadInput for a profile of too few networks.
     """
@@ -98,11 +100,13 @@ class LatencyPredictor:
         ms = [t.ms * usual / t.teacher_ms for t in self._timed if t.ms]
         sums = [t.counts for t in self._timed]
         self._like = None if profile.like is None else LatencyPredictor(profile.like)
-        self._process: AdditiveProcess | TransferredProcess = (
-            AdditiveProcess(sums, ms, [(t.session, t.teacher_ms) for t in self._timed])
-            if self._like is None
-            else TransferredProcess(sums, ms, self._like._process)
+        self._process: AdditiveProcess | TransferredProcess = AdditiveProcess(
+            sums, ms, [(t.session, t.teacher_ms) for t in self._timed]
         )
+        if self._like is not None:
+            lent = TransferredProcess(sums, ms, self._like._process)
+            if _off(lent) <= _off(self._process):
+                self._process = lent
         self._pieces = self.pieces()
 
     @cached_property
@@ -194,6 +198,12 @@ class LatencyPredictor:
 
     def _dies_of(self, piece: Signature) -> bool:
         return not self._unavailable.isdisjoint(((piece.kind, piece.form), piece))
+
+
+def _off(process: AdditiveProcess | TransferredProcess) -> float:
+    """By how much each of its networks is mispredicted by the others, on average."""
+    mean, _ = process.left_out(range(len(process.ms)))
+    return float(np.abs(mean / process.ms - 1).mean())
 
 
 def check_own(profile: DeviceProfile, fingerprint: str) -> None:

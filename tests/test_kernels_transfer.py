@@ -1,5 +1,6 @@
 """A second device learned with the first: against a plain regression, and known truths."""
 
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -148,6 +149,18 @@ def test_a_device_that_is_only_slower_is_learned_from_eight_networks(
     error = abs(after[:, 1] / (7 * before[:, 1]) - 1)
     assert (error < 0.1).all()  # what is asked of a second device
     assert np.median(error) < 0.02  # twice what a network is measured to
+
+
+def test_a_device_that_is_not_like_the_other_is_left_to_its_own_networks(
+    device: ModuleType, first: DeviceProfile
+) -> None:
+    strange = random.Random(0).sample(first.timed, len(first.timed))
+    timed = [replace(t, ms=s.ms) for t, s in zip(first.timed, strange, strict=True)]
+    other = replace(first, timed=timed)
+    few, unseen = profile(device, "second", 2, 48), device.networks(5, 100)
+    ends = LatencyPredictor(replace(few, like=other)).predict_work(unseen)
+    alone = LatencyPredictor(few).predict_work(unseen)
+    np.testing.assert_allclose(ends[:, 1], alone[:, 1], rtol=1e-9)
 
 
 def test_fewer_networks_make_wider_intervals(device: ModuleType, first: DeviceProfile) -> None:
