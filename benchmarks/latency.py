@@ -177,7 +177,8 @@ def linear(plan: Blueprint) -> list[float]:
         if k.weights:
             read, made = np.prod(k.in_shapes[0][1:]), np.prod(k.out_shape[1:])
             for precision in ("fp32", "int8"):
-                out += np.array([1, k.macs, k.weights, read, made]) * (k.precision == precision)
+                there = k.precision == precision
+                out += [there * size for size in (1, k.macs, k.weights, read, made)]
     return out
 
 
