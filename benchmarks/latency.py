@@ -17,7 +17,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -38,7 +38,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from flyweight.compressors import ClassificationTask
-from flyweight.kernels import DeviceProfile, LatencyPredictor, Signature, signature
+from flyweight.kernels import DeviceProfile, LatencyPredictor, Signature, Timed, signature
 from flyweight.kernels.signature import nominal_ms
 from flyweight.search.batch import BatchPredictor
 from flyweight.search.profiling import NARROW, NETWORKS, make_profile, mixed_policies
@@ -96,6 +96,11 @@ def spec_of(network: str, runtime: str) -> Spec:
     )  # fmt: skip
 
 
+def ratios(timed: Sequence[Timed]) -> np.ndarray:
+    """Latencies in units of the teacher."""
+    return np.array([t.ms / t.teacher_ms for t in timed if t.ms])
+
+
 class Networks:
     """What was timed, with its plans, in units of the teacher beside it."""
 
@@ -105,7 +110,7 @@ class Networks:
             for i, policy in enumerate(islice(mixed_policies(found.space, seed), 2 * NETWORKS))
         }
         timed = [t for t in profile.timed if t.ms and t.policy in named]
-        self.ratio = np.array([t.ms / t.teacher_ms for t in timed if t.ms])
+        self.ratio = ratios(timed)
         self.digests = [t.policy for t in timed]
         places = [named[t.policy] for t in timed]
         self.precision = np.array([("fp32", "int8", "mixed")[i % 3] for i, _ in places])

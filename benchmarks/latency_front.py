@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import OUT, write
-from latency import figures
+from latency import figures, ratios
 
 from flyweight.kernels import DeviceProfile, LatencyPredictor, signature
 from flyweight.search import load_run
@@ -65,7 +65,7 @@ def main() -> None:
     )  # fmt: skip
     alive = [t for t in held.timed if t.ms]
     works = [t.counts for t in alive]
-    took = np.array([t.ms / t.teacher_ms for t in alive if t.ms])
+    took = ratios(alive)
     finalists = [signature(found.prepared.plan(policy)) for policy in front]
     of_front = np.array([t.counts in finalists for t in alive])
     all_ = np.ones(len(alive), bool)

@@ -25,7 +25,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from common import OUT, write
-from latency import HELD_SEED, Networks, figures, spec_of
+from latency import HELD_SEED, Networks, figures, ratios, spec_of
 
 from flyweight.kernels import DeviceProfile, LatencyPredictor, Timed, signature
 from flyweight.kernels.additive import AdditiveProcess
@@ -48,11 +48,6 @@ def sets(timed: Sequence[Timed], k: int) -> list[list[Timed]]:
     return [list(timed[i : i + k]) for i in range(0, len(timed) - k + 1, k)]
 
 
-def ratios(timed: Sequence[Timed]) -> np.ndarray:
-    """Latencies in units of the teacher."""
-    return np.array([t.ms / t.teacher_ms for t in timed if t.ms])
-
-
 def compared(
     first: DeviceProfile, few: DeviceProfile, held: Networks
 ) -> dict[str, dict[str, float]]:
@@ -73,7 +68,7 @@ def compared(
             known = [t.counts for t in own]
             expected = theirs.predict_work(known)[:, 1] / theirs.teacher_ms
             like = LatencyPredictor(replace(few, timed=own, like=first))
-            beside = [(t.session, t.teacher_ms) for t in own]
+            beside = [t.beside for t in own]
             alone = middle(AdditiveProcess(known, list(ratios(own)), beside).predict(sums)[0])
             if k >= LEAST:
                 plain = LatencyPredictor(replace(few, timed=own, like=None))

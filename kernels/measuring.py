@@ -78,9 +78,9 @@ class MeasuringProcess:
         alone = self._ask({}, rounds, repeats)
         if alone is None:
             raise FlyweightError("the runtime dies of the teacher's model on this device")
-        each = {n: model for n, model in models.items() if self._ask({n: model}, rounds, repeats)}
+        alive = {n: model for n, model in models.items() if self._ask({n: model}, rounds, repeats)}
         # Once more beside one another: they are judged by the teacher in the same rounds.
-        found = self._ask(each, rounds, repeats) or alone
+        found = self._ask(alive, rounds, repeats) or alone
         return {**dict.fromkeys(models), **found}
 
     def _ask(

@@ -101,7 +101,7 @@ class LatencyPredictor:
         sums = [t.counts for t in self._timed]
         self._like = None if profile.like is None else LatencyPredictor(profile.like)
         self._process: AdditiveProcess | TransferredProcess = AdditiveProcess(
-            sums, ms, [(t.session, t.teacher_ms) for t in self._timed]
+            sums, ms, [t.beside for t in self._timed]
         )
         if self._like is not None:
             lent = TransferredProcess(sums, ms, self._like._process)

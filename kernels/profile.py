@@ -35,6 +35,11 @@ class Timed:
     session: int
     policy: str = ""
 
+    @property
+    def beside(self) -> tuple[int, float]:
+        """The same for networks that were timed beside one another, in units of one time."""
+        return self.session, self.teacher_ms
+
 
 @dataclass
 class DeviceProfile:
@@ -138,16 +143,17 @@ class DeviceProfile:
         other; of networks of which these do not say why, the pieces that are in no other (it may
         die of one size). What the device that this profile leans on dies of, this one has to show
         that it can do."""
-        lived = [s for t in self.timed if t.ms is not None for s in t.counts]
+        ran = [s for t in self.timed if t.ms is not None for s in t.counts]
+        lived: set[tuple[str, str] | Signature] = {*ran, *((s.kind, s.form) for s in ran)}
         dead = [t.counts.keys() for t in self.timed if t.ms is None]
         found: set[tuple[str, str] | Signature] = {(s.kind, s.form) for each in dead for s in each}
-        found -= {(s.kind, s.form) for s in lived}
+        found -= lived
         for each in dead:
             if found.isdisjoint((s.kind, s.form) for s in each):
                 found |= each
         if self.like is not None:
             found |= self.like.unavailable()
-        return frozenset(found - {(s.kind, s.form) for s in lived} - {*lived})
+        return frozenset(found - lived)
 
 
 def _plain(timed: Timed) -> dict[str, Any]:

@@ -131,8 +131,8 @@ class Preparation:
         others = [digest(signature(ready.prepared.plan(policy))) for policy in students]
         settings = repr(ready.space.settings)
         # Which kernels there are to be timed hangs on what can run in int8, and on our rules.
-        kernels = self.place.device.capabilities, version("flyweight")
-        name = key_of(wanted.fingerprint, *kernels, request, wanted.network, settings, *others)
+        kernels = [self.place.device.capabilities, version("flyweight")]
+        name = key_of(wanted.fingerprint, kernels, request, wanted.network, settings, *others)
         return cache_folder(ready.spec) / f"profile-{name}.jsonl"
 
     def _known(self, path: Path, earlier: DeviceProfile | None) -> int:
